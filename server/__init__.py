@@ -1,0 +1,1 @@
+"""What runs at the hub: rounds, aggregation, checkpoints."""

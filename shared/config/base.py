@@ -1,0 +1,132 @@
+"""Reading YAML files into frozen pydantic models, with errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from gapweave.shared.errors import UsageError
+
+Name = r"^[a-z][a-z0-9_]*$"
+"""Pattern of the names of modalities and variables: they become file names and parameter groups."""
+
+
+class StrictModel(BaseModel):
+    """A frozen model whose unknown keys are errors that name the nearest known key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        for key in data:
+            if key not in known and not cls.accepts_key(str(key)):
+                raise PydanticCustomError("unknown_key", "{text}", {"text": unknown_key(str(key), known)})
+        return data
+
+    @classmethod
+    def accepts_key(cls, key: str) -> bool:
+        """Whether a key that is no field may appear (patterns of parameter groups, say)."""
+        return False
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The message for a key that nobody knows, naming the nearest one that somebody does."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}" if close else f"known keys: {', '.join(known)}"
+    return f"unknown key {key!r}; {hint}"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also refuses a key given twice (it would silently keep the last)."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice", node.start_mark
+            )
+    loader.flatten_mapping(node)
+    return {
+        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True)  # type: ignore[no-untyped-call]
+        for key, value in node.value
+    }
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Args:
+        path: the file.
+        what: "study" or "site", for messages.
+
+    Raises:
+        UsageError: when the file is missing, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UsageError(f"there is no {what} file {path}", remedy="Check the path") from None
+    except OSError as error:
+        raise UsageError(
+            f"the {what} file cannot be read ({error.strerror})", where=str(path), remedy="Check the path"
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the {what} file is not UTF-8 text", where=str(path), remedy="Save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise UsageError(f"not valid YAML: {problem}", where=f"{path}{line}", remedy="Correct that line") from None
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"a {what} file is a mapping of keys to values", where=str(path), remedy=f"See `gapweave {what} init`"
+        )
+    return content
+
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+def parse(model: type[Model], content: dict[str, Any], where: str) -> Model:
+    """Validate ``content``, turning pydantic's report into one line.
+
+    Raises:
+        UsageError: naming file, key, what was found, and what is allowed.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, where) from None
+
+
+def explain(error: ValidationError, where: str) -> UsageError:
+    """One line for the first problem of a pydantic report, with the number of further ones."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    text = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        text = "this key is required"
+    elif first["type"] not in ("unknown_key", "value_error") and not isinstance(first["input"], dict | list):
+        text = f"{text}, found {first['input']!r}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return UsageError(f"{text}{more}", where=f"{where}:{key}" if key else where, remedy="Correct that key")
+
+
+def literal_values(annotation: Any) -> list[str]:
+    """The values of a ``Literal`` type, for messages and the reference page."""
+    return [str(value) for value in get_args(annotation)]

@@ -1,0 +1,92 @@
+"""`--set` and `--vary`: dotted paths into the study file, short aliases, and method presets."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import yaml
+
+from gapweave.shared.errors import UsageError
+
+ALIASES = {
+    "fusion": "model.fusion",
+    "imputer": "model.imputer",
+    "scheme": "scheme.name",
+    "sharing": "sharing.policy",
+    "missing_rate": "simulation.missing_rate",
+    "attack": "simulation.attack",
+    "epsilon": "privacy.epsilon",
+    "label": "task.label",
+}
+"""Short names of study keys; `method` is a preset of several (see `METHODS`)."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "concat": {"model.fusion": "concat", "scheme.name": "none"},
+    "late": {"model.fusion": "late", "scheme.name": "none"},
+    "modality_dropout": {"model.fusion": "concat", "model.imputer": "none", "scheme.name": "modality_dropout"},
+}
+"""Named presets of model and scheme: one for each method of the catalogue."""
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Split "key=value"; the value is read as YAML.
+
+    >>> parse_assignment("training.lr=1e-3")
+    ('training.lr', '1e-3')
+    >>> parse_assignment("privacy.enabled=false")
+    ('privacy.enabled', False)
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UsageError(f"{text!r} is not key=value", where="--set", remedy="Write for example training.rounds=10")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"the value of {key!r} cannot be read", where="--set", remedy="Quote it as YAML") from None
+
+
+def parse_variation(text: str) -> tuple[str, list[Any]]:
+    """Split "key=v1,v2" into the key and its values, each read as YAML.
+
+    >>> parse_variation("fusion=late,concat")
+    ('fusion', ['late', 'concat'])
+    """
+    key, values = text.partition("=")[::2]
+    if not key.strip() or not values.strip():
+        raise UsageError(f"{text!r} is not key=v1,v2", where="--vary", remedy="Write for example fusion=late,concat")
+    return key.strip(), [parse_assignment(f"{key}={value}")[1] for value in values.split(",")]
+
+
+def expand(key: str, value: Any) -> dict[str, Any]:
+    """The dotted paths behind an alias or a method preset.
+
+    Raises:
+        UsageError: for an unknown method.
+    """
+    if key == "method":
+        if value not in METHODS:
+            raise UsageError(f"no method is called {value!r}", where="--set", remedy=f"Known: {', '.join(METHODS)}")
+        return METHODS[value]
+    return {ALIASES.get(key, key): value}
+
+
+def apply(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the study file's content with the overrides written into it.
+
+    Raises:
+        UsageError: when a path runs through something that is no mapping.
+    """
+    result = copy.deepcopy(content)
+    paths = [pair for key, value in overrides.items() for pair in expand(key, value).items()]
+    for path, value in paths:
+        *parents, last = path.split(".")
+        node = result
+        for parent in parents:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise UsageError(f"{path!r} is no path in the study", where="--set", remedy="See docs/reference.md")
+        node[last] = value
+    return result

@@ -1,0 +1,206 @@
+"""The site file: what one hospital alone decides. The server can only ask; these limits always win."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml
+from gapweave.shared.config.study import Version, category_code
+
+
+class LabelColumn(StrictModel):
+    """A label column whose codes differ from the study's."""
+
+    column: str = Field(description="column of the records file")
+    codes: dict[str, str] | None = Field(None, description="local code -> the study's code")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _codes(cls, data: Any) -> Any:
+        return _with_text_codes(data)
+
+
+class ValueColumn(StrictModel):
+    """A local column, or an item code, with its unit or codes."""
+
+    column: str = Field(description="local column name; the item's code when values come in long form")
+    unit: str | None = Field(None, description="local unit, converted to the study's (for example mg/dL)")
+    factor: float | None = Field(None, description="multiply by this, instead of a unit")
+    offset: float = Field(0.0, description="add this after the factor")
+    codes: dict[str, str] | None = Field(None, description="local code -> the study's category")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _codes(cls, data: Any) -> Any:
+        if isinstance(data, str | int | float) and not isinstance(data, bool):
+            return {"column": category_code(data) if not isinstance(data, str) else data}
+        return _with_text_codes(data)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.unit is not None and self.factor is not None:
+            raise ValueError("give a unit or a factor, not both")
+        return self
+
+
+def _with_text_codes(data: Any) -> Any:
+    if isinstance(data, dict) and isinstance(data.get("codes"), dict):
+        codes = {category_code(key): category_code(value) for key, value in data["codes"].items()}
+        return {**data, "codes": codes}
+    return data
+
+
+class Records(StrictModel):
+    """The list of records: one row each, with patient and label."""
+
+    file: str = Field(description="CSV (also .gz) or Parquet")
+    id: str = Field(description="column that identifies a record")
+    patient: str = Field(description="column that identifies the patient")
+    label: dict[str, LabelColumn] = Field(default_factory=dict, description="the study's label -> local column")
+    where: dict[str, Any] = Field(default_factory=dict, description="keep rows whose column equals the value, or one of a list")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("label"), dict):
+            label = {key: {"column": value} if isinstance(value, str) else value for key, value in data["label"].items()}
+            return {**data, "label": label}
+        return data
+
+
+class ColumnsSource(StrictModel):
+    """Values for a table or series modality: one column a variable, or long form (item, value)."""
+
+    file: str = Field(description="CSV (also .gz) or Parquet")
+    id: str | None = Field(None, description="record id column (default: that of records)")
+    time: str | None = Field(None, description="hours since the record's index time, or a timestamp")
+    index: str | None = Field(None, description="records column with the index time, when `time` is a timestamp")
+    item: str | None = Field(None, description="long form: column with the item's code")
+    value: str | None = Field(None, description="long form: column with the value")
+    columns: dict[str, ValueColumn] = Field(min_length=1, description="the study's variable -> local column")
+
+    @model_validator(mode="after")
+    def _long_form(self) -> Self:
+        if (self.item is None) != (self.value is None):
+            raise ValueError("item and value come together")
+        return self
+
+
+class TextSource(StrictModel):
+    """Text columns, joined in their order."""
+
+    file: str = Field(description="CSV (also .gz) or Parquet")
+    id: str | None = Field(None, description="record id column (default: that of records)")
+    time: str | None = Field(None, description="hours since the record's index time, or a timestamp")
+    index: str | None = Field(None, description="records column with the index time, when `time` is a timestamp")
+    columns: list[str] = Field(min_length=1, description="local text columns")
+
+
+class ImageSource(StrictModel):
+    """A folder of images, named by a column of the records file."""
+
+    folder: str = Field(description="folder of PNG or JPEG files")
+    column: str = Field(description="records column with the file name; empty: no image")
+
+
+def _source_shape(value: Any) -> str:
+    if isinstance(value, ImageSource) or (isinstance(value, dict) and "folder" in value):
+        return "image"
+    columns = value.get("columns") if isinstance(value, dict) else getattr(value, "columns", None)
+    return "text" if isinstance(columns, list) else "columns"
+
+
+Source = Annotated[
+    Annotated[ColumnsSource, Tag("columns")] | Annotated[TextSource, Tag("text")] | Annotated[ImageSource, Tag("image")],
+    Discriminator(_source_shape),
+]
+
+
+class SiteData(StrictModel):
+    """Where the site's data lie: `records`, and one entry for each modality that it has."""
+
+    records: Records = Field(description="the list of records")
+    modalities: dict[str, Source] = Field(
+        default_factory=dict, description="written as flat keys: modality -> source"
+    )
+
+    @classmethod
+    def accepts_key(cls, key: str) -> bool:
+        """Modality names are keys too; those that a study does not use are ignored by it."""
+        return True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "modalities" in data:
+            return data
+        rest = {key: value for key, value in data.items() if key != "records"}
+        return {"modalities": rest, **({"records": data["records"]} if "records" in data else {})}
+
+
+class Split(StrictModel):
+    """How patients are divided into training and test."""
+
+    by: Literal["hash"] | None = Field(None, description="hash: by the keyed hash of the patient id (the default)")
+    column: str | None = Field(None, description="a records column with `train`/`test`, or a fold number")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.by is not None and self.column is not None:
+            raise ValueError("give `by` or `column`, not both")
+        return self
+
+
+class Patients(StrictModel):
+    """Public sizes. The true number of patients enters no released value."""
+
+    declared: int | None = Field(
+        None, ge=1, description="public number of training patients; null: released once with noise, and charged"
+    )
+    upper: int = Field(10_000, ge=1, description="upper order of magnitude N of the cohort: delta <= 1/(10 N)")
+    max_records: int = Field(8, ge=1, description="records a patient that are used; further ones are dropped")
+
+
+class Policy(StrictModel):
+    """The hospital's own limits."""
+
+    epsilon: float = Field(10.0, gt=0, description="cap over everything that the site ever releases")
+    delta: float = Field(1e-5, gt=0, lt=1, description="delta of the cap")
+    min_patients: int = Field(20, ge=1, description="refuse to train on fewer patients")
+    releases: list[Literal["update", "counts"]] = Field(
+        default_factory=lambda: ["update", "counts"], description="kinds of release that are allowed"
+    )
+    unnoised: Literal["refuse", "allow"] = Field("refuse", description="test runs without privacy")
+    studies: list[str] = Field(default_factory=list, description="approved study hashes; a deployment runs no other")
+    anchor: str | None = Field(None, description="file outside the state folder that keeps the ledger's head")
+
+
+class Site(StrictModel):
+    """A site file, all defaults filled in."""
+
+    version: Version = Field(description="format of the file: 1")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name of the site")
+    data: SiteData = Field(description="where the data lie")
+    split: Split = Field(default_factory=Split, description="training and test patients")
+    subgroups: dict[str, str] = Field(default_factory=dict, description="subgroup -> records column, for reports")
+    cohort: str | None = Field(None, description="a label of the cohort")
+    patients: Patients = Field(default_factory=Patients, description="public sizes")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    state: str = Field("state", description="folder of the ledger and private parameters, relative to the site file")
+    policy: Policy = Field(default_factory=Policy, description="the hospital's own limits")
+
+    def holds(self, modality: str) -> bool:
+        """Whether the site has data of ``modality``: a declared, public fact."""
+        return modality in self.data.modalities
+
+
+def load_site(path: Path) -> Site:
+    """Read a site file.
+
+    Raises:
+        UsageError: naming file, key and remedy.
+    """
+    return parse(Site, read_yaml(path, "site"), str(path))

@@ -1,0 +1,374 @@
+"""The study file: what all sites agree on. Every key here is a contract; docs/reference.md is generated from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_serializer, model_validator
+
+from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml
+
+GROUP_FAMILIES = ("encoder/*", "head/*", "imputer", "fusion")
+"""Families of parameter groups, as patterns: every trained tensor is in exactly one group of one family."""
+
+Variable = Annotated[str, Field(pattern=Name)]
+Share = Literal["shared", "holders", "local"]
+
+
+class Range(StrictModel):
+    """A numeric variable: public plausible range and scaling, the same at every site."""
+
+    low: float = Field(description="lowest plausible value; smaller ones are clipped and counted by `site check`")
+    high: float = Field(description="highest plausible value; larger ones are clipped and counted")
+    center: float | None = Field(None, description="value mapped to 0 (default: the middle of the range)")
+    scale: float | None = Field(None, gt=0, description="distance mapped to 1 (default: a quarter of the range)")
+    log: bool = Field(False, description="take logarithms first; the range must be positive")
+    unit: str | None = Field(None, description="the study's unit; site files convert to it")
+    molar_mass: float | None = Field(
+        None, gt=0, description="g/mol, to convert between mass and amount of substance"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low:g} must be below high={self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log needs a positive range, low={self.low:g}")
+        return self
+
+
+class Categories(StrictModel):
+    """A categorical variable: a closed public list of codes; any other value counts as missing."""
+
+    categories: list[str] = Field(min_length=2, description="codes, in a fixed order; one input each")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("categories"), list):
+            return {**data, "categories": [category_code(value) for value in data["categories"]]}
+        return data
+
+
+def category_code(value: Any) -> str:
+    """The text form under which codes are compared: 1, 1.0 and "1" are one code.
+
+    >>> category_code(1.0), category_code("1.0"), category_code("AP")
+    ('1', '1', 'AP')
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value).strip()
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def _variable_kind(value: Any) -> str:
+    categorical = isinstance(value, Categories) or (isinstance(value, dict) and "categories" in value)
+    return "categories" if categorical else "range"
+
+
+Column = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[Categories, Tag("categories")], Discriminator(_variable_kind)
+]
+
+
+class _Modality(StrictModel):
+    encoder: str | None = Field(None, description="a registered encoder (default: the one of the kind)")
+
+
+class TableModality(_Modality):
+    """One row of variables a record."""
+
+    kind: Literal["table"]
+    columns: dict[Variable, Column] = Field(min_length=1, description="variables by name")
+    hours: int | None = Field(
+        None, gt=0, description="prediction time, for sites whose values carry a time: later ones are never read"
+    )
+
+
+class SeriesModality(_Modality):
+    """Variables by hour, up to the prediction time."""
+
+    kind: Literal["series"]
+    hours: int = Field(gt=0, le=24 * 90, description="length of the window; later events are never read")
+    columns: dict[Variable, Range] = Field(min_length=1, description="variables by name")
+
+
+class ImageModality(_Modality):
+    """One image a record."""
+
+    kind: Literal["image"]
+    size: int = Field(ge=8, le=1024, description="height and width in pixels; images are resized to it")
+    channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour")
+
+
+class TextModality(_Modality):
+    """Free text a record, as hashed words."""
+
+    kind: Literal["text"]
+    buckets: int = Field(512, ge=16, le=2**18, description="number of hash buckets")
+    hours: int | None = Field(None, gt=0, description="prediction time, for sites whose notes carry a time")
+
+
+ModalitySpec = Annotated[
+    TableModality | SeriesModality | ImageModality | TextModality, Field(discriminator="kind")
+]
+
+
+class Task(StrictModel):
+    """What is predicted."""
+
+    kind: Literal["binary", "multiclass", "multilabel"] = Field(description="form of the label")
+    label: str | list[str] = Field(description="name of the label; a list for multilabel")
+    classes: list[str] | None = Field(None, description="class codes, for multiclass")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_codes(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("classes"), list):
+            return {**data, "classes": [category_code(value) for value in data["classes"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if isinstance(self.label, list) != (self.kind == "multilabel"):
+            raise ValueError("label is a list exactly when kind is multilabel")
+        if isinstance(self.label, list) and (len(self.label) < 1 or len(set(self.label)) != len(self.label)):
+            raise ValueError("label lists at least one name, each once")
+        if (self.classes is not None) != (self.kind == "multiclass"):
+            raise ValueError("classes are given exactly when kind is multiclass")
+        if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) != len(self.classes)):
+            raise ValueError("classes lists at least two codes, each once")
+        return self
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the label columns."""
+        return self.label if isinstance(self.label, list) else [self.label]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names behind the p_<class> columns of predictions."""
+        return {"binary": ["0", "1"], "multiclass": self.classes or [], "multilabel": self.labels}[self.kind]
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits: 1 for binary, one a class, one a label."""
+        return 1 if self.kind == "binary" else len(self.class_names)
+
+
+class ModelConfig(StrictModel):
+    """The model's parts, by registered name."""
+
+    embedding: int = Field(16, ge=2, le=1024, description="width of each modality's embedding")
+    fusion: str = Field("late", description="a registered fusion")
+    imputer: str = Field("cra", description="a registered imputer")
+
+
+class SchemeConfig(StrictModel):
+    """The training scheme, by registered name."""
+
+    name: str = Field("none", description="a registered scheme")
+
+
+class Sharing(StrictModel):
+    """Which parameter groups leave a site."""
+
+    policy: Literal["heads", "heads+imputer", "all"] | dict[str, Share] = Field(
+        "heads", description="a policy, or a map from group pattern to shared, holders or local"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_map(cls, data: Any) -> Any:
+        """Accept `sharing: {"encoder/*": holders}` as well as `sharing: {policy: {...}}`."""
+        if isinstance(data, dict) and data and all(_is_group_pattern(str(key)) for key in data):
+            return {"policy": data}
+        return data
+
+    @model_validator(mode="after")
+    def _patterns(self) -> Self:
+        if isinstance(self.policy, dict):
+            for pattern in self.policy:
+                if not _is_group_pattern(pattern):
+                    raise ValueError(f"{pattern!r} names no parameter group; use {', '.join(GROUP_FAMILIES)}")
+        return self
+
+    def of(self, group: str) -> Share:
+        """How ``group`` is shared; a group that no pattern matches stays local, except the heads."""
+        families = {
+            "heads": ("fusion", "head/*"),
+            "heads+imputer": ("fusion", "head/*", "imputer"),
+            "all": GROUP_FAMILIES,
+        }
+        if isinstance(self.policy, str):
+            return "holders" if any(fnmatchcase(group, family) for family in families[self.policy]) else "local"
+        for pattern, share in self.policy.items():
+            if fnmatchcase(group, pattern):
+                return share
+        return "holders" if any(fnmatchcase(group, family) for family in families["heads"]) else "local"
+
+
+def _is_group_pattern(pattern: str) -> bool:
+    """Whether a pattern can match a parameter group: "fusion", "encoder/*", "head/labs", "*"."""
+    probes = ("encoder/x", "head/x", "imputer", "fusion")
+    return pattern.startswith(("encoder/", "head/")) or any(fnmatchcase(probe, pattern) for probe in probes)
+
+
+class Training(StrictModel):
+    """How sites train between two aggregations."""
+
+    schedule: Literal["fedavg"] = Field("fedavg", description="local steps between aggregations")
+    rounds: int = Field(30, ge=1, le=100_000, description="number of rounds")
+    local_steps: int = Field(5, ge=1, le=10_000, description="optimiser steps a round at each site")
+    batch: int = Field(64, ge=1, description="expected number of patients a step (Poisson sampling)")
+    lr: float = Field(0.05, gt=0, description="learning rate")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the site's optimiser, kept between rounds")
+    weight_decay: float = Field(0.0, ge=0, description="L2 shrinkage of all parameters")
+    finetune: bool = Field(
+        False, description="fine-tune privately at each site after the last upload; that copy never leaves"
+    )
+    finetune_steps: int = Field(20, ge=1, description="steps of fine-tuning, charged to the same budget")
+
+
+class Aggregation(StrictModel):
+    """The server's rules. Keys that are group patterns ("encoder/*") choose a rule for those groups."""
+
+    default: str = Field("auto", description="rule for groups without their own")
+    rules: dict[str, str] = Field(default_factory=dict, description="written as flat keys: group pattern -> rule")
+    server_optimizer: Literal["none"] = Field("none", description="optimiser applied to the aggregate")
+    quorum: int = Field(2, ge=1, description="sites that a round needs")
+    strict: bool = Field(False, description="leave a group alone rather than aggregate it unprotected")
+    deadline_s: float = Field(600, gt=0, description="seconds that a round waits for its sites")
+
+    @classmethod
+    def accepts_key(cls, key: str) -> bool:
+        """Group patterns are keys too."""
+        return _is_group_pattern(key)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        rules = {key: value for key, value in data.items() if _is_group_pattern(str(key))}
+        rest = {key: value for key, value in data.items() if key not in rules}
+        return {**rest, "rules": {**rest.get("rules", {}), **rules}}
+
+    @model_serializer(mode="plain")
+    def _flat(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "rules"}
+        return {**fields, **self.rules}
+
+    def of(self, group: str) -> str:
+        """Name of the rule for ``group``; the first pattern that matches decides."""
+        return next((rule for pattern, rule in self.rules.items() if fnmatchcase(group, pattern)), self.default)
+
+
+class PrivacyConfig(StrictModel):
+    """Settings that change the guarantee; what only changes speed lives elsewhere."""
+
+    enabled: bool = Field(True, description="false: nothing is noised, and sites must allow it")
+    unit: Literal["patient"] = Field("patient", description="what is protected: all records of one patient")
+    epsilon: float = Field(8.0, gt=0, description="target epsilon of the study, at each site, for add/remove")
+    delta: float = Field(1e-5, gt=0, lt=1, description="target delta; a site's smaller one wins")
+    max_grad_norm: float = Field(1.0, gt=0, description="clipping bound of one patient's gradient")
+    engine: Literal["opacus"] = Field("opacus", description="per-patient gradient engine")
+
+
+class Evaluation(StrictModel):
+    """Who is held out. The split is a keyed hash of the patient: the same in every run, and no site sees it."""
+
+    test_fraction: float = Field(0.2, ge=0, lt=1, description="fraction of patients held out")
+    split_seed: int = Field(0, description="key of the hash")
+    folds: int | None = Field(None, ge=2, le=100, description="hold out one of K folds instead of a fraction")
+    fold: int = Field(0, ge=0, description="the fold held out")
+
+    @model_validator(mode="after")
+    def _within(self) -> Self:
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(f"fold={self.fold} must be below folds={self.folds}")
+        return self
+
+
+class Simulation(StrictModel):
+    """What only a simulation may do to its sites; `submit` refuses a study that sets it."""
+
+    missing_rate: float = Field(0.0, ge=0, lt=1, description="share of present modalities hidden, in training and test")
+    missing: Literal["mcar", "mnar"] = Field("mcar", description="hidden at random, or more often for positives")
+    attack: Literal["none"] = Field("none", description="behaviour of the bad sites")
+    bad_sites: int = Field(0, ge=0, description="number of bad sites")
+
+
+def _version(value: Any) -> Any:
+    if value != 1:
+        raise ValueError("this Gapweave reads version 1")
+    return value
+
+
+Version = Annotated[Literal[1], BeforeValidator(_version)]
+
+
+class Study(StrictModel):
+    """A study file, all defaults filled in."""
+
+    version: Version = Field(description="format of the file: 1")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the study")
+    task: Task = Field(description="what is predicted")
+    modalities: dict[Annotated[str, Field(pattern=Name)], ModalitySpec] = Field(
+        min_length=1, description="kinds of data, by name"
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the model's parts")
+    scheme: SchemeConfig = Field(default_factory=SchemeConfig, description="the training scheme")
+    sharing: Sharing = Field(default_factory=Sharing, description="which parameter groups leave a site")
+    training: Training = Field(default_factory=Training, description="local training")
+    aggregation: Aggregation = Field(default_factory=Aggregation, description="the server's rules")
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig, description="the guarantee")
+    seed: int = Field(0, ge=0, description="initial weights and public choices; never a site's private draws")
+    evaluation: Evaluation = Field(default_factory=Evaluation, description="who is held out")
+    simulation: Simulation = Field(default_factory=Simulation, description="for simulations only")
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """Names of the modalities in canonical (alphabetical) order, whatever the file's order."""
+        return tuple(sorted(self.modalities))
+
+    def canonical(self) -> str:
+        """The resolved study as canonical JSON: what sites and server exchange, and what is hashed."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash by which a site approves a study."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved study as YAML, all defaults written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_study(path: Path, overrides: dict[str, Any] | None = None) -> Study:
+    """Read a study file.
+
+    Args:
+        path: the file.
+        overrides: dotted path -> value, as `--set` gives them (see `overrides.py`).
+
+    Raises:
+        UsageError: naming file, key and remedy.
+    """
+    from gapweave.shared.config.overrides import apply
+
+    return parse(Study, apply(read_yaml(path, "study"), overrides or {}), str(path))
+
+
+def study_from_json(text: str) -> Study:
+    """The study that a message carries."""
+    return parse(Study, json.loads(text), "study")

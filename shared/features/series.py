@@ -1,0 +1,100 @@
+"""A series' input: per hour and variable the scaled value and an observed flag; and its summary statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gapweave.shared.config.study import Range
+from gapweave.shared.features.ranges import scale
+
+STATISTICS = ("last", "mean", "min", "max", "slope", "count", "since", "observed")
+"""Summary statistics of one variable, in their order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Events:
+    """Measurements of one variable.
+
+    Attributes:
+        record: [E] int64, row of the record.
+        hour: [E] float64, hours since the record's index time.
+        value: [E] float64, in the study's unit.
+    """
+
+    record: NDArray[np.int64]
+    hour: NDArray[np.float64]
+    value: NDArray[np.float64]
+
+
+def channels(columns: Mapping[str, Range]) -> int:
+    """Width of an hour: V values, then V observed flags."""
+    return 2 * len(columns)
+
+
+def encode(
+    columns: Mapping[str, Range], hours: int, events: Mapping[str, Events], records: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Place events into hours; several of one hour are averaged after scaling.
+
+    An event before hour 0 or at or after the window's end is never read.
+
+    Args:
+        columns: the study's variables.
+        hours: length T of the window.
+        events: per variable that the site has.
+        records: R.
+
+    Returns:
+        inputs [R, T, 2V], 0 where missing; present [R]: any event inside the window.
+    """
+    order = sorted(columns)
+    total = np.zeros((records, hours, len(order)))
+    count = np.zeros((records, hours, len(order)))
+    for at, name in enumerate(order):
+        if name not in events:
+            continue
+        event = events[name]
+        scaled = scale(event.value, columns[name])
+        inside = (event.hour >= 0) & (event.hour < hours) & ~np.isnan(scaled)
+        where = (event.record[inside], np.floor(event.hour[inside]).astype(np.int64), at)
+        np.add.at(total, where, scaled[inside])
+        np.add.at(count, where, 1.0)
+    inputs = np.concatenate([total / np.maximum(count, 1), count > 0], axis=2).astype(np.float32)
+    present: NDArray[np.bool_] = count.any(axis=(1, 2))
+    return inputs, present
+
+
+def summary(inputs: Tensor) -> Tensor:
+    """Summary statistics of each variable over the window.
+
+    Args:
+        inputs: [R, T, 2V] as `encode` gives it.
+
+    Returns:
+        [R, 8V]: last, mean, min, max, slope a window, share of hours observed, time since the last value as a
+        share of the window, and whether any value was observed; all 0 for a variable never observed, time
+        since: 1.
+    """
+    value, seen = inputs.chunk(2, dim=-1)
+    hours = value.shape[1]
+    time = torch.linspace(0, 1, hours, device=inputs.device, dtype=inputs.dtype).view(1, hours, 1)
+    count = seen.sum(1)
+    some = (count > 0).to(inputs.dtype)
+    divisor = count.clamp(min=1)
+    mean = (value * seen).sum(1) / divisor
+    huge = torch.finfo(inputs.dtype).max
+    low = torch.where(seen > 0, value, huge).amin(1) * some
+    high = torch.where(seen > 0, value, -huge).amax(1) * some
+    centred = (time - (time * seen).sum(1, keepdim=True) / divisor.unsqueeze(1)) * seen
+    spread = centred.square().sum(1)
+    slope = (centred * value).sum(1) / spread.clamp(min=1 / hours)
+    latest = (seen * (1 + torch.arange(hours, device=inputs.device, dtype=inputs.dtype).view(1, hours, 1))).amax(1)
+    position = (latest - 1).clamp(min=0).long().unsqueeze(1)
+    last = value.gather(1, position).squeeze(1) * some
+    return torch.cat([last, mean, low, high, slope, count / hours, 1 - latest / hours, some], dim=-1)

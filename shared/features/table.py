@@ -1,0 +1,65 @@
+"""A table's input: per numeric variable the scaled value and an observed flag, per category one flag a code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapweave.shared.config.study import Categories, Column
+from gapweave.shared.features.ranges import scale
+
+
+def width(columns: Mapping[str, Column]) -> int:
+    """Number of inputs: 2 a numeric variable, one a code of a categorical one."""
+    return sum(len(card.categories) if isinstance(card, Categories) else 2 for card in columns.values())
+
+
+def names(columns: Mapping[str, Column]) -> list[str]:
+    """Names of the inputs, in their order."""
+    result: list[str] = []
+    for name in sorted(columns):
+        card = columns[name]
+        if isinstance(card, Categories):
+            result += [f"{name}={code}" for code in card.categories]
+        else:
+            result += [name, f"{name}:observed"]
+    return result
+
+
+def encode(
+    columns: Mapping[str, Column], values: Mapping[str, NDArray[Any]], records: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Encode a table.
+
+    Args:
+        columns: the study's variables.
+        values: per variable that the site has: [R] float64 with NaN for missing (numeric), or [R] object with
+            code strings and None (categorical; a code that the study does not know counts as missing).
+        records: R.
+
+    Returns:
+        inputs [R, width], 0 where missing; present [R]: any variable observed.
+    """
+    inputs = np.zeros((records, width(columns)), np.float32)
+    present = np.zeros(records, np.bool_)
+    at = 0
+    for name in sorted(columns):
+        card = columns[name]
+        if isinstance(card, Categories):
+            for code in card.categories:
+                if name in values:
+                    inputs[:, at] = values[name] == code
+                    present |= inputs[:, at] > 0
+                at += 1
+            continue
+        if name in values:
+            scaled = scale(values[name], card)
+            observed = ~np.isnan(scaled)
+            inputs[:, at] = np.where(observed, scaled, 0.0)
+            inputs[:, at + 1] = observed
+            present |= observed
+        at += 2
+    return inputs, present

@@ -1,0 +1,1 @@
+"""Example hospitals, and the simulation of many sites on one machine."""
