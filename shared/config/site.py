@@ -31,6 +31,9 @@ class ValueColumn(StrictModel):
     factor: float | None = Field(None, description="multiply by this, instead of a unit")
     offset: float = Field(0.0, description="add this after the factor")
     codes: dict[str, str] | None = Field(None, description="local code -> the study's category")
+    missing: list[str] = Field(
+        default_factory=list, description="local values that mean missing, before any conversion (0, -9, unknown)"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -49,7 +52,9 @@ class ValueColumn(StrictModel):
 def _with_text_codes(data: Any) -> Any:
     if isinstance(data, dict) and isinstance(data.get("codes"), dict):
         codes = {category_code(key): category_code(value) for key, value in data["codes"].items()}
-        return {**data, "codes": codes}
+        data = {**data, "codes": codes}
+    if isinstance(data, dict) and isinstance(data.get("missing"), list):
+        data = {**data, "missing": [category_code(value) for value in data["missing"]]}
     return data
 
 

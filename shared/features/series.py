@@ -81,7 +81,8 @@ def summary(inputs: Tensor) -> Tensor:
         share of the window, and whether any value was observed; all 0 for a variable never observed, time
         since: 1.
     """
-    value, seen = inputs.chunk(2, dim=-1)
+    value, flag = inputs.chunk(2, dim=-1)
+    seen = (flag > 0).to(inputs.dtype)
     hours = value.shape[1]
     time = torch.linspace(0, 1, hours, device=inputs.device, dtype=inputs.dtype).view(1, hours, 1)
     count = seen.sum(1)

@@ -1,0 +1,36 @@
+"""Encoder of hourly series: summary statistics beside a small convolutional branch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gapweave.shared.encoders import ENCODERS
+from gapweave.shared.features.series import STATISTICS, summary
+from gapweave.shared.schema import Modality
+
+
+@ENCODERS.register("series")
+class SeriesEncoder(nn.Module):
+    """[B, T, 2V] -> [B, d].
+
+    The wide path reads the summary statistics (last, mean, ..., time since the last value); the deep path reads
+    them together with the mean and the last hours of a convolution over time.
+    """
+
+    def __init__(self, modality: Modality, embedding: int, hidden: int = 16) -> None:
+        super().__init__()
+        width = modality.shape[1]
+        statistics = len(STATISTICS) * width // 2
+        self.convolution = nn.Conv1d(width, hidden, kernel_size=3, padding=1)
+        self.norm = nn.GroupNorm(1, hidden)
+        self.wide = nn.Linear(statistics, embedding)
+        self.hidden = nn.Linear(statistics + 2 * hidden, hidden)
+        self.deep = nn.Linear(hidden, embedding)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Embed a window of hours."""
+        statistics = summary(inputs)
+        hours = torch.tanh(self.norm(self.convolution(inputs.transpose(1, 2))))
+        pooled = torch.cat([statistics, hours.mean(2), hours[:, :, -3:].mean(2)], dim=-1)
+        return torch.tanh(self.wide(statistics) + self.deep(torch.tanh(self.hidden(pooled))))

@@ -1,0 +1,180 @@
+"""The multimodal model of one site, and its parameter groups.
+
+inputs -> encoders -> embeddings -> (null tokens, imputer) -> slots -> per-modality heads and fusion -> logits.
+Absent rows are blanked before an encoder and replaced after it, so that neither output nor gradient depends on
+them; every record goes through every held encoder (mask, never subset), so that nothing depends on who else is
+in the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gapweave.shared.config.study import Study
+from gapweave.shared.encoders import build_encoder
+from gapweave.shared.fusion import FUSIONS
+from gapweave.shared.imputers import IMPUTERS
+from gapweave.shared.schema import modalities
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a forward pass gives; the objective and the explanation read it, nothing reaches into the model.
+
+    Attributes:
+        logits: [B, K] of the fusion.
+        modality_logits: [B, M, K]; 0 for modalities not used.
+        embeddings: [B, M, d] of the encoders; 0 for modalities that the record lacks.
+        imputed: [B, M, d], the imputer's estimate of every slot.
+        present: [B, M] bool, modalities that the record has.
+        used: [B, M] bool, modalities that entered; a subset of present.
+        weights: [B, M] shares in the decision, or None.
+    """
+
+    logits: Tensor
+    modality_logits: Tensor
+    embeddings: Tensor
+    imputed: Tensor
+    present: Tensor
+    used: Tensor
+    weights: Tensor | None
+
+
+class MultimodalModel(nn.Module):
+    """The model of a site that holds some of a study's modalities.
+
+    Args:
+        study: what all sites agree on.
+        held: names of the modalities that the site holds; it has encoders and heads for these only.
+    """
+
+    def __init__(self, study: Study, held: Collection[str]) -> None:
+        super().__init__()
+        self.order = study.order
+        self.held = tuple(name for name in study.order if name in held)
+        width, outputs = study.model.embedding, study.task.outputs
+        by_name = {modality.name: modality for modality in modalities(study)}
+        self.embedding, self.outputs = width, outputs
+        self.encoders = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        for name in self.held:
+            with _seeded(study.seed, f"encoder/{name}"):
+                self.encoders[name] = build_encoder(by_name[name], width)
+            with _seeded(study.seed, f"head/{name}"):
+                self.heads[name] = nn.Linear(width, outputs)
+        with _seeded(study.seed, "imputer"):
+            self.imputer = IMPUTERS[study.model.imputer](len(self.order), width)
+        with _seeded(study.seed, "fusion"):
+            self.fusion = FUSIONS[study.model.fusion](len(self.order), width, outputs)
+
+    def forward(self, inputs: Mapping[str, Tensor], present: Tensor, used: Tensor) -> Outputs:
+        """Predict.
+
+        Args:
+            inputs: [B, ...] by held modality.
+            present: [B, M] bool; False for modalities not held.
+            used: [B, M] bool, a subset of present: what may inform the prediction.
+
+        Returns:
+            The outputs; `logits` depend on the modalities used only.
+        """
+        embeddings = self._embed(inputs, present)
+        visible = used.unsqueeze(-1)
+        tokens = self.imputer.tokens(len(present))
+        imputed = self.imputer(torch.where(visible, embeddings, tokens), used)
+        slots = torch.where(visible, embeddings, imputed)
+        votes = self._vote(embeddings, used)
+        fused = self.fusion(slots, used, votes)
+        return Outputs(
+            logits=fused.logits,
+            modality_logits=votes,
+            embeddings=embeddings,
+            imputed=imputed,
+            present=present,
+            used=used,
+            weights=fused.weights,
+        )
+
+    def _embed(self, inputs: Mapping[str, Tensor], present: Tensor) -> Tensor:
+        absent = torch.zeros(len(present), self.embedding, device=present.device)
+        columns = []
+        for position, name in enumerate(self.order):
+            if name not in self.encoders:
+                columns.append(absent)
+                continue
+            here = present[:, position]
+            rows = here.view(-1, *[1] * (inputs[name].ndim - 1))
+            embedded = self.encoders[name](torch.where(rows, inputs[name], 0.0))
+            columns.append(torch.where(here.unsqueeze(-1), embedded, absent))
+        return torch.stack(columns, dim=1)
+
+    def _vote(self, embeddings: Tensor, used: Tensor) -> Tensor:
+        none = torch.zeros(len(used), self.outputs, device=used.device)
+        votes = [
+            torch.where(used[:, [at]], self.heads[name](embeddings[:, at]), none) if name in self.heads else none
+            for at, name in enumerate(self.order)
+        ]
+        return torch.stack(votes, dim=1)
+
+
+class _seeded:  # noqa: N801
+    """Initialise one group from the study's seed and the group's name.
+
+    So a group starts the same at every site, whichever other groups the site holds.
+    """
+
+    def __init__(self, seed: int, group: str) -> None:
+        digest = hashlib.sha256(f"{seed}/{group}".encode()).digest()
+        self._seed = int.from_bytes(digest[:7], "big")
+        self._fork = torch.random.fork_rng(devices=[])
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *exception: object) -> None:
+        self._fork.__exit__(*exception)
+
+
+def group_of(parameter: str) -> tuple[str, str]:
+    """The parameter group of a tensor, and its name within the group.
+
+    >>> group_of("encoders.labs.wide.weight"), group_of("imputer.null.weight")
+    (('encoder/labs', 'wide.weight'), ('imputer', 'null.weight'))
+    """
+    part, _, rest = parameter.partition(".")
+    if part in ("encoders", "heads"):
+        modality, _, rest = rest.partition(".")
+        return f"{part.removesuffix('s')}/{modality}", rest
+    return part, rest
+
+
+def groups(model: MultimodalModel) -> dict[str, dict[str, Tensor]]:
+    """Parameters by group: `encoder/<m>`, `head/<m>`, `imputer`, `fusion`; each tensor is in exactly one."""
+    result: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        group, key = group_of(name)
+        result.setdefault(group, {})[key] = parameter.detach()
+    return result
+
+
+def load_groups(model: MultimodalModel, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Overwrite the given groups.
+
+    Raises:
+        KeyError: for a group or tensor that the model does not have.
+    """
+    own = groups(model)
+    for group, tensors in values.items():
+        for key, value in tensors.items():
+            own[group][key].copy_(value)
+
+
+def shared_groups(study: Study, names: Collection[str]) -> list[str]:
+    """Those of the named groups that leave a site under the study's policy, sorted."""
+    return sorted(name for name in names if study.sharing.of(name) != "local")

@@ -1,0 +1,13 @@
+"""Modality dropout (Neverova et al. 2016, arXiv 1501.00102): random subsets whatever the imputer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gapweave.shared.schemes import SCHEMES, random_subset
+
+
+@SCHEMES.register("modality_dropout")
+def modality_dropout(present: Tensor, uniform: Tensor, imputer_learns: bool) -> Tensor:
+    """Use a random non-empty subset of the modalities."""
+    return random_subset(present, uniform)
