@@ -32,7 +32,7 @@ class ValueColumn(StrictModel):
     offset: float = Field(0.0, description="add this after the factor")
     codes: dict[str, str] | None = Field(None, description="local code -> the study's category")
     missing: list[str] = Field(
-        default_factory=list, description="local values that mean missing, before any conversion (0, -9, unknown)"
+        default_factory=list, description="local values that mean missing, before conversion (0, -9, unknown)"
     )
 
     @model_validator(mode="before")
