@@ -1,0 +1,74 @@
+"""How cells are compared and read: ids, codes, numbers, and what counts as missing."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from gapweave.shared.config.study import category_code
+
+MISSING = ("", "na", "n/a", "#n/a", "nan", "null", "none", "?", ".")
+"""Texts, in lower case, that stand for an empty cell."""
+
+EXACT = 2.0**53
+"""Below it a float holds every whole number exactly."""
+
+
+def missing(text: pl.Series) -> pl.Series:
+    """Which texts stand for an empty cell; null does."""
+    return text.is_null() | text.str.strip_chars().str.to_lowercase().is_in(MISSING)
+
+
+def id_text(series: pl.Series) -> pl.Series:
+    """Ids as text, null where empty. 12 and 12.0 become "12" as in a text file; "001" stays "001"."""
+    if series.dtype.is_float():
+        whole = (series == series.round()) & (series.abs() < EXACT)
+        integer = series.set(~whole.fill_null(False), None).cast(pl.Int64, strict=False).cast(pl.String)
+        text = integer.zip_with(integer.is_not_null(), series.cast(pl.String))
+    else:
+        text = series.cast(pl.String).str.strip_chars()
+    text = text.str.replace(r"^(-?\d+)\.0+$", "$1")
+    return text.set(missing(text), None)
+
+
+def code_text(series: pl.Series) -> pl.Series:
+    """Codes as `category_code` writes them, null where the cell is null or not a number.
+
+    Each distinct value is converted once.
+    """
+    if series.dtype.is_float() or series.dtype.is_decimal():
+        series = series.cast(pl.Float64).fill_nan(None)
+    elif series.dtype == pl.Boolean:
+        series = series.cast(pl.Int8)
+    elif not series.dtype.is_integer():
+        series = series.cast(pl.String)
+    distinct = series.unique().drop_nulls()
+    if distinct.is_empty():
+        return pl.Series(series.name, [None] * len(series), dtype=pl.String)
+    codes = pl.Series([category_code(value) for value in distinct.to_list()], dtype=pl.String)
+    return series.replace_strict(distinct, codes, default=None, return_dtype=pl.String)
+
+
+def recode(codes: pl.Series, mapping: dict[str, str] | None) -> pl.Series:
+    """Replace local codes by the study's; a code that the mapping lacks stays as it is."""
+    if not mapping:
+        return codes
+    return codes.replace(list(mapping), list(mapping.values()))
+
+
+def numbers(series: pl.Series) -> tuple[NDArray[np.float64], int]:
+    """Cells as numbers.
+
+    Returns:
+        values [E], NaN where missing or not a number; how many cells hold something that is not a number.
+    """
+    unreadable = 0
+    if series.dtype.is_numeric() or series.dtype == pl.Boolean:
+        values = series.cast(pl.Float64)
+    else:
+        text = series.cast(pl.String).str.strip_chars()
+        values = text.cast(pl.Float64, strict=False)
+        unreadable = int((values.is_null() & ~missing(text)).sum())
+    result: NDArray[np.float64] = values.fill_null(float("nan")).to_numpy()
+    return result, unreadable

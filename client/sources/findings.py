@@ -1,0 +1,27 @@
+"""What a check found: one line each, never with a patient's value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of `gapweave site check`.
+
+    Attributes:
+        id: the check, for machines.
+        status: ok, warning (training goes on), or problem (training would be refused or wrong).
+        where: file:column or file:key.
+        message: what was found; counts and column names only.
+        remedy: what to do; empty when nothing is to be done.
+    """
+
+    id: str
+    status: Status
+    where: str
+    message: str
+    remedy: str = ""

@@ -1,0 +1,108 @@
+"""Targets from the records' label columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapweave.client.sources.cells import code_text, missing, recode
+from gapweave.client.sources.files import Files
+from gapweave.client.sources.records import Records
+from gapweave.shared.config.site import Site
+from gapweave.shared.config.study import Task
+from gapweave.shared.errors import DataError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What is to be predicted.
+
+    Attributes:
+        value: [R, K] float32: 0/1, one-hot for multiclass; 0 where unknown.
+        known: [R, K] which targets are known.
+    """
+
+    value: NDArray[np.float32]
+    known: NDArray[np.bool_]
+
+
+def unlabelled(task: Task, records: int) -> Targets:
+    """Targets of records whose labels nobody knows yet."""
+    shape = (records, task.outputs)
+    return Targets(value=np.zeros(shape, np.float32), known=np.zeros(shape, np.bool_))
+
+
+def read_targets(task: Task, site: Site, files: Files, records: Records) -> Targets:
+    """Read the study's labels; an empty cell is an unknown label.
+
+    Raises:
+        UsageError: when the site file maps no column to a label.
+        DataError: for a missing column, or a value that is none of the study's codes.
+    """
+    allowed = task.class_names if task.kind == "multiclass" else ["0", "1"]
+    columns = [_codes(label, allowed, site, files, records) for label in task.labels]
+    if task.kind == "multiclass":
+        value = (columns[0][:, None] == np.arange(len(allowed))).astype(np.float32)
+        known = np.repeat(columns[0][:, None] >= 0, len(allowed), axis=1)
+    else:
+        codes = np.stack(columns, axis=1)
+        value, known = (codes == 1).astype(np.float32), codes >= 0
+    return Targets(value=value, known=known)
+
+
+def _codes(label: str, allowed: list[str], site: Site, files: Files, records: Records) -> NDArray[np.int64]:
+    """Position of each record's code among the allowed ones, -1 where unknown."""
+    column = site.data.records.label.get(label)
+    if column is None:
+        mapped = ", ".join(site.data.records.label) or "none"
+        raise UsageError(
+            f"the site file maps no column to the study's label {label!r} (mapped: {mapped})",
+            where=files.key("data.records.label"),
+            remedy=f"Add `{label}: <column>`",
+        )
+    codes = recode(code_text(records.table.column(column.column)), column.codes)
+    result = np.full(len(codes), -1, np.int64)
+    for at, code in enumerate(allowed):
+        result[(codes == code).fill_null(False).to_numpy()] = at
+    strange = int(((result < 0) & ~missing(codes).to_numpy()).sum())
+    if strange:
+        raise DataError(
+            f"{strange} rows hold a label that is not one of {', '.join(allowed)}",
+            where=records.table.where(column.column),
+            remedy="Map the codes by `label: {column: ..., codes: {local: code}}`; leave unknown ones empty",
+        )
+    return result
+
+
+def check_classes(task: Task, targets: Targets, training: NDArray[np.bool_], where: str) -> None:
+    """Refuse training records from which nothing can be learned.
+
+    Args:
+        task: the study's task.
+        targets: of all records.
+        training: [R] records that are trained on.
+        where: file and column, for messages.
+
+    Raises:
+        DataError: when no training record has a label, or all have the same one.
+    """
+    value, known = targets.value[training], targets.known[training]
+    if not known.any():
+        raise DataError(
+            "no training record has a label and data",
+            where=where,
+            remedy="Check the label column, the modalities and the split",
+        )
+    if task.kind == "multiclass":
+        varied = value[known[:, 0]].any(axis=0).sum() > 1
+    else:
+        ones, zeros = ((value > 0) & known).any(axis=0), ((value == 0) & known).any(axis=0)
+        varied = (ones & zeros).any()
+    if not varied:
+        raise DataError(
+            "one-class site: all training records have the same label",
+            where=where,
+            remedy="Check the label's column and codes, or leave the site out of this study",
+        )

@@ -1,0 +1,185 @@
+"""The list of records: which rows of the records file take part, and whose they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from gapweave.client.sources.cells import code_text, id_text
+from gapweave.client.sources.files import Files, Table, read_table
+from gapweave.client.sources.findings import Finding
+from gapweave.shared.config.site import ImageSource, Site
+from gapweave.shared.config.study import category_code
+from gapweave.shared.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """The records in use; those of one patient are together.
+
+    Attributes:
+        table: [R] rows of the records file.
+        id_column: its column of record ids, the default in the site's other files.
+        line: [R] number of each row in the file, the first below the header being 1.
+        ids: [R] record ids.
+        patient: [R] position of the record's patient.
+        patient_ids: [P] patient ids, by first appearance in the file.
+    """
+
+    table: Table
+    id_column: str
+    line: NDArray[np.int64]
+    ids: tuple[str, ...]
+    patient: NDArray[np.int64]
+    patient_ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def _positions(self) -> pl.DataFrame:
+        return pl.DataFrame(
+            {"id": self.ids, "row": np.arange(len(self.ids))}, schema_overrides={"id": pl.String}
+        )
+
+    def rows_of(self, ids: pl.Series) -> NDArray[np.int64]:
+        """Position of each id among the records, -1 for an id that is none of theirs."""
+        asked = pl.DataFrame({"id": id_text(ids)})
+        found = asked.join(self._positions, on="id", how="left", maintain_order="left")["row"]
+        rows: NDArray[np.int64] = found.fill_null(-1).to_numpy().astype(np.int64)
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the reader of one modality works with.
+
+    Attributes:
+        modality: its name.
+        files: where relative paths are looked up.
+        records: the site's records.
+        findings: where oddities are noted.
+    """
+
+    modality: str
+    files: Files
+    records: Records
+    findings: list[Finding] = field(default_factory=list)
+
+    def key(self, rest: str = "") -> str:
+        """A key of the modality's entry in the site file, for messages."""
+        return self.files.key(f"data.{self.modality}{rest}")
+
+    def warn(self, check: str, where: str, message: str, remedy: str) -> None:
+        """Note something that a person should look at, and that does not stop training."""
+        self.findings.append(Finding(id=check, status="warning", where=where, message=message, remedy=remedy))
+
+
+def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
+    """Read the records file: filter its rows, check its ids, cap the records of a patient, group by patient.
+
+    Args:
+        site: the site file.
+        files: where relative paths are looked up.
+        findings: the number of dropped records is noted here.
+
+    Raises:
+        DataError: for a file or column that is missing or unreadable, no row after filtering, an empty id, or
+            a record id given twice.
+    """
+    table = read_table(files.find(site.data.records.file), _wanted(site))
+    if table.frame.is_empty():
+        raise DataError("the file has no rows", where=str(table.path), remedy="Write one row a record")
+    line = pl.Series("line", np.arange(1, len(table.frame) + 1))
+    kept = _matching(table, site)
+    table, line = table.take(kept), line[kept]
+    record = _ids(table, site.data.records.id)
+    patient = _ids(table, site.data.records.patient)
+    twice = len(record) - record.n_unique()
+    if twice:
+        raise DataError(
+            f"{twice} rows repeat a record id of another row",
+            where=table.where(site.data.records.id),
+            remedy="Give every record its own id, or filter the rows by `where`",
+        )
+    order = _grouped(patient, site, table, findings)
+    names = patient[order].unique(maintain_order=True)
+    number = pl.DataFrame({"id": patient[order]}).join(
+        pl.DataFrame({"id": names, "at": np.arange(len(names))}), on="id", how="left", maintain_order="left"
+    )["at"]
+    return Records(
+        table=table.take(order),
+        id_column=site.data.records.id,
+        line=line[order].to_numpy().astype(np.int64),
+        ids=tuple(record[order].to_list()),
+        patient=number.to_numpy().astype(np.int64),
+        patient_ids=tuple(names.to_list()),
+    )
+
+
+def _wanted(site: Site) -> set[str]:
+    """Every column of the records file that some part of the site file names."""
+    records = site.data.records
+    wanted = {records.id, records.patient, *records.where, *site.subgroups.values()}
+    wanted |= {label.column for label in records.label.values()}
+    if site.split.column is not None:
+        wanted.add(site.split.column)
+    for source in site.data.modalities.values():
+        if isinstance(source, ImageSource):
+            wanted.add(source.column)
+        elif source.index is not None:
+            wanted.add(source.index)
+    return wanted
+
+
+def _matching(table: Table, site: Site) -> pl.Series:
+    """Positions of the rows that fulfil every condition of `where`."""
+    keep = pl.Series([True]).new_from_index(0, len(table.frame))
+    for column, value in site.data.records.where.items():
+        codes = [category_code(one) for one in (value if isinstance(value, list) else [value])]
+        keep &= code_text(table.column(column)).is_in(codes).fill_null(False)
+    if not keep.any():
+        raise DataError(
+            f"none of {len(keep)} rows fulfils `where`",
+            where=table.where(",".join(site.data.records.where)),
+            remedy="Compare the values under `where` with those of the column",
+        )
+    return keep.arg_true()
+
+
+def _ids(table: Table, column: str) -> pl.Series:
+    ids = id_text(table.column(column))
+    if ids.null_count():
+        raise DataError(
+            f"{ids.null_count()} rows have no id",
+            where=table.where(column),
+            remedy="Fill in the id of every row",
+        )
+    return ids
+
+
+def _grouped(patient: pl.Series, site: Site, table: Table, findings: list[Finding]) -> pl.Series:
+    """Positions of the records that are kept, patient by patient, each patient's in the file's order."""
+    frame = (
+        pl.DataFrame({"patient": patient})
+        .with_row_index("at")
+        .with_columns(first=pl.col("at").min().over("patient"), nth=pl.col("at").cum_count().over("patient"))
+    )
+    kept = frame.filter(pl.col("nth") <= site.patients.max_records).sort("first", "at")
+    dropped = len(frame) - len(kept)
+    if dropped:
+        findings.append(
+            Finding(
+                id="record_cap",
+                status="warning",
+                where=table.where(site.data.records.patient),
+                message=f"{dropped} of {len(frame)} records are dropped: patients with more than "
+                f"{site.patients.max_records} records keep their first ones",
+                remedy="Raise patients.max_records to use more",
+            )
+        )
+    return kept["at"]

@@ -1,0 +1,41 @@
+"""Series: a variable's values by hour."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapweave.client.sources.records import Reading
+from gapweave.client.sources.values import numeric, read_cells
+from gapweave.shared.config.site import ColumnsSource
+from gapweave.shared.config.study import SeriesModality
+from gapweave.shared.errors import UsageError
+from gapweave.shared.features import series as features
+
+
+def read(
+    spec: SeriesModality, source: ColumnsSource, reading: Reading
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Read a series modality.
+
+    Returns:
+        inputs [R, T, 2V]; present [R]: any value inside the window.
+
+    Raises:
+        UsageError: for a source without time, a variable that the study lacks, or a unit that cannot be
+            converted.
+        DataError: for a file or column that is missing or unreadable.
+    """
+    if source.time is None:
+        raise UsageError(
+            "a series needs the time of its values",
+            where=reading.key(".time"),
+            remedy="Name the column with hours, or the timestamps and their `index`",
+        )
+    events = {}
+    for name, cells in read_cells(source, list(spec.columns), spec.hours, reading).items():
+        value = numeric(cells, name, source.columns[name], spec.columns[name], reading)
+        hour = cells.rows.hour
+        assert hour is not None
+        events[name] = features.Events(record=cells.rows.record, hour=hour, value=value)
+    return features.encode(spec.columns, spec.hours, events, len(reading.records))

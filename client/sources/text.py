@@ -1,0 +1,40 @@
+"""Text: a record's notes as one text."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from gapweave.client.sources.records import Reading
+from gapweave.client.sources.values import read_rows
+from gapweave.shared.config.site import TextSource
+from gapweave.shared.config.study import TextModality
+from gapweave.shared.features import text as features
+
+
+def read(
+    spec: TextModality, source: TextSource, reading: Reading
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Read a text modality: the columns in their order, the rows by time, or as the file has them.
+
+    Returns:
+        inputs [R, buckets]; present [R].
+
+    Raises:
+        UsageError: for a time without prediction time.
+        DataError: for a file or column that is missing or unreadable.
+    """
+    rows = read_rows(source, source.columns, spec.hours, reading)
+    columns = [
+        rows.table.column(name).cast(pl.String).fill_null("").alias(str(at))
+        for at, name in enumerate(source.columns)
+    ]
+    joined = pl.DataFrame(columns).select(text=pl.concat_str(pl.all(), separator=" "))["text"]
+    frame = pl.DataFrame({"record": rows.record, "text": joined})
+    if rows.hour is not None:
+        frame = frame.with_columns(hour=pl.Series(rows.hour)).sort("hour", maintain_order=True)
+    by_record = frame.group_by("record", maintain_order=True).agg(pl.col("text").str.join(" "))
+    texts = np.full(len(reading.records), "", object)
+    texts[by_record["record"].to_numpy()] = by_record["text"].to_list()
+    return features.encode(texts.tolist(), spec.buckets)

@@ -1,0 +1,111 @@
+"""Hours between a record's index time and its values, given as hours or as timestamps."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from gapweave.client.sources.cells import missing, numbers
+from gapweave.client.sources.files import Table
+from gapweave.client.sources.records import Reading
+from gapweave.shared.errors import DataError
+
+MICROSECONDS = 3.6e9
+"""Of an hour."""
+
+_ZONE = r"(Z|[+-]\d{2}:?\d{2})$"
+_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")
+
+
+def hours_of(
+    table: Table, time: str, index: str | None, rows: NDArray[np.int64], reading: Reading
+) -> NDArray[np.float64]:
+    """Hours since the index time of the record that a row belongs to.
+
+    Args:
+        table: the file of values.
+        time: its time column: hours, or timestamps when there is an index column.
+        index: records column with the index time.
+        rows: [E] the record of each row, -1 for none of the site's.
+        reading: the modality; unreadable times of the site's records are noted in it.
+
+    Returns:
+        [E], NaN where the time is not known: such a value is never read.
+
+    Raises:
+        DataError: when the columns hold no times, or only one of them names a time zone.
+    """
+    series = table.column(time)
+    if index is None:
+        hour = _numeric(series, table.where(time))
+    else:
+        moments, zoned = _moments(series, table.where(time))
+        starts, starts_zoned = _moments(
+            reading.records.table.column(index), reading.records.table.where(index)
+        )
+        if zoned != starts_zoned:
+            raise DataError(
+                "of the time and the index column only one names a time zone",
+                where=table.where(time),
+                remedy=f"Write both with a time zone, or both without (index: {index!r})",
+            )
+        hour = (moments - starts[np.maximum(rows, 0)]) / MICROSECONDS
+    unknown = int((np.isnan(hour) & (rows >= 0)).sum())
+    if unknown:
+        reading.warn(
+            "time",
+            table.where(time),
+            f"{unknown} of {int((rows >= 0).sum())} rows have no readable time and are not read",
+            "Fill in hours, or timestamps such as 2024-05-01 13:00",
+        )
+    return hour
+
+
+def _numeric(series: pl.Series, where: str) -> NDArray[np.float64]:
+    if series.dtype.is_temporal():
+        hour, unreadable = np.empty(0), len(series)
+    else:
+        hour, unreadable = numbers(series)
+    if unreadable and unreadable == len(series) - series.null_count():
+        raise DataError(
+            "the time column does not hold numbers (hours)",
+            where=where,
+            remedy="For timestamps, give `index`: the records column with the index time",
+        )
+    return np.where(np.isfinite(hour), hour, np.nan)
+
+
+def _moments(series: pl.Series, where: str) -> tuple[NDArray[np.float64], bool]:
+    """Microseconds since the epoch (NaN where unknown), and whether the column names a time zone."""
+    if series.dtype == pl.Date:
+        series = series.cast(pl.Datetime("us"))
+    if isinstance(series.dtype, pl.Datetime):
+        zoned = series.dtype.time_zone is not None
+        moments = series.dt.timestamp("us")
+    elif series.dtype == pl.String:
+        moments, zoned = _parsed(series)
+    else:
+        moments, zoned = pl.Series([None] * len(series), dtype=pl.Int64), False
+    if len(series) and moments.null_count() == len(series):
+        raise DataError(
+            "the column does not hold timestamps",
+            where=where,
+            remedy="Write timestamps such as 2024-05-01 13:00, or hours and no `index`",
+        )
+    return moments.cast(pl.Float64).fill_null(float("nan")).to_numpy(), zoned
+
+
+def _parsed(series: pl.Series) -> tuple[pl.Series, bool]:
+    text = series.str.strip_chars().str.replace("T", " ", literal=True)
+    text = text.set(missing(text), None)
+    zoned = bool(text.str.contains(_ZONE).any())
+    if zoned:
+        text = text.str.replace("Z$", "+00:00")
+    else:
+        text = text.str.replace(r"^(\d{4}-\d{2}-\d{2})$", "$1 00:00")
+    result = pl.Series([None] * len(text), dtype=pl.Int64)
+    for layout in _FORMATS:
+        found = text.str.to_datetime(layout + ("%:z" if zoned else ""), time_unit="us", strict=False)
+        result = result.zip_with(result.is_not_null(), found.dt.timestamp("us"))
+    return result, zoned

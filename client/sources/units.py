@@ -1,0 +1,111 @@
+"""Local units into the study's: every conversion is a factor and an offset."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapweave.shared.config.site import ValueColumn
+from gapweave.shared.config.study import Range
+from gapweave.shared.errors import UsageError
+
+
+def to_study_unit(
+    values: NDArray[np.float64], column: ValueColumn, card: Range, where: str
+) -> NDArray[np.float64]:
+    """Convert local values.
+
+    Args:
+        values: any shape, in the local unit.
+        column: what the site file says of them: a factor, a unit, or neither (already the study's unit).
+        card: what the study says of them.
+        where: key of the site file, for messages.
+
+    Raises:
+        UsageError: for a unit that is unknown, or that does not measure the same quantity.
+    """
+    factor, offset = 1.0 if column.factor is None else column.factor, column.offset
+    if column.unit is not None and column.unit != card.unit:
+        if card.unit is None:
+            raise UsageError(
+                f"the unit {column.unit!r} cannot be converted: the study gives no unit for this variable",
+                where=where,
+                remedy="Use `factor` and `offset`, or add `unit` to the study",
+            )
+        scale, shift = conversion(column.unit, card.unit, card.molar_mass, where)
+        # The site's own offset is in the study's unit: it is added last, as with a factor.
+        factor, offset = scale, shift + column.offset
+    return values * factor + offset
+
+
+@cache
+def conversion(local: str, study: str, molar_mass: float | None, where: str) -> tuple[float, float]:
+    """Factor and offset from the local to the study's unit.
+
+    Args:
+        local: unit of the site.
+        study: unit of the study.
+        molar_mass: g/mol; allows mass <-> amount of substance.
+        where: key of the site file, for messages.
+
+    Raises:
+        UsageError: naming both units.
+    """
+    source, target = _parse(local, where), _parse(study, where)
+    try:
+        zero, one, two = (_convert(source, target, value, molar_mass) for value in (0.0, 1.0, 2.0))
+    except Exception:  # pint raises its own errors, and arithmetic ones for logarithmic units
+        hint = (
+            ""
+            if molar_mass
+            else ", or add `molar_mass` to the study if one is a mass and the other an amount"
+        )
+        raise UsageError(
+            f"{local!r} cannot be converted to the study's unit {study!r}",
+            where=where,
+            remedy=f"Correct the unit, use `factor` and `offset`{hint}",
+        ) from None
+    if not math.isclose(two - one, one - zero, rel_tol=1e-9):
+        raise UsageError(
+            f"{local!r} to {study!r} is not a conversion by factor and offset",
+            where=where,
+            remedy="Convert the column before Gapweave reads it",
+        )
+    return one - zero, zero
+
+
+@cache
+def _registry() -> Any:
+    # Importing pint costs as much as reading a site: only sites that name a unit pay for it.
+    import pint
+
+    return pint.UnitRegistry()
+
+
+def _parse(unit: str, where: str) -> Any:
+    """A quantity of 1 unit. UCUM's 10*9/L and a bare /min are understood."""
+    text = re.sub(r"\b10\*(?=\d)", "10**", unit.strip())
+    text = f"1{text}" if text.startswith("/") else text
+    try:
+        return _registry().Quantity(1, text) if not re.search(r"\d", text) else _registry()(text)
+    except Exception:  # an arbitrary text can fail anywhere in pint's parser
+        raise UsageError(
+            f"the unit {unit!r} is not known",
+            where=where,
+            remedy="Write it as in mg/dL or mmol/L, or use `factor`",
+        ) from None
+
+
+def _convert(source: Any, target: Any, value: float, molar_mass: float | None) -> float:
+    registry = _registry()
+    quantity = registry.Quantity(value * source.magnitude, source.units)
+    if quantity.is_compatible_with(target.units) or molar_mass is None:
+        converted = quantity.to(target.units)
+    else:
+        converted = quantity.to(target.units, "chemistry", mw=registry.Quantity(molar_mass, "g/mol"))
+    return float(converted.magnitude) / float(target.magnitude)

@@ -1,0 +1,208 @@
+"""A site's variables: which rows hold them, for which record, when; and their cells as numbers or codes."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from gapweave.client.sources.cells import code_text, missing, numbers, recode
+from gapweave.client.sources.files import Table, read_table
+from gapweave.client.sources.records import Reading
+from gapweave.client.sources.times import hours_of
+from gapweave.client.sources.units import to_study_unit
+from gapweave.shared.config.site import ColumnsSource, TextSource, ValueColumn
+from gapweave.shared.config.study import Categories, Range
+from gapweave.shared.errors import UsageError
+from gapweave.shared.features.ranges import implausible
+
+SUSPICIOUS = 0.2
+"""A larger share of a variable's values outside the public range looks like another unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of a file that belong to the site's records and lie before the prediction time.
+
+    Attributes:
+        table: [E] the rows.
+        record: [E] the record of each.
+        hour: [E] hours since its index time; None when the source has no time.
+    """
+
+    table: Table
+    record: NDArray[np.int64]
+    hour: NDArray[np.float64] | None
+
+    def only(self, keep: NDArray[np.bool_]) -> Rows:
+        """Some of the rows."""
+        return replace(
+            self,
+            table=self.table.take(pl.Series(np.flatnonzero(keep))),
+            record=self.record[keep],
+            hour=None if self.hour is None else self.hour[keep],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """The cells of one variable.
+
+    Attributes:
+        where: file:column, for messages.
+        rows: [E] the rows that they stand in.
+        raw: [E] as the file holds them.
+    """
+
+    where: str
+    rows: Rows
+    raw: pl.Series
+
+
+def read_rows(
+    source: ColumnsSource | TextSource, columns: list[str], hours: int | None, reading: Reading
+) -> Rows:
+    """Read the site's rows of a file.
+
+    Args:
+        source: the modality's entry in the site file.
+        columns: value columns to read.
+        hours: the study's prediction time; rows at or after it are dropped here, before anything looks at
+            them.
+        reading: the modality.
+
+    Raises:
+        UsageError: when the source has a time and the study no prediction time.
+        DataError: for a file or column that is missing or unreadable.
+    """
+    if source.time is not None and hours is None:
+        raise UsageError(
+            "the values carry a time, but the study sets no prediction time for this modality",
+            where=reading.key(".time"),
+            remedy=f"Add `hours` to the study's {reading.modality!r}, or remove `time`",
+        )
+    key = source.id if source.id is not None else reading.records.id_column
+    table = read_table(
+        reading.files.find(source.file), [key, *columns, *([source.time] if source.time else [])]
+    )
+    record = reading.records.rows_of(table.column(key))
+    if len(record) and (record < 0).all():
+        reading.warn(
+            "ids",
+            table.where(key),
+            "no row of the file belongs to one of the site's records",
+            "Compare the ids of both files; `id` names the column of record ids",
+        )
+    keep, hour = record >= 0, None
+    if source.time is not None and hours is not None:
+        hour = hours_of(table, source.time, source.index, record, reading)
+        keep &= hour < hours
+    return Rows(table=table, record=record, hour=hour).only(keep)
+
+
+def read_cells(
+    source: ColumnsSource, known: list[str], hours: int | None, reading: Reading
+) -> dict[str, Cells]:
+    """The cells of each variable, from one column a variable or from long form.
+
+    Args:
+        source: the modality's entry in the site file.
+        known: the study's variables.
+        hours: the study's prediction time.
+        reading: the modality.
+
+    Raises:
+        UsageError: for a variable that the study lacks (and as `read_rows`).
+        DataError: as `read_rows`.
+    """
+    for name in source.columns:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise UsageError(
+                f"the study has no variable {name!r} in {reading.modality!r}",
+                where=reading.key(f".columns.{name}"),
+                remedy=f"Did you mean {close[0]!r}?" if close else f"Its variables: {', '.join(known)}",
+            )
+    if source.item is not None and source.value is not None:
+        return _long(source, source.item, source.value, hours, reading)
+    rows = read_rows(source, [column.column for column in source.columns.values()], hours, reading)
+    return {
+        name: Cells(where=rows.table.where(column.column), rows=rows, raw=rows.table.column(column.column))
+        for name, column in source.columns.items()
+    }
+
+
+def _long(
+    source: ColumnsSource, item: str, value: str, hours: int | None, reading: Reading
+) -> dict[str, Cells]:
+    rows = read_rows(source, [item, value], hours, reading)
+    items = code_text(rows.table.column(item))
+    result = {}
+    for name, column in source.columns.items():
+        wanted = code_text(pl.Series([column.column]))[0]
+        chosen = rows.only((items == wanted).fill_null(False).to_numpy())
+        where = f"{rows.table.where(value)}[{name}]"
+        result[name] = Cells(where=where, rows=chosen, raw=chosen.table.column(value))
+    return result
+
+
+def numeric(
+    cells: Cells, name: str, column: ValueColumn, card: Range, reading: Reading
+) -> NDArray[np.float64]:
+    """Cells as numbers in the study's unit, NaN where missing.
+
+    The cells that are not numbers, and the values outside the public range, are counted in the findings.
+
+    Raises:
+        UsageError: for a unit that cannot be converted.
+    """
+    raw = cells.raw if not column.codes else recode(code_text(cells.raw), column.codes)
+    local, unreadable = numbers(raw)
+    values = to_study_unit(local, column, card, reading.key(f".columns.{name}.unit"))
+    if unreadable:
+        reading.warn(
+            "numbers",
+            cells.where,
+            f"{unreadable} of {len(raw)} cells are not numbers and count as missing",
+            "Write plain numbers with a decimal point, or map codes by `codes`",
+        )
+    _check_range(values, cells.where, card, reading)
+    return values
+
+
+def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: Reading) -> None:
+    observed = int((~np.isnan(values)).sum())
+    outside = int(implausible(values, card).sum())
+    if not outside:
+        return
+    text = (
+        f"{outside} of {observed} values lie outside [{card.low:g}, {card.high:g}] {card.unit or ''}".rstrip()
+    )
+    if outside > SUSPICIOUS * observed:
+        reading.warn(
+            "unit", where, f"{text}: probably another unit", "Set `unit:` or `factor:` for this column"
+        )
+    else:
+        reading.warn(
+            "range", where, f"{text} and are clipped", "Look at these rows; infinite ones count as missing"
+        )
+
+
+def categorical(cells: Cells, column: ValueColumn, card: Categories, reading: Reading) -> NDArray[Any]:
+    """Cells as the study's codes, None where missing; codes that the study lacks are counted."""
+    codes = recode(code_text(cells.raw), column.codes)
+    known = codes.is_in(card.categories).fill_null(False)
+    unknown = int((~known & ~missing(codes)).sum())
+    if unknown:
+        reading.warn(
+            "codes",
+            cells.where,
+            f"{unknown} of {len(codes)} cells hold a code that the study does not know, and count as missing",
+            f"Map them by `codes`; the study knows {', '.join(card.categories)}",
+        )
+    result: NDArray[Any] = codes.set(~known, None).to_numpy(allow_copy=True).astype(object)
+    return result
