@@ -17,7 +17,7 @@ from gapweave.client.sources.cells import code_text, missing
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.labels import Targets, check_classes, read_targets, unlabelled
-from gapweave.client.sources.records import Reading, Records, read_records
+from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.client.sources.split import test_patients
 from gapweave.shared.config.site import ColumnsSource, ImageSource, Site, TextSource
 from gapweave.shared.config.study import (
@@ -99,6 +99,7 @@ def load_cohort(
     findings = [] if findings is None else findings
     files = Files(site_file=site_file, data_dir=data_dir)
     records = read_records(site, files, findings)
+    refuse_repeats(records)
     targets = (
         read_targets(study.task, site, files, records) if labels else unlabelled(study.task, len(records))
     )

@@ -42,9 +42,8 @@ class Records:
 
     @cached_property
     def _positions(self) -> pl.DataFrame:
-        return pl.DataFrame(
-            {"id": self.ids, "row": np.arange(len(self.ids))}, schema_overrides={"id": pl.String}
-        )
+        # Where ids repeat (only a check lives to see it) the join must not multiply rows.
+        return pl.DataFrame({"id": self.ids, "row": np.arange(len(self.ids))}).unique("id", keep="first")
 
     def rows_of(self, ids: pl.Series) -> NDArray[np.int64]:
         """Position of each id among the records, -1 for an id that is none of theirs."""
@@ -88,8 +87,8 @@ def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
         findings: the number of dropped records is noted here.
 
     Raises:
-        DataError: for a file or column that is missing or unreadable, no row after filtering, an empty id, or
-            a record id given twice.
+        DataError: for a file or column that is missing or unreadable, no row after filtering, or an empty
+            id.
     """
     table = read_table(files.find(site.data.records.file), _wanted(site))
     if table.frame.is_empty():
@@ -99,13 +98,6 @@ def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
     table, line = table.take(kept), line[kept]
     record = _ids(table, site.data.records.id)
     patient = _ids(table, site.data.records.patient)
-    twice = len(record) - record.n_unique()
-    if twice:
-        raise DataError(
-            f"{twice} rows repeat a record id of another row",
-            where=table.where(site.data.records.id),
-            remedy="Give every record its own id, or filter the rows by `where`",
-        )
     order = _grouped(patient, site, table, findings)
     names = patient[order].unique(maintain_order=True)
     number = pl.DataFrame({"id": patient[order]}).join(
@@ -119,6 +111,21 @@ def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
         patient=number.to_numpy().astype(np.int64),
         patient_ids=tuple(names.to_list()),
     )
+
+
+def refuse_repeats(records: Records) -> None:
+    """Refuse records that share an id: values could not be told apart.
+
+    Raises:
+        DataError: with their number.
+    """
+    twice = len(records) - len(set(records.ids))
+    if twice:
+        raise DataError(
+            f"{twice} rows repeat the record id of another row",
+            where=records.table.where(records.id_column),
+            remedy="Give every record its own id, or filter the rows by `where`",
+        )
 
 
 def _wanted(site: Site) -> set[str]:

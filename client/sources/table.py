@@ -37,7 +37,7 @@ def read(
         column, card = source.columns[name], spec.columns[name]
         if isinstance(card, Categories):
             codes = categorical(raw, column, card, reading)
-            values[name] = _one_each(codes, codes != None, raw.rows, np.full(records, None, object))  # noqa: E711
+            values[name] = _one_each(codes, codes.astype(np.bool_), raw.rows, np.full(records, None, object))
         else:
             found = numeric(raw, name, column, card, reading)
             values[name] = _one_each(found, ~np.isnan(found), raw.rows, np.full(records, np.nan))

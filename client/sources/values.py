@@ -160,8 +160,8 @@ def numeric(
     Raises:
         UsageError: for a unit that cannot be converted.
     """
-    raw = cells.raw if not column.codes else recode(code_text(cells.raw), column.codes)
-    local, unreadable = numbers(raw)
+    raw = _without_missing(cells.raw, column)
+    local, unreadable = numbers(recode(code_text(raw), column.codes) if column.codes else raw)
     values = to_study_unit(local, column, card, reading.key(f".columns.{name}.unit"))
     if unreadable:
         reading.warn(
@@ -172,6 +172,13 @@ def numeric(
         )
     _check_range(values, cells.where, card, reading)
     return values
+
+
+def _without_missing(raw: pl.Series, column: ValueColumn) -> pl.Series:
+    """Null where a cell holds one of the values that mean missing at this site."""
+    if not column.missing:
+        return raw
+    return raw.set(code_text(raw).is_in(column.missing).fill_null(False), None)
 
 
 def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: Reading) -> None:
@@ -194,7 +201,7 @@ def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: 
 
 def categorical(cells: Cells, column: ValueColumn, card: Categories, reading: Reading) -> NDArray[Any]:
     """Cells as the study's codes, None where missing; codes that the study lacks are counted."""
-    codes = recode(code_text(cells.raw), column.codes)
+    codes = recode(code_text(_without_missing(cells.raw, column)), column.codes)
     known = codes.is_in(card.categories).fill_null(False)
     unknown = int((~known & ~missing(codes)).sum())
     if unknown:

@@ -1,0 +1,207 @@
+"""`gapweave site check`: all that can be said of a site's data before a run, past the first problem."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapweave.client.data import label_where, no_modality, read_modality, read_subgroups, split_patients
+from gapweave.client.sources.files import Files, read_table
+from gapweave.client.sources.findings import Finding, Status
+from gapweave.client.sources.labels import Targets, check_classes, read_targets
+from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
+from gapweave.shared.config.site import ColumnsSource, ImageSource, Site, Source
+from gapweave.shared.config.study import Study
+from gapweave.shared.errors import GapweaveError
+
+__all__ = ["Finding", "as_json", "check_site"]
+
+Result = TypeVar("Result")
+
+
+def check_site(
+    study: Study | None, site: Site, site_file: Path, data_dir: Path | None = None
+) -> list[Finding]:
+    """Run every check on a site's data.
+
+    Args:
+        study: None: only whether files and columns are there and readable.
+        site: the site file.
+        site_file: its path; relative paths in it are relative to its folder.
+        data_dir: folder of data sets, searched first.
+
+    Returns:
+        One finding a line, in the order of the checks; a problem does not stop the ones that can go on.
+    """
+    return _Check(site, Files(site_file=site_file, data_dir=data_dir)).run(study)
+
+
+def as_json(findings: Iterable[Finding]) -> dict[str, Any]:
+    """The findings as `--json` prints them."""
+    checks = [asdict(finding) for finding in findings]
+    return {"ok": all(check["status"] != "problem" for check in checks), "checks": checks}
+
+
+class _Check:
+    """One run of the checks; collects what they find."""
+
+    def __init__(self, site: Site, files: Files) -> None:
+        self.site = site
+        self.files = files
+        self.findings: list[Finding] = []
+
+    def run(self, study: Study | None) -> list[Finding]:
+        records = self._attempt("records", lambda: read_records(self.site, self.files, self.findings))
+        if records is not None:
+            self._records(records)
+        if study is None or records is None:
+            self._columns(records)
+        else:
+            self._against(study, records)
+        return self.findings
+
+    def _add(self, check: str, status: Status, where: str, message: str, remedy: str = "") -> None:
+        self.findings.append(Finding(id=check, status=status, where=where, message=message, remedy=remedy))
+
+    def _attempt(self, check: str, action: Callable[[], Result]) -> Result | None:
+        """The action's result; None, and a problem, when it fails."""
+        try:
+            return action()
+        except GapweaveError as error:
+            self._add(check, "problem", error.where, error.what, error.remedy)
+            return None
+
+    def _records(self, records: Records) -> None:
+        where, patients = str(records.table.path), len(records.patient_ids)
+        self._add("records", "ok", where, f"{len(records)} records of {patients} patients")
+        self._attempt("duplicates", lambda: refuse_repeats(records))
+        if not any(finding.id == "record_cap" for finding in self.findings):
+            self._add(
+                "record_cap", "ok", where, f"no patient has over {self.site.patients.max_records} records"
+            )
+        self._attempt("subgroups", lambda: read_subgroups(self.site, records))
+        key, upper = self.files.key("patients.upper"), self.site.patients.upper
+        if patients > upper:
+            remedy = "Raise patients.upper to the cohort's order of magnitude: it bounds delta"
+            self._add(
+                "upper", "problem", key, f"{patients} patients are more than patients.upper={upper}", remedy
+            )
+        else:
+            self._add("upper", "ok", key, f"{patients} patients are within patients.upper={upper}")
+
+    def _columns(self, records: Records | None) -> None:
+        """What can be checked without a study: that files and columns are there."""
+        if records is not None:
+            named = [label.column for label in self.site.data.records.label.values()]
+            for column in [*named, *([self.site.split.column] if self.site.split.column else [])]:
+                self._attempt("records", partial(records.table.column, column))
+        for name, source in self.site.data.modalities.items():
+            message = self._attempt("modality", partial(self._openable, source, records))
+            if message is not None:
+                self._add("modality", "ok", self.files.key(f"data.{name}"), message)
+
+    def _openable(self, source: Source, records: Records | None) -> str:
+        if isinstance(source, ImageSource):
+            self.files.find(source.folder)
+            if records is not None:
+                records.table.column(source.column)
+            return "the folder is there"
+        wanted = _columns_of(source, self.site.data.records.id)
+        table = read_table(self.files.find(source.file), wanted)
+        for column in wanted:
+            table.column(column)
+        if records is not None and source.index is not None:
+            records.table.column(source.index)
+        return f"{len(table.frame)} rows, all columns are there"
+
+    def _against(self, study: Study, records: Records) -> None:
+        targets = self._attempt("labels", lambda: read_targets(study.task, self.site, self.files, records))
+        if targets is not None:
+            self._labels(study, records, targets)
+        held_out = self._attempt("split", lambda: split_patients(study, self.site, records))
+        if held_out is not None:
+            message = f"{int(held_out.sum())} of {len(held_out)} patients are held out"
+            self._add("split", "ok", self.files.key("split"), message)
+        present = self._modalities(study, records)
+        self._unused(study)
+        if targets is not None and held_out is not None and present is not None:
+            usable = np.logical_and(targets.known.any(axis=1), present.any(axis=1))
+            training = usable & ~held_out[records.patient]
+            self._cohort(study, records, targets, training)
+
+    def _labels(self, study: Study, records: Records, targets: Targets) -> None:
+        where, known = label_where(study, self.site, records), targets.known.any(axis=1)
+        missing = int((~known).sum())
+        self._add("labels", "ok", where, f"{int(known.sum())} records have a label")
+        if missing:
+            message = f"{missing} of {len(records)} records have no label and are not trained on"
+            self._add("unlabelled", "warning", where, message, "Fill in the labels if they are known")
+
+    def _modalities(self, study: Study, records: Records) -> NDArray[np.bool_] | None:
+        """Which record has which modality, [R, M]; None when one could not be read."""
+        present = np.zeros((len(records), len(study.order)), np.bool_)
+        complete = True
+        for at, name in enumerate(study.order):
+            if self.site.holds(name):
+                reading = Reading(modality=name, files=self.files, records=records, findings=self.findings)
+                result = self._attempt("modality", partial(read_modality, study, self.site, reading))
+                complete &= result is not None
+                if result is not None:
+                    present[:, at] = result[1]
+                    self._share(reading, present[:, at])
+        lacking = [name for name in study.order if not self.site.holds(name)]
+        if len(lacking) == len(study.order):
+            error = no_modality(study, self.files)
+            self._add("modality", "problem", error.where, error.what, error.remedy)
+            return None
+        if lacking:
+            self._add("modality", "ok", self.files.key("data"), f"the site lacks {', '.join(lacking)}")
+        return present if complete else None
+
+    def _share(self, reading: Reading, present: NDArray[np.bool_]) -> None:
+        count = int(present.sum())
+        message = f"{count} of {len(present)} records have it ({count / len(present):.0%})"
+        if count:
+            self._add("modality", "ok", reading.key(), message)
+        else:
+            remedy = "Compare ids, times and columns with the file, or remove the modality"
+            self._add("modality", "warning", reading.key(), message, remedy)
+
+    def _unused(self, study: Study) -> None:
+        lacking = [name for name in study.order if not self.site.holds(name)]
+        for name in self.site.data.modalities:
+            if name not in study.modalities:
+                close = difflib.get_close_matches(name, lacking, n=1)
+                remedy = f"Did you mean {close[0]!r}?" if close else ""
+                status: Status = "warning" if close else "ok"
+                self._add(
+                    "unused", status, self.files.key(f"data.{name}"), "the study does not use it", remedy
+                )
+
+    def _cohort(self, study: Study, records: Records, targets: Targets, training: NDArray[np.bool_]) -> None:
+        where = label_where(study, self.site, records)
+        self._attempt("classes", lambda: check_classes(study.task, targets, training, where))
+        patients, least = len(np.unique(records.patient[training])), self.site.policy.min_patients
+        key = self.files.key("policy.min_patients")
+        if patients < least:
+            message = f"{patients} training patients are fewer than policy.min_patients={least}"
+            self._add("cohort", "problem", key, message, "Lower the limit only if the hospital agrees")
+        else:
+            self._add("cohort", "ok", key, f"{patients} training patients")
+
+
+def _columns_of(source: Any, record_id: str) -> list[str]:
+    """Every column of its file that a source names."""
+    columns = [source.id or record_id, *([source.time] if source.time else [])]
+    if not isinstance(source, ColumnsSource):
+        return [*columns, *source.columns]
+    if source.item is not None and source.value is not None:
+        return [*columns, source.item, source.value]
+    return [*columns, *(column.column for column in source.columns.values())]
