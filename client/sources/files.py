@@ -9,7 +9,7 @@ from pathlib import Path
 
 import platformdirs
 import polars as pl
-from polars.exceptions import PolarsError
+from polars.exceptions import NoDataError, PolarsError
 
 from gapweave.client.sources import SOURCES
 from gapweave.shared.errors import DataError
@@ -138,7 +138,7 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     text = str(error).lower()
     if "utf-8" in text or "utf8" in text:
         return DataError("the file is not UTF-8 text", where=str(path), remedy="Save it as UTF-8")
-    if "no data" in text or "empty" in text:
+    if isinstance(error, NoDataError):
         return DataError(
             "the file is empty", where=str(path), remedy="Write a header line and one row a record"
         )

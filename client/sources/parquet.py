@@ -14,7 +14,9 @@ class Parquet:
 
     def names(self, path: Path) -> list[str]:
         """See `TableFormat`."""
-        return list(pl.read_parquet_schema(path))
+        # A path would be expanded as a pattern; an open file is not.
+        with path.open("rb") as file:
+            return list(pl.read_parquet_schema(file))
 
     def read(self, path: Path, columns: list[str]) -> pl.DataFrame:
         """See `TableFormat`."""
