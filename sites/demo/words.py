@@ -3,13 +3,13 @@
 FINDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "heart": (
         ("orthopnoea", "oedema", "gallop", "cardiomegaly", "distended", "diuretics", "ejection", "crackles",
-         "congested", "palpitations", "fibrillation", "troponin", "diuretic", "swollen", "dyspnoea", "systolic"),
+         "congested", "palpitations", "fibrillation", "troponin", "diuretic", "swollen", "dyspnoea", "rales"),
         ("euvolaemic", "regular", "sinus", "compensated", "flat", "ambulating", "exercise", "clear",
          "unlimited", "normotensive", "slim", "echo", "cycling", "climbs", "painless", "warm"),
     ),
     "renal": (
         ("oliguria", "dialysis", "uraemic", "catheter", "anuric", "nephrology", "fistula", "effusion",
-         "overloaded", "potassium", "acidotic", "haematuria", "obstructed", "retention", "itching", "buffer"),
+         "overloaded", "potassium", "acidotic", "haematuria", "obstructed", "retention", "itching", "urea"),
         ("voiding", "diuresing", "hydrated", "continent", "balanced", "drinking", "urinating", "even",
          "dipstick", "concentrated", "moist", "output", "fluids", "thirst", "tolerating", "soft"),
     ),
