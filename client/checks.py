@@ -26,9 +26,7 @@ __all__ = ["Finding", "as_json", "check_site"]
 Result = TypeVar("Result")
 
 
-def check_site(
-    study: Study | None, site: Site, site_file: Path, data_dir: Path | None = None
-) -> list[Finding]:
+def check_site(study: Study | None, site: Site, site_file: Path, data_dir: Path | None = None) -> list[Finding]:
     """Run every check on a site's data.
 
     Args:
@@ -83,16 +81,12 @@ class _Check:
         self._add("records", "ok", where, f"{len(records)} records of {patients} patients")
         self._attempt("duplicates", lambda: refuse_repeats(records))
         if not any(finding.id == "record_cap" for finding in self.findings):
-            self._add(
-                "record_cap", "ok", where, f"no patient has over {self.site.patients.max_records} records"
-            )
+            self._add("record_cap", "ok", where, f"no patient has over {self.site.patients.max_records} records")
         self._attempt("subgroups", lambda: read_subgroups(self.site, records))
         key, upper = self.files.key("patients.upper"), self.site.patients.upper
         if patients > upper:
             remedy = "Raise patients.upper to the cohort's order of magnitude: it bounds delta"
-            self._add(
-                "upper", "problem", key, f"{patients} patients are more than patients.upper={upper}", remedy
-            )
+            self._add("upper", "problem", key, f"{patients} patients are more than patients.upper={upper}", remedy)
         else:
             self._add("upper", "ok", key, f"{patients} patients are within patients.upper={upper}")
 
@@ -181,9 +175,7 @@ class _Check:
                 close = difflib.get_close_matches(name, lacking, n=1)
                 remedy = f"Did you mean {close[0]!r}?" if close else ""
                 status: Status = "warning" if close else "ok"
-                self._add(
-                    "unused", status, self.files.key(f"data.{name}"), "the study does not use it", remedy
-                )
+                self._add("unused", status, self.files.key(f"data.{name}"), "the study does not use it", remedy)
 
     def _cohort(self, study: Study, records: Records, targets: Targets, training: NDArray[np.bool_]) -> None:
         where = label_where(study, self.site, records)

@@ -100,9 +100,7 @@ def load_cohort(
     files = Files(site_file=site_file, data_dir=data_dir)
     records = read_records(site, files, findings)
     refuse_repeats(records)
-    targets = (
-        read_targets(study.task, site, files, records) if labels else unlabelled(study.task, len(records))
-    )
+    targets = read_targets(study.task, site, files, records) if labels else unlabelled(study.task, len(records))
     held_out = split_patients(study, site, records, labels=labels)
     inputs, present = _read_modalities(study, site, files, records, findings)
     if labels:
@@ -112,9 +110,7 @@ def load_cohort(
     usable = np.ones(len(records), np.bool_)
     if labels:
         usable = np.logical_and(targets.known.any(axis=1), present.any(axis=1))
-        check_classes(
-            study.task, targets, usable & ~held_out[records.patient], label_where(study, site, records)
-        )
+        check_classes(study.task, targets, usable & ~held_out[records.patient], label_where(study, site, records))
     return Cohort(
         site=site.name,
         batch=_batch(records, inputs, present, targets, usable),
@@ -142,9 +138,7 @@ def split_patients(study: Study, site: Site, records: Records, *, labels: bool =
     return test_patients(study.evaluation, site, records)
 
 
-def read_subgroups(
-    site: Site, records: Records, *, required: bool = True
-) -> dict[str, tuple[str | None, ...]]:
+def read_subgroups(site: Site, records: Records, *, required: bool = True) -> dict[str, tuple[str | None, ...]]:
     """Codes of each record's subgroups, None where unknown.
 
     Raises:
@@ -183,9 +177,7 @@ def no_modality(study: Study, files: Files) -> DataError:
     )
 
 
-def read_modality(
-    study: Study, site: Site, reading: Reading
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def read_modality(study: Study, site: Site, reading: Reading) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Read one modality that site and study have.
 
     Returns:
@@ -228,9 +220,7 @@ def _batch(
     )
 
 
-def hide(
-    present: NDArray[np.bool_], study: Study, site: str, records: Records, targets: Targets
-) -> NDArray[np.bool_]:
+def hide(present: NDArray[np.bool_], study: Study, site: str, records: Records, targets: Targets) -> NDArray[np.bool_]:
     """Hide modalities as the study's simulation asks: a function of seed, site and record, and nothing else.
 
     A record keeps at least one of the modalities that it has.
@@ -248,9 +238,7 @@ def hide(
     if study.simulation.missing_rate == 0:
         return present
     rate = _rates(study.simulation, targets)
-    draw = np.array(
-        [[_uniform(study.seed, site, record, name) for name in study.order] for record in records.ids]
-    )
+    draw = np.array([[_uniform(study.seed, site, record, name) for name in study.order] for record in records.ids])
     hidden = present & (draw < rate[:, None])
     emptied = present.any(axis=1) & ~(present & ~hidden).any(axis=1)
     kept = np.where(present, draw, -1.0).argmax(axis=1)

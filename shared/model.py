@@ -122,7 +122,7 @@ class MultimodalModel(nn.Module):
         return torch.stack(votes, dim=1)
 
 
-class _seeded:  # noqa: N801
+class _seeded:
     """Initialise one group from the study's seed and the group's name.
 
     So a group starts the same at every site, whichever other groups the site holds.

@@ -33,7 +33,10 @@ def record_losses(outputs: Outputs, target: Tensor, label_mask: Tensor, kind: Ta
     losses = _cross_entropy(outputs.logits, target, label_mask, kind)
     used = outputs.used
     votes = _cross_entropy(
-        outputs.modality_logits, target.unsqueeze(1).expand_as(outputs.modality_logits), label_mask.unsqueeze(1), kind
+        outputs.modality_logits,
+        target.unsqueeze(1).expand_as(outputs.modality_logits),
+        label_mask.unsqueeze(1),
+        kind,
     )
     losses = losses + _mean_over(votes, used)
     distance = (outputs.imputed - outputs.embeddings.detach()).square().mean(-1)

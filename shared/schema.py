@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gapweave.shared.config.study import ImageModality, ModalitySpec, SeriesModality, Study, TableModality
-from gapweave.shared.features import table as table_features
 from gapweave.shared.features import series as series_features
+from gapweave.shared.features import table as table_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,12 @@ class Batch:
         position[chosen] = torch.arange(len(chosen), device=self.patient.device)
         rows = (position[self.patient] >= 0).nonzero()[:, 0]
         return replace(self.rows(rows), patient=position[self.patient[rows]], patients=len(chosen))
+
+    def prevalence(self) -> list[float]:
+        """[K] share of positives among records with a known target, each patient counted once."""
+        weight = self.weight.unsqueeze(1) * self.label_mask
+        share: list[float] = ((self.target * weight).sum(0) / weight.sum(0).clamp(min=1e-9)).tolist()
+        return share
 
     def rows(self, rows: Tensor) -> Batch:
         """The given records, patients numbered as before."""

@@ -110,13 +110,9 @@ def verify(entry: DataSet, folder: Path) -> None:
     for name, digest in entry.sums().items():
         path = folder / name
         if not path.is_file():
-            raise DataError(
-                f"{name} is missing from the data set {entry.name}", where=str(path), remedy=remedy
-            )
+            raise DataError(f"{name} is missing from the data set {entry.name}", where=str(path), remedy=remedy)
         if sha256(path) != digest:
-            raise DataError(
-                f"{name} differs from the published file (SHA-256)", where=str(path), remedy=remedy
-            )
+            raise DataError(f"{name} differs from the published file (SHA-256)", where=str(path), remedy=remedy)
 
 
 def status(entry: DataSet, folder: Path) -> str:
@@ -134,9 +130,7 @@ app = typer.Typer(no_args_is_help=True, help="The data sets of the example studi
 
 _Data = Annotated[
     Path | None,
-    typer.Option(
-        "--data", envvar="GAPWEAVE_DATA", help="Folder of data sets (default: the user's data folder)."
-    ),
+    typer.Option("--data", envvar="GAPWEAVE_DATA", help="Folder of data sets (default: the user's data folder)."),
 ]
 
 
@@ -176,9 +170,7 @@ def fetch(
     name: Annotated[str, typer.Argument(help="Name of the set, as `gapweave data list` gives it.")],
     source: Annotated[
         str | None,
-        typer.Option(
-            "--from", metavar="DIR|URL", help="Folder, or address, below which the set's files lie."
-        ),
+        typer.Option("--from", metavar="DIR|URL", help="Folder, or address, below which the set's files lie."),
     ] = None,
     data: _Data = None,
 ) -> None:

@@ -72,9 +72,7 @@ def gather(entry: DataSet, source: str, folder: Path, *, pause_s: float = PAUSE_
 def _unfinished(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, on the same file system; whatever is left of it at the end is removed."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as outer:
-        work = (
-            Path(outer) / folder.name
-        )  # below, since the temporary folder itself is readable by its owner only
+        work = Path(outer) / folder.name  # below, since the temporary folder itself is readable by its owner only
         work.mkdir()
         yield work
 
@@ -85,9 +83,7 @@ def _progress(sums: dict[str, str], title: str) -> Iterator[tuple[str, str]]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    yield from track(
-        sums.items(), description=title, console=console, transient=True, disable=not console.is_terminal
-    )
+    yield from track(sums.items(), description=title, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextlib.contextmanager
@@ -141,9 +137,7 @@ class _Address:
             except httpx.HTTPStatusError as error:
                 code = error.response.status_code
                 if code < 500:
-                    raise Unreachable(
-                        f"the server answers {code}", where=url, remedy="Check --from"
-                    ) from None
+                    raise Unreachable(f"the server answers {code}", where=url, remedy="Check --from") from None
                 problem = f"the server answers {code}"
             except httpx.InvalidURL as error:
                 raise Unreachable(f"no address ({error})", where=url, remedy="Check --from") from None

@@ -51,9 +51,7 @@ class Hospital:
         self.content: dict[str, Any] = {
             "version": 1,
             "name": name,
-            "data": {
-                "records": {"file": "records.csv", "id": "id", "patient": "patient", "label": {"y": "y"}}
-            },
+            "data": {"records": {"file": "records.csv", "id": "id", "patient": "patient", "label": {"y": "y"}}},
         }
 
     def write(self, name: str, columns: dict[str, list[Any]]) -> Path:

@@ -125,9 +125,7 @@ def test_multilabel_with_one_varied_label_is_no_one_class_site(hospital: Hospita
         ({"kind": "binary", "label": "y"}, [1, 1, 1, 1, 0, 0, 0, 0]),
     ],
 )
-def test_one_class_training_set_is_refused(
-    hospital: Hospital, task: dict[str, Any], labels: list[int]
-) -> None:
+def test_one_class_training_set_is_refused(hospital: Hospital, task: dict[str, Any], labels: list[int]) -> None:
     hospital.records(y=labels, fold=["train"] * 4 + ["test"] * 4)
     hospital.update("split", column="fold")
     with pytest.raises(DataError, match="one-class site"):
@@ -156,9 +154,7 @@ def test_prediction_needs_neither_labels_nor_split(hospital: Hospital) -> None:
 def test_subgroups_are_codes_per_record(hospital: Hospital) -> None:
     hospital.records(sex=[0.0, 1.0, None, 1.0, 0.0, 1.0, 0.0, 1.0])
     hospital.content["subgroups"] = {"sex": "sex"}
-    assert hospital.load(study({"labs": LABS})).subgroups == {
-        "sex": ("0", "1", None, "1", "0", "1", "0", "1")
-    }
+    assert hospital.load(study({"labs": LABS})).subgroups == {"sex": ("0", "1", None, "1", "0", "1", "0", "1")}
 
 
 @pytest.mark.parametrize("wanted", [1, 1.0, "1", "1.0", [1, 7]])
@@ -169,13 +165,9 @@ def test_where_compares_codes(hospital: Hospital, wanted: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["records.csv", "records.tsv", "records.parquet"])
-@pytest.mark.parametrize(
-    "ids", [list(range(8)), [float(row) for row in range(8)], [str(row) for row in range(8)]]
-)
+@pytest.mark.parametrize("ids", [list(range(8)), [float(row) for row in range(8)], [str(row) for row in range(8)]])
 @pytest.mark.parametrize("values", ["labs.csv", "labs.parquet"])
-def test_whole_number_ids_match_across_formats(
-    tmp_path: Path, kind: str, ids: list[Any], values: str
-) -> None:
+def test_whole_number_ids_match_across_formats(tmp_path: Path, kind: str, ids: list[Any], values: str) -> None:
     hospital = Hospital(tmp_path)
     hospital.write(kind, {"id": ids, "patient": [f"p{row}" for row in range(8)], "y": [0, 1] * 4})
     hospital.update("records", file=kind)

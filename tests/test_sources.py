@@ -39,9 +39,7 @@ def hospital(tmp_path: Path) -> Hospital:
 @pytest.mark.parametrize("extension", list(SOURCES))
 def test_every_format_reads_named_columns_in_file_order(tmp_path: Path, extension: str) -> None:
     hospital = Hospital(tmp_path)
-    path = hospital.write(
-        f"table.{extension}", {"a": ["x", "y", None], "b": [1.5, None, 3.0], "c": ["1", "2", "3"]}
-    )
+    path = hospital.write(f"table.{extension}", {"a": ["x", "y", None], "b": [1.5, None, 3.0], "c": ["1", "2", "3"]})
     table = read_table(path, ["c", "b", "absent"])
     assert table.names == ("a", "b", "c")
     assert table.frame.columns == ["b", "c"]
@@ -124,9 +122,7 @@ def test_a_whole_number_is_the_same_id_in_every_type(number: int) -> None:
 
 
 def test_numbers_and_what_is_missing() -> None:
-    values, unreadable = numbers(
-        pl.Series(["1", " 2.5 ", "", "NA", "nan", None, "inf", "high", "1,5", "n/a"])
-    )
+    values, unreadable = numbers(pl.Series(["1", " 2.5 ", "", "NA", "nan", None, "inf", "high", "1,5", "n/a"]))
     np.testing.assert_array_equal(values[:2], [1, 2.5])
     assert np.isinf(values[6])
     assert np.isnan(np.delete(values, [0, 1, 6])).all()
@@ -153,9 +149,7 @@ def test_numbers_and_what_is_missing() -> None:
         ("lb", "kg", None, 100.0, 45.3592),
     ],
 )
-def test_conversions(
-    local: str, target: str, molar_mass: float | None, value: float, expected: float
-) -> None:
+def test_conversions(local: str, target: str, molar_mass: float | None, value: float, expected: float) -> None:
     factor, offset = conversion(local, target, molar_mass, "site.yaml:x")
     assert value * factor + offset == pytest.approx(expected, rel=1e-4)
 
@@ -246,9 +240,7 @@ def test_categories_by_codes(hospital: Hospital) -> None:
 
 def test_numbers_by_codes(hospital: Hospital) -> None:
     hospital.labs(na=["low", "high"] * 4)
-    hospital.add(
-        "labs", file="labs.csv", columns={"sodium": {"column": "na", "codes": {"low": 120, "high": 150}}}
-    )
+    hospital.add("labs", file="labs.csv", columns={"sodium": {"column": "na", "codes": {"low": 120, "high": 150}}})
     assert sodium_of(hospital.load(study({"labs": LABS}))).tolist() == pytest.approx([120, 150] * 4)
 
 
@@ -409,9 +401,7 @@ def test_timestamps_equal_hours(hospital: Hospital, form: str) -> None:
 
 
 def test_rows_without_a_readable_time_are_counted_and_not_read(hospital: Hospital) -> None:
-    hospital.write(
-        "vitals.csv", {"id": ["r0", "r1", "r2", "x"], "hour": ["1", "soon", None, None], "bp": [120] * 4}
-    )
+    hospital.write("vitals.csv", {"id": ["r0", "r1", "r2", "x"], "hour": ["1", "soon", None, None], "bp": [120] * 4})
     hospital.add("vitals", file="vitals.csv", time="hour", columns={"bp": "bp"})
     findings: list[Any] = []
     cohort = hospital.load(study({"vitals": VITALS}), labels=False, findings=findings)
@@ -425,15 +415,11 @@ def test_rows_without_a_readable_time_are_counted_and_not_read(hospital: Hospita
 
 def test_text_columns_are_joined(hospital: Hospital) -> None:
     ids = [f"r{row}" for row in range(8)]
-    hospital.write(
-        "notes.csv", {"id": ids, "a": ["chest pain"] * 7 + [""], "b": [None, "at rest", *[""] * 6]}
-    )
+    hospital.write("notes.csv", {"id": ids, "a": ["chest pain"] * 7 + [""], "b": [None, "at rest", *[""] * 6]})
     hospital.add("note", file="notes.csv", columns=["a", "b"])
     joined = hospital.load(study({"note": NOTE}))
     assert joined.batch.present[:, 0].tolist() == [True] * 7 + [False]
-    hospital.write(
-        "notes.csv", {"id": ids, "a": ["chest pain", "chest pain at rest", *["chest pain"] * 5, ""]}
-    )
+    hospital.write("notes.csv", {"id": ids, "a": ["chest pain", "chest pain at rest", *["chest pain"] * 5, ""]})
     hospital.add("note", file="notes.csv", columns=["a"])
     assert_same(hospital.load(study({"note": NOTE})), joined)
 

@@ -26,9 +26,9 @@ class Separated:
 
     def read(self, path: Path, columns: list[str]) -> pl.DataFrame:
         """See `TableFormat`."""
-        return pl.read_csv(
-            path, separator=self._separator, columns=columns, infer_schema=False, glob=False
-        ).select(columns)
+        return pl.read_csv(path, separator=self._separator, columns=columns, infer_schema=False, glob=False).select(
+            columns
+        )
 
 
 SOURCES.register("csv")(Separated(","))

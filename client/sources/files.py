@@ -139,13 +139,9 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     if "utf-8" in text or "utf8" in text:
         return DataError("the file is not UTF-8 text", where=str(path), remedy="Save it as UTF-8")
     if isinstance(error, NoDataError):
-        return DataError(
-            "the file is empty", where=str(path), remedy="Write a header line and one row a record"
-        )
+        return DataError("the file is empty", where=str(path), remedy="Write a header line and one row a record")
     if isinstance(error, PermissionError | IsADirectoryError):
-        return DataError(
-            "the file cannot be opened", where=str(path), remedy="Check that it is a readable file"
-        )
+        return DataError("the file cannot be opened", where=str(path), remedy="Check that it is a readable file")
     return DataError(
         "the file is damaged or malformed",
         where=str(path),

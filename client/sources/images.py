@@ -18,9 +18,7 @@ FORMATS = ("PNG", "JPEG")
 """Only these decoders are given a file, whatever its name says."""
 
 
-def read(
-    spec: ImageModality, source: ImageSource, reading: Reading
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def read(spec: ImageModality, source: ImageSource, reading: Reading) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Read an image modality; an empty cell is a record without image.
 
     Returns:

@@ -14,9 +14,7 @@ from gapweave.shared.config.study import Categories, TableModality
 from gapweave.shared.features import table as features
 
 
-def read(
-    spec: TableModality, source: ColumnsSource, reading: Reading
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def read(spec: TableModality, source: ColumnsSource, reading: Reading) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Read a table modality.
 
     With a time, a record's value is the last one before the prediction time; without, the file's first.
@@ -44,9 +42,7 @@ def read(
     return features.encode(spec.columns, values, records)
 
 
-def _one_each(
-    values: NDArray[Any], seen: NDArray[np.bool_], rows: Rows, result: NDArray[Any]
-) -> NDArray[Any]:
+def _one_each(values: NDArray[Any], seen: NDArray[np.bool_], rows: Rows, result: NDArray[Any]) -> NDArray[Any]:
     """The last value in time of each record, or the first in the file; ``result`` where there is none."""
     at = np.flatnonzero(seen)
     # numpy keeps the last of several assignments to one place; ties in time go to the later row.

@@ -13,9 +13,7 @@ from gapweave.shared.config.study import TextModality
 from gapweave.shared.features import text as features
 
 
-def read(
-    spec: TextModality, source: TextSource, reading: Reading
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def read(spec: TextModality, source: TextSource, reading: Reading) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Read a text modality: the columns in their order, the rows by time, or as the file has them.
 
     Returns:
@@ -27,8 +25,7 @@ def read(
     """
     rows = read_rows(source, source.columns, spec.hours, reading)
     columns = [
-        rows.table.column(name).cast(pl.String).fill_null("").alias(str(at))
-        for at, name in enumerate(source.columns)
+        rows.table.column(name).cast(pl.String).fill_null("").alias(str(at)) for at, name in enumerate(source.columns)
     ]
     joined = pl.DataFrame(columns).select(text=pl.concat_str(pl.all(), separator=" "))["text"]
     frame = pl.DataFrame({"record": rows.record, "text": joined})

@@ -41,9 +41,7 @@ def hours_of(
         hour = _numeric(series, table.where(time))
     else:
         moments, zoned = _moments(series, table.where(time))
-        starts, starts_zoned = _moments(
-            reading.records.table.column(index), reading.records.table.where(index)
-        )
+        starts, starts_zoned = _moments(reading.records.table.column(index), reading.records.table.where(index))
         if zoned != starts_zoned:
             raise DataError(
                 "of the time and the index column only one names a time zone",

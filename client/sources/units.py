@@ -15,9 +15,7 @@ from gapweave.shared.config.study import Range
 from gapweave.shared.errors import UsageError
 
 
-def to_study_unit(
-    values: NDArray[np.float64], column: ValueColumn, card: Range, where: str
-) -> NDArray[np.float64]:
+def to_study_unit(values: NDArray[np.float64], column: ValueColumn, card: Range, where: str) -> NDArray[np.float64]:
     """Convert local values.
 
     Args:
@@ -60,11 +58,7 @@ def conversion(local: str, study: str, molar_mass: float | None, where: str) -> 
     try:
         zero, one, two = (_convert(source, target, value, molar_mass) for value in (0.0, 1.0, 2.0))
     except Exception:  # pint raises its own errors, and arithmetic ones for logarithmic units
-        hint = (
-            ""
-            if molar_mass
-            else ", or add `molar_mass` to the study if one is a mass and the other an amount"
-        )
+        hint = "" if molar_mass else ", or add `molar_mass` to the study if one is a mass and the other an amount"
         raise UsageError(
             f"{local!r} cannot be converted to the study's unit {study!r}",
             where=where,

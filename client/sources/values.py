@@ -63,9 +63,7 @@ class Cells:
     raw: pl.Series
 
 
-def read_rows(
-    source: ColumnsSource | TextSource, columns: list[str], hours: int | None, reading: Reading
-) -> Rows:
+def read_rows(source: ColumnsSource | TextSource, columns: list[str], hours: int | None, reading: Reading) -> Rows:
     """Read the site's rows of a file.
 
     Args:
@@ -86,9 +84,7 @@ def read_rows(
             remedy=f"Add `hours` to the study's {reading.modality!r}, or remove `time`",
         )
     key = source.id if source.id is not None else reading.records.id_column
-    table = read_table(
-        reading.files.find(source.file), [key, *columns, *([source.time] if source.time else [])]
-    )
+    table = read_table(reading.files.find(source.file), [key, *columns, *([source.time] if source.time else [])])
     record = reading.records.rows_of(table.column(key))
     if len(record) and (record < 0).all():
         reading.warn(
@@ -104,9 +100,7 @@ def read_rows(
     return Rows(table=table, record=record, hour=hour).only(keep)
 
 
-def read_cells(
-    source: ColumnsSource, known: list[str], hours: int | None, reading: Reading
-) -> dict[str, Cells]:
+def read_cells(source: ColumnsSource, known: list[str], hours: int | None, reading: Reading) -> dict[str, Cells]:
     """The cells of each variable, from one column a variable or from long form.
 
     Args:
@@ -136,9 +130,7 @@ def read_cells(
     }
 
 
-def _long(
-    source: ColumnsSource, item: str, value: str, hours: int | None, reading: Reading
-) -> dict[str, Cells]:
+def _long(source: ColumnsSource, item: str, value: str, hours: int | None, reading: Reading) -> dict[str, Cells]:
     rows = read_rows(source, [item, value], hours, reading)
     items = code_text(rows.table.column(item))
     result = {}
@@ -150,9 +142,7 @@ def _long(
     return result
 
 
-def numeric(
-    cells: Cells, name: str, column: ValueColumn, card: Range, reading: Reading
-) -> NDArray[np.float64]:
+def numeric(cells: Cells, name: str, column: ValueColumn, card: Range, reading: Reading) -> NDArray[np.float64]:
     """Cells as numbers in the study's unit, NaN where missing.
 
     The cells that are not numbers, and the values outside the public range, are counted in the findings.
@@ -186,17 +176,11 @@ def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: 
     outside = int(implausible(values, card).sum())
     if not outside:
         return
-    text = (
-        f"{outside} of {observed} values lie outside [{card.low:g}, {card.high:g}] {card.unit or ''}".rstrip()
-    )
+    text = f"{outside} of {observed} values lie outside [{card.low:g}, {card.high:g}] {card.unit or ''}".rstrip()
     if outside > SUSPICIOUS * observed:
-        reading.warn(
-            "unit", where, f"{text}: probably another unit", "Set `unit:` or `factor:` for this column"
-        )
+        reading.warn("unit", where, f"{text}: probably another unit", "Set `unit:` or `factor:` for this column")
     else:
-        reading.warn(
-            "range", where, f"{text} and are clipped", "Look at these rows; infinite ones count as missing"
-        )
+        reading.warn("range", where, f"{text} and are clipped", "Look at these rows; infinite ones count as missing")
 
 
 def categorical(cells: Cells, column: ValueColumn, card: Categories, reading: Reading) -> NDArray[Any]:

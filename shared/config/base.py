@@ -53,9 +53,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
     for key in keys:
         if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is given twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
     loader.flatten_mapping(node)
     return {
         loader.construct_object(key, deep=True): loader.construct_object(value, deep=True)  # type: ignore[no-untyped-call]
@@ -93,7 +91,9 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         raise UsageError(f"not valid YAML: {problem}", where=f"{path}{line}", remedy="Correct that line") from None
     if not isinstance(content, dict):
         raise UsageError(
-            f"a {what} file is a mapping of keys to values", where=str(path), remedy=f"See `gapweave {what} init`"
+            f"a {what} file is a mapping of keys to values",
+            where=str(path),
+            remedy=f"See `gapweave {what} init`",
         )
     return content
 

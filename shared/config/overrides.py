@@ -24,7 +24,11 @@ ALIASES = {
 METHODS: dict[str, dict[str, Any]] = {
     "concat": {"model.fusion": "concat", "scheme.name": "none"},
     "late": {"model.fusion": "late", "scheme.name": "none"},
-    "modality_dropout": {"model.fusion": "concat", "model.imputer": "none", "scheme.name": "modality_dropout"},
+    "modality_dropout": {
+        "model.fusion": "concat",
+        "model.imputer": "none",
+        "scheme.name": "modality_dropout",
+    },
 }
 """Named presets of model and scheme: one for each method of the catalogue."""
 

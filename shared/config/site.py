@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml
+from gapweave.shared.config.base import StrictModel, parse, read_yaml
 from gapweave.shared.config.study import Version, category_code
 
 
@@ -65,13 +65,17 @@ class Records(StrictModel):
     id: str = Field(description="column that identifies a record")
     patient: str = Field(description="column that identifies the patient")
     label: dict[str, LabelColumn] = Field(default_factory=dict, description="the study's label -> local column")
-    where: dict[str, Any] = Field(default_factory=dict, description="keep rows whose column equals the value, or one of a list")
+    where: dict[str, Any] = Field(
+        default_factory=dict, description="keep rows whose column equals the value, or one of a list"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("label"), dict):
-            label = {key: {"column": value} if isinstance(value, str) else value for key, value in data["label"].items()}
+            label = {
+                key: {"column": value} if isinstance(value, str) else value for key, value in data["label"].items()
+            }
             return {**data, "label": label}
         return data
 
@@ -119,7 +123,9 @@ def _source_shape(value: Any) -> str:
 
 
 Source = Annotated[
-    Annotated[ColumnsSource, Tag("columns")] | Annotated[TextSource, Tag("text")] | Annotated[ImageSource, Tag("image")],
+    Annotated[ColumnsSource, Tag("columns")]
+    | Annotated[TextSource, Tag("text")]
+    | Annotated[ImageSource, Tag("image")],
     Discriminator(_source_shape),
 ]
 
@@ -128,9 +134,7 @@ class SiteData(StrictModel):
     """Where the site's data lie: `records`, and one entry for each modality that it has."""
 
     records: Records = Field(description="the list of records")
-    modalities: dict[str, Source] = Field(
-        default_factory=dict, description="written as flat keys: modality -> source"
-    )
+    modalities: dict[str, Source] = Field(default_factory=dict, description="written as flat keys: modality -> source")
 
     @classmethod
     def accepts_key(cls, key: str) -> bool:
@@ -163,7 +167,9 @@ class Patients(StrictModel):
     """Public sizes. The true number of patients enters no released value."""
 
     declared: int | None = Field(
-        None, ge=1, description="public number of training patients; null: released once with noise, and charged"
+        None,
+        ge=1,
+        description="public number of training patients; null: released once with noise, and charged",
     )
     upper: int = Field(10_000, ge=1, description="upper order of magnitude N of the cohort: delta <= 1/(10 N)")
     max_records: int = Field(8, ge=1, description="records a patient that are used; further ones are dropped")

@@ -30,9 +30,7 @@ class Range(StrictModel):
     scale: float | None = Field(None, gt=0, description="distance mapped to 1 (default: a quarter of the range)")
     log: bool = Field(False, description="take logarithms first; the range must be positive")
     unit: str | None = Field(None, description="the study's unit; site files convert to it")
-    molar_mass: float | None = Field(
-        None, gt=0, description="g/mol, to convert between mass and amount of substance"
-    )
+    molar_mass: float | None = Field(None, gt=0, description="g/mol, to convert between mass and amount of substance")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -89,7 +87,9 @@ class TableModality(_Modality):
     kind: Literal["table"]
     columns: dict[Variable, Column] = Field(min_length=1, description="variables by name")
     hours: int | None = Field(
-        None, gt=0, description="prediction time, for sites whose values carry a time: later ones are never read"
+        None,
+        gt=0,
+        description="prediction time, for sites whose values carry a time: later ones are never read",
     )
 
 
@@ -117,9 +117,7 @@ class TextModality(_Modality):
     hours: int | None = Field(None, gt=0, description="prediction time, for sites whose notes carry a time")
 
 
-ModalitySpec = Annotated[
-    TableModality | SeriesModality | ImageModality | TextModality, Field(discriminator="kind")
-]
+ModalitySpec = Annotated[TableModality | SeriesModality | ImageModality | TextModality, Field(discriminator="kind")]
 
 
 class Task(StrictModel):

@@ -37,9 +37,7 @@ class CascadedResidualAutoencoder(Imputer):
     def __init__(self, modalities: int, embedding: int, stages: int = 3, hidden: int = 32, code: int = 16) -> None:
         super().__init__(modalities, embedding)
         slots = modalities * embedding
-        self.stages = nn.ModuleList(
-            ResidualAutoencoder(slots, modalities, hidden, code) for _ in range(stages)
-        )
+        self.stages = nn.ModuleList(ResidualAutoencoder(slots, modalities, hidden, code) for _ in range(stages))
 
     def forward(self, embeddings: Tensor, used: Tensor) -> Tensor:
         """Estimate all slots from those used."""

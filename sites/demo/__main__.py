@@ -8,14 +8,15 @@ import typer
 from gapweave.shared.errors import GapweaveError
 from gapweave.sites.demo import MODALITIES, hospital_names, write_demo
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command()
 def main(
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     hospitals: Annotated[int, typer.Option(help="How many hospitals.")] = 6,
     seed: Annotated[int, typer.Option(help="Of patients, devices and case mix.")] = 0,
-    all_hold: Annotated[
-        bool, typer.Option("--all-hold", help="Every hospital holds every modality.")
-    ] = False,
+    all_hold: Annotated[bool, typer.Option("--all-hold", help="Every hospital holds every modality.")] = False,
     patients: Annotated[int | None, typer.Option(help="Of each hospital (default: 250 to 800).")] = None,
 ) -> None:
     """Write synthetic hospitals with known ground truth.
@@ -32,4 +33,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -121,11 +121,7 @@ def _local_labs(labs: pl.DataFrame) -> pl.DataFrame:
     wide = labs.select(
         pl.col("record_id").alias("case"), *(value.round(2).alias(code) for code, value in local.items())
     )
-    return (
-        wide.unpivot(index="case", variable_name="code", value_name="result")
-        .fill_null(_NOT_DONE)
-        .sort("case")
-    )
+    return wide.unpivot(index="case", variable_name="code", value_name="result").fill_null(_NOT_DONE).sort("case")
 
 
 def _local_notes(notes: pl.DataFrame) -> pl.DataFrame:

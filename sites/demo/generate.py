@@ -118,9 +118,7 @@ def _effects(table: Mapping[str, Variable], of: Callable[[Variable], dict[str, f
     return loadings
 
 
-def _in_units(
-    world: World, standard: Floats, table: Mapping[str, Variable], shift: Generator, digits: int
-) -> Floats:
+def _in_units(world: World, standard: Floats, table: Mapping[str, Variable], shift: Generator, digits: int) -> Floats:
     """Pass standardised values through the hospital's devices, into units, rounded as a chart does."""
     cards = [table[name] for name in sorted(table)]
     gain = 1 + world.gain_shift * shift.normal(size=len(cards))
@@ -166,9 +164,7 @@ def _scans(world: World, latents: Floats, shift: Generator, rng: Generator) -> N
     so a linear reader of pixels cannot see it.
     """
     size = world.scan_size
-    seen = {
-        name: _blurred(latents[:, at], world.scan_blur, rng)[:, None, None] for at, name in enumerate(LATENTS)
-    }
+    seen = {name: _blurred(latents[:, at], world.scan_blur, rng)[:, None, None] for at, name in enumerate(LATENTS)}
     row, column = np.mgrid[0:size, 0:size] / (size - 1)
     left, right = _blob(row, column, 0.4, 0.25), _blob(row, column, 0.4, 0.75)
     side = rng.random((len(latents), 1, 1)) < 0.5
@@ -176,9 +172,7 @@ def _scans(world: World, latents: Floats, shift: Generator, rng: Generator) -> N
     picture = seen["infiltrate"] * np.where(side, left, right) * 1.4
     picture = picture + seen["heart"] * _blob(row, column, 0.6, 0.5)
     picture = picture + seen["renal"] * np.clip(row - 0.75, 0, None) * 4
-    picture = picture + np.exp(0.5 * seen["worsening"] - 0.5) * np.sin(
-        np.pi * (size - 1) * column / 2 + phase
-    )
+    picture = picture + np.exp(0.5 * seen["worsening"] - 0.5) * np.sin(np.pi * (size - 1) * column / 2 + phase)
     picture = picture - 1.5 * (left + right)
     picture = picture + 0.7 * (seen["habitus"] + seen["age"] * (row - 0.5) * 2)
     picture = picture * (1 + world.gain_shift * shift.normal()) + world.offset_shift * shift.normal()
@@ -208,9 +202,7 @@ def _notes(world: World, latents: Floats, shift: Generator, rng: Generator) -> l
     habit = shift.dirichlet(np.full(synonyms, 2.0))
     synonym = rng.choice(synonyms, p=habit, size=shape)
     lexicon = np.array([[FINDINGS[name][side] for side in (0, 1)] for name in names])
-    filler = np.array(FILLER)[
-        rng.choice(len(FILLER), p=shift.dirichlet(np.full(len(FILLER), 2.0)), size=shape)
-    ]
+    filler = np.array(FILLER)[rng.choice(len(FILLER), p=shift.dirichlet(np.full(len(FILLER), 2.0)), size=shape)]
     words = np.where(rng.random(shape) < world.topic_share, lexicon[topic, low, synonym], filler)
     length = rng.integers(world.words[0], longest + 1, size=len(seen))
     return [" ".join(line[:count]) for line, count in zip(words.tolist(), length, strict=True)]

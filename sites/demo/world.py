@@ -188,9 +188,7 @@ class World:
         64
         """
         tables = {"vitals": VITALS, "labs": LABS}
-        variables = {
-            kind: {name: asdict(card) for name, card in table.items()} for kind, table in tables.items()
-        }
+        variables = {kind: {name: asdict(card) for name, card in table.items()} for kind, table in tables.items()}
         content = {"world": asdict(self), "latents": LATENTS, "words": [FINDINGS, FILLER], **variables}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

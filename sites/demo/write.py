@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,8 @@ def _plans(
 
 
 def _known(hospital: str, holds: Collection[str]) -> frozenset[str]:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", hospital):
+        raise UsageError(f"{hospital!r} is no name of a site", where="holds", remedy="Use letters and digits")
     unknown = sorted(set(holds) - set(MODALITIES))
     if unknown or not holds:
         found = f"{unknown[0]!r}" if unknown else "nothing"

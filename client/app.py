@@ -1,0 +1,152 @@
+"""The Flower ClientApp: messages in, participants out. Errors cross the wire as a class and a fixed text."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from gapweave.client.participant import Participant
+from gapweave.client.state import RunFolder
+from gapweave.shared.config import load_site
+from gapweave.shared.config.base import parse
+from gapweave.shared.config.study import Study, study_from_json
+from gapweave.shared.errors import BudgetExhausted, DataError, GapweaveError, RefusedError
+from gapweave.shared.tensorfile import Arrays
+from gapweave.shared.wire import ProtocolError, pack, request_hash, unpack
+
+log = logging.getLogger(__name__)
+
+app = ClientApp()
+
+FIXED_TEXTS: dict[type[Exception], str] = {
+    BudgetExhausted: "the site's privacy budget does not allow it",
+    RefusedError: "the site's policy does not allow it",
+    DataError: "the site's data cannot be used for this study",
+    GapweaveError: "the site cannot take part",
+}
+"""All that a server learns of an error; the detail stays in the site's own log."""
+
+Answer = tuple[dict[str, Any], Arrays]
+
+
+@app.query("prepare")
+def prepare(message: Message, context: Context) -> Message:
+    """The handshake: the study in, the site's capability out."""
+
+    def work(header: dict[str, Any], arrays: Arrays) -> Answer:
+        study = study_from_json(header["study"])
+        RunFolder(_state(context.node_config), header["run"]).keep_study(study.canonical())
+        return asdict(participant(context.node_config, study).prepare(header["run"])), {}
+
+    return _reply(message, context, work)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round: shared groups in, noised updates out."""
+
+    def work(header: dict[str, Any], arrays: Arrays) -> Answer:
+        site = participant(context.node_config, _study(context, header))
+        state = site.train(header["run"], header["round"], request_hash(header, arrays), arrays)
+        return {"event": state.event}, state.reply
+
+    return _reply(message, context, work)
+
+
+@app.train("finish")
+def finish(message: Message, context: Context) -> Message:
+    """The last message: the final shared groups in, only a status out."""
+
+    def work(header: dict[str, Any], arrays: Arrays) -> Answer:
+        participant(context.node_config, _study(context, header)).finish(header["run"], arrays)
+        return {}, {}
+
+    return _reply(message, context, work)
+
+
+def _reply(message: Message, context: Context, work: Callable[[dict[str, Any], Arrays], Answer]) -> Message:
+    """Do the work; an exception becomes a status that says nothing of the data."""
+    try:
+        header, arrays = unpack(message.content)
+        answer, reply = work(header, arrays)
+        return Message(pack({"status": "ok", **answer}, reply), reply_to=message)
+    except Exception as error:
+        return Message(pack({**_status(error), "site": _name(context)}, {}), reply_to=message)
+
+
+def _status(error: Exception) -> dict[str, str]:
+    """What the server learns of an error; the rest goes to the site's own log."""
+    if isinstance(error, ProtocolError):
+        return {"status": "failed", "error": "ProtocolError", "text": str(error)}
+    if isinstance(error, GapweaveError):
+        log.info("%s: %s", type(error).__name__, error)
+        status = "refused" if isinstance(error, RefusedError) else "failed"
+        text = next(FIXED_TEXTS[kind] for kind in type(error).__mro__ if kind in FIXED_TEXTS)
+        return {"status": status, "error": type(error).__name__, "text": text}
+    # Whatever it was, its text may quote a record.
+    reference = uuid.uuid4().hex[:12]
+    log.error("internal error %s", reference, exc_info=error)
+    text = f"internal error at the site, reference {reference}"
+    return {"status": "failed", "error": "InternalError", "text": text}
+
+
+def _name(context: Context) -> str:
+    """The site's declared name, for the status of an error."""
+    try:
+        return load_site(Path(str(context.node_config["site"]))).name
+    except (KeyError, GapweaveError):
+        return f"node-{context.node_id}"
+
+
+def _state(config: Mapping[str, Any]) -> Path:
+    """The site's state folder: given by a simulation, else what its site file says."""
+    if config.get("state"):
+        return Path(str(config["state"]))
+    file = Path(str(config["site"]))
+    return file.parent / load_site(file).state
+
+
+def _study(context: Context, header: dict[str, Any]) -> Study:
+    """The study that the handshake of this run brought."""
+    content = RunFolder(_state(context.node_config), header["run"]).study()
+    if content is None:
+        raise RefusedError("this run was never prepared", remedy="Start with the handshake")
+    return parse(Study, content, "study")
+
+
+def participant(config: Mapping[str, Any], study: Study) -> Participant:
+    """The site's part in a study; in one process (the inline engine) its data are read once.
+
+    Args:
+        config: Flower's node configuration: `site` (file), and for simulations `state`, `data`, `simulation`.
+        study: what all sites agree on.
+    """
+    file = Path(str(config["site"]))
+    data = Path(str(config["data"])) if config.get("data") else None
+    simulation = bool(config.get("simulation", False))
+    return _cached(file, file.stat().st_mtime_ns, _state(config), data, simulation, study.canonical())
+
+
+@lru_cache(maxsize=1024)
+def _cached(file: Path, changed: int, state: Path, data: Path | None, simulation: bool, study: str) -> Participant:
+    return Participant(
+        study_from_json(study),
+        load_site(file),
+        site_file=file,
+        state=state,
+        data_dir=data,
+        simulation=simulation,
+    )
+
+
+def forget() -> None:
+    """Drop the participants of finished simulations."""
+    _cached.cache_clear()

@@ -1,0 +1,135 @@
+"""The sum of clipped per-patient gradients of one mini-batch.
+
+Guarantee: the result changes by at most `bound` in L2 norm when one patient, with all records, is added to or
+removed from the mini-batch. A patient whose loss or gradient is not finite contributes exactly zero.
+
+Assumes: losses that are sums over a patient's own records (shared/objective.py), and a model whose layers do not
+mix rows; Opacus' validator refuses those that do.
+
+Edge cases: an empty mini-batch gives zeros; a parameter that no record uses gives zeros.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gapweave.shared.errors import UsageError
+from gapweave.shared.model import MultimodalModel
+from gapweave.shared.objective import TaskKind, record_losses
+from gapweave.shared.schema import Batch
+
+Gradient = dict[str, Tensor]
+"""Gradient by parameter name."""
+
+
+class GradientEngine(Protocol):
+    """Computes a mini-batch's sum of patients' gradients."""
+
+    def sum(self, batch: Batch, used: Tensor) -> Gradient:
+        """Sum over the batch's patients.
+
+        Args:
+            batch: records of the sampled patients.
+            used: [R, M] bool, modalities that inform the prediction.
+        """
+        ...
+
+
+class PlainEngine:
+    """Without clipping, for runs without privacy.
+
+    Args:
+        model: updated in place by the caller between calls.
+        kind: of the task.
+    """
+
+    def __init__(self, model: MultimodalModel, kind: TaskKind) -> None:
+        self.model = model
+        self.kind = kind
+
+    def sum(self, batch: Batch, used: Tensor) -> Gradient:
+        """The plain sum of gradients."""
+        names = dict(self.model.named_parameters())
+        if len(batch) == 0:
+            return {name: torch.zeros_like(parameter) for name, parameter in names.items()}
+        outputs = self.model(batch.inputs, batch.present, used)
+        losses = record_losses(outputs, batch.target, batch.label_mask, self.kind) * batch.weight
+        gradients = torch.autograd.grad(losses.sum(), list(names.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(parameter) if gradient is None else gradient
+            for (name, parameter), gradient in zip(names.items(), gradients, strict=True)
+        }
+
+
+class OpacusEngine:
+    """Per-record gradients from Opacus' hooks, folded to patients, clipped, summed in float64.
+
+    Args:
+        model: its layers must be known to Opacus; updated in place by the caller between calls.
+        kind: of the task.
+        bound: clipping bound of one patient's gradient over all parameters together.
+
+    Raises:
+        UsageError: naming the layer that mixes patients or that Opacus does not know.
+    """
+
+    def __init__(self, model: MultimodalModel, kind: TaskKind, bound: float) -> None:
+        from opacus import GradSampleModule
+        from opacus.validators import ModuleValidator
+
+        problems = ModuleValidator.validate(model, strict=False)
+        if problems:
+            raise UsageError(
+                f"the model has a layer without per-patient gradients: {problems[0]}",
+                where="study:model",
+                remedy="Use GroupNorm or LayerNorm for normalisation, and layers that Opacus supports",
+            )
+        self.kind = kind
+        self.bound = bound
+        self.module = GradSampleModule(model, batch_first=True, loss_reduction="sum")
+        self.names = dict(model.named_parameters())
+
+    def sum(self, batch: Batch, used: Tensor) -> Gradient:
+        """The sum of clipped per-patient gradients, float64."""
+        if len(batch) == 0:
+            return {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in self.names.items()}
+        self.module.zero_grad(set_to_none=True)
+        with warnings.catch_warnings():
+            # Integer indices of an Embedding have no gradient; torch warns about Opacus' backward hook on it.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            outputs = self.module(batch.inputs, batch.present, used)
+            losses = record_losses(outputs, batch.target, batch.label_mask, self.kind)
+            (torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum().backward()
+        per_patient = {name: self._fold(parameter, batch) for name, parameter in self.names.items()}
+        self.module.zero_grad(set_to_none=True)
+        return self._clipped(per_patient, batch)
+
+    def _fold(self, parameter: Tensor, batch: Batch) -> Tensor | None:
+        """[R, ...] gradients of records to [P, D] of patients; None for a parameter that nothing used."""
+        samples = getattr(parameter, "grad_sample", None)
+        if samples is None:
+            return None
+        folded = torch.zeros(batch.patients, parameter.numel(), dtype=samples.dtype, device=samples.device)
+        return folded.index_add_(0, batch.patient, samples.reshape(len(batch), -1))
+
+    def _clipped(self, per_patient: dict[str, Tensor | None], batch: Batch) -> Gradient:
+        squares = torch.zeros(batch.patients, dtype=torch.float64, device=batch.weight.device)
+        for gradient in per_patient.values():
+            if gradient is not None:
+                squares += gradient.double().square().sum(1)
+        norms = squares.sqrt()
+        finite = torch.isfinite(norms)
+        factor = torch.where(finite, (self.bound / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
+        result: Gradient = {}
+        for name, parameter in self.names.items():
+            gradient = per_patient[name]
+            if gradient is None:
+                result[name] = torch.zeros_like(parameter, dtype=torch.float64)
+                continue
+            kept = torch.where(finite.unsqueeze(1), gradient.double(), 0.0)
+            result[name] = (factor @ kept).view_as(parameter)
+        return result

@@ -1,0 +1,307 @@
+"""One site's part in one study: prepare, train a round, keep the final model.
+
+The order of every step is the promise: policy, then ledger, then data, then the durable reply, then its release.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gapweave.client.data import Cohort, load_cohort
+from gapweave.client.ledger import Ledger
+from gapweave.client.policy import check_policy, check_size
+from gapweave.client.state import Groups, RoundState, RunFolder, to_arrays, to_tensors
+from gapweave.client.training import Sgd, Step, build_engine, train
+from gapweave.shared.config import Site, Study
+from gapweave.shared.errors import RefusedError
+from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups, shared_groups
+from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws, discrete_laplace
+from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.plan import Plan, count_event, make_plan
+from gapweave.shared.schema import Batch
+from gapweave.shared.tensorfile import Arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """What a site tells the server before the first round; all of it declared or noised.
+
+    Attributes:
+        site: its name.
+        modalities: that it holds.
+        groups: parameter groups that it will send.
+        rounds: rounds that its cap allows.
+        plan: noise, sampling rate and n_hat of its training.
+    """
+
+    site: str
+    modalities: list[str]
+    groups: list[str]
+    rounds: int
+    plan: dict[str, Any]
+
+
+class Participant:
+    """A site in a study.
+
+    Args:
+        study: what all sites agree on.
+        site: the hospital's own file, already read.
+        site_file: where it was read from; relative paths start there.
+        state: the site's state folder.
+        data_dir: folder of data sets, if one was given.
+        simulation: whether this is a virtual site.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        site: Site,
+        *,
+        site_file: Path,
+        state: Path,
+        data_dir: Path | None = None,
+        simulation: bool = False,
+    ) -> None:
+        self.study, self.site = study, site
+        self._site_file, self.state, self._data_dir = site_file, state, data_dir
+        self._simulation = simulation
+        self.held = [name for name in study.order if site.holds(name)]
+        self.device = _device(site.device)
+
+    @cached_property
+    def cohort(self) -> Cohort:
+        """The site's records."""
+        return load_cohort(self.study, self.site, site_file=self._site_file, data_dir=self._data_dir)
+
+    @cached_property
+    def training(self) -> Batch:
+        """Records of the training patients, on the site's device."""
+        return self.cohort.training().to(self.device)
+
+    @cached_property
+    def model(self) -> MultimodalModel:
+        """The site's model; its parameters are overwritten before each use."""
+        return MultimodalModel(self.study, self.held).to(self.device)
+
+    @cached_property
+    def initial(self) -> Groups:
+        """The public initial parameters."""
+        fresh = MultimodalModel(self.study, self.held)
+        return {group: {name: value.clone() for name, value in part.items()} for group, part in groups(fresh).items()}
+
+    @cached_property
+    def shared(self) -> list[str]:
+        """Groups that this site sends and receives."""
+        return shared_groups(self.study, self.initial)
+
+    def prepare(self, run: str) -> Capability:
+        """Check the policy, fix n_hat, plan the noise, and reserve what the cap allows.
+
+        Raises:
+            RefusedError: when policy or budget do not allow a single round.
+            DataError: when the data cannot be used.
+        """
+        check_policy(self.study, self.site, simulation=self._simulation)
+        with Ledger(self.state, self.site) as ledger:
+            by = "simulation" if self._simulation else "policy.studies"
+            ledger.approve(self.study.sha256, self.study.name, by)
+            plan = self._plan(ledger, run)
+            reserved = ledger.reserve(run, self.study.sha256, self._schedule(plan))
+        return Capability(
+            site=self.site.name,
+            modalities=self.held,
+            groups=self.shared,
+            rounds=min(reserved, plan.rounds),
+            plan={
+                "noise_multiplier": plan.noise_multiplier,
+                "sample_rate": plan.sample_rate,
+                "n_hat": plan.n_hat,
+                "epsilon": plan.epsilon,
+                "delta": plan.delta,
+            },
+        )
+
+    def _schedule(self, plan: Plan) -> list[PrivacyEvent]:
+        rounds = [plan.event(f"update of round {number}") for number in range(1, plan.rounds + 1)]
+        return [*rounds, plan.event("fine-tuning", plan.finetune_steps)] if plan.finetune_steps else rounds
+
+    def _plan(self, ledger: Ledger, run: str) -> Plan:
+        delta = min(self.study.privacy.delta, ledger.view.delta)
+        if not self.study.privacy.enabled:
+            check_size(self.training.patients, self.site)
+            return make_plan(self.study, self.site.patients.declared or self.training.patients, delta)
+        if self.site.patients.declared is not None:
+            check_size(self.training.patients, self.site)
+            return make_plan(self.study, self.site.patients.declared, delta)
+        event = count_event(self.study)
+        n_hat = ledger.value(self.study.sha256, event.kind)
+        if n_hat is None:
+            n_hat = self._count(ledger, run, event)
+        return make_plan(self.study, n_hat, delta, (event,))
+
+    def _count(self, ledger: Ledger, run: str, event: PrivacyEvent) -> int:
+        """Release the number of training patients once, with noise, and charge it."""
+        if not ledger.allows([event]):
+            raise RefusedError(
+                "the site's cap leaves no room for counting patients",
+                where=f"{self.site.name}:policy.epsilon",
+                remedy="Declare `patients.declared`, or raise the cap",
+            )
+        check_size(self.training.patients, self.site)
+        n_hat = max(1, self.training.patients + discrete_laplace(event.noise_multiplier, SecretDraws()))
+        request = hashlib.sha256(f"{self.study.sha256}/n_hat".encode()).hexdigest()
+        ledger.charge(run, self.study.sha256, request, event, n_hat)
+        return n_hat
+
+    def train(self, run: str, number: int, request: str, received: Arrays) -> RoundState:
+        """Train one round, or give the stored reply to a request that was answered before.
+
+        Args:
+            run: our own id of the run.
+            number: of the round, from 1.
+            request: hash of the whole request.
+            received: the shared groups.
+
+        Returns:
+            The state after the round; its `reply` is what may leave.
+
+        Raises:
+            RefusedError: for a round already done with another request, foreign groups, or an exhausted budget.
+        """
+        check_policy(self.study, self.site, simulation=self._simulation)
+        folder = RunFolder(self.state, run)
+        before = folder.load()
+        with Ledger(self.state, self.site) as ledger:
+            if before.request == request:
+                ledger.released(request)
+                return before
+            self._check_request(number, before, received)
+            plan = self._plan(ledger, run)
+            event = plan.event(f"update of round {number}")
+            ledger.charge(run, self.study.sha256, request, event)
+            after = self._train(plan, number, request, before, received)
+            folder.save(after)
+            ledger.released(request)
+        return after
+
+    def _check_request(self, number: int, before: RoundState, received: Arrays) -> None:
+        if number <= before.round:
+            raise RefusedError(
+                f"round {number} was answered before, to another request",
+                where=self.site.name,
+                remedy="Resume the run from its newest checkpoint",
+            )
+        shapes = {
+            (group, name): tuple(value.shape) for group in self.shared for name, value in self.initial[group].items()
+        }
+        asked = {(group, name): value.shape for group, part in received.items() for name, value in part.items()}
+        if asked != shapes:
+            raise RefusedError(
+                "the server sent other parameter groups than the study shares",
+                where=self.site.name,
+                remedy="Both sides must run the same study with the same Gapweave version",
+            )
+
+    def _train(self, plan: Plan, number: int, request: str, before: RoundState, received: Arrays) -> RoundState:
+        start = to_tensors(received)
+        self._load(before, start)
+        optimizer = Sgd(self.study, self._by_parameter(before.momentum))
+        self._steps(plan, self._draws(number), optimizer, plan.steps)
+        trained = groups(self.model)
+        update = {
+            group: {name: trained[group][name].cpu() - value for name, value in part.items()}
+            for group, part in start.items()
+        }
+        momentum: Groups = {}
+        for parameter, value in optimizer.buffers.items():
+            group, name = group_of(parameter)
+            momentum.setdefault(group, {})[name] = value
+        return RoundState(
+            round=number,
+            request=request,
+            event=plan.event(f"update of round {number}").to_dict(),
+            private=to_arrays({group: part for group, part in trained.items() if group not in self.shared}),
+            momentum=to_arrays(momentum),
+            reply=to_arrays(update),
+        )
+
+    def _by_parameter(self, arrays: Arrays) -> dict[str, torch.Tensor]:
+        """Optimiser state by parameter name, on the site's device."""
+        stored = to_tensors(arrays)
+        result = {}
+        for parameter, _ in self.model.named_parameters():
+            group, name = group_of(parameter)
+            if name in stored.get(group, {}):
+                result[parameter] = stored[group][name].to(self.device)
+        return result
+
+    def assemble(self, run: str, received: Arrays) -> MultimodalModel:
+        """The site's model from its private groups after the last round and the given shared ones."""
+        self._load(RunFolder(self.state, run).load(), to_tensors(received))
+        return self.model
+
+    def _load(self, before: RoundState, received: Groups) -> None:
+        load_groups(self.model, {**self.initial, **to_tensors(before.private), **received})
+
+    def _draws(self, number: int | str) -> Draws:
+        if self.study.privacy.enabled:
+            return SecretDraws()
+        return SeededDraws(self.study.seed, self.site.name, number)
+
+    def _steps(self, plan: Plan, draws: Draws, optimizer: Sgd, steps: int) -> None:
+        step = Step(study=self.study, plan=plan, engine=self._engine, draws=draws)
+        train(self.model, self.training, step, optimizer, steps)
+
+    @cached_property
+    def _engine(self) -> Any:
+        return build_engine(self.model, self.study)
+
+    def finish(self, run: str, received: Arrays) -> None:
+        """Keep the whole model for prediction, fine-tune it if the study says so, and give back the reservation.
+
+        Args:
+            run: our own id of the run.
+            received: the final shared groups.
+        """
+        folder = RunFolder(self.state, run)
+        folder.save_model("model", groups(self.assemble(run, received)), self._card())
+        with Ledger(self.state, self.site) as ledger:
+            if self.study.training.finetune:
+                self._finetune(ledger, run, folder)
+            ledger.finish(run)
+
+    def _finetune(self, ledger: Ledger, run: str, folder: RunFolder) -> None:
+        """Train on from the final model; the copy is terminal, no release path opens it."""
+        plan = self._plan(ledger, run)
+        event = plan.event("fine-tuning", plan.finetune_steps)
+        request = hashlib.sha256(f"{run}/fine-tuning".encode()).hexdigest()
+        if not ledger.allows([event], run):
+            return
+        ledger.charge(run, self.study.sha256, request, event)
+        self._steps(plan, self._draws("fine-tuning"), Sgd(self.study, {}), plan.finetune_steps)
+        folder.save_model("finetuned", groups(self.model), self._card())
+
+    def _card(self) -> dict[str, Any]:
+        """What prediction needs beside the parameters; it stays at the site."""
+        data = self.training
+        names = [[name for name, here in zip(self.study.order, row, strict=True) if here] for row in data.present]
+        return {
+            "site": self.site.name,
+            "study": self.study.model_dump(mode="json"),
+            "modalities": self.held,
+            "prior": data.prevalence(),
+            "patterns": sorted({"+".join(pattern) for pattern in names if pattern}),
+        }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

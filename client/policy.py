@@ -1,0 +1,51 @@
+"""The hospital's own limits, asked before anything else: the server can only ask."""
+
+from __future__ import annotations
+
+from gapweave.shared.config import Site, Study
+from gapweave.shared.errors import RefusedError
+
+
+def check_policy(study: Study, site: Site, *, simulation: bool) -> None:
+    """Refuse what the site file does not allow.
+
+    Args:
+        study: what is asked.
+        site: what the hospital allows.
+        simulation: a virtual site approves the study of its own simulation, and un-noised training only when
+            that study disables privacy.
+
+    Raises:
+        RefusedError: naming the key of the site file.
+    """
+    policy = site.policy
+    if not simulation and study.sha256 not in policy.studies:
+        raise RefusedError(
+            f"study {study.name!r} with hash {study.sha256} is not approved",
+            where=f"{site.name}:policy.studies",
+            remedy="Read the study, then add its hash",
+        )
+    if not study.privacy.enabled and policy.unnoised != "allow" and not simulation:
+        raise RefusedError(
+            "the study trains without noise",
+            where=f"{site.name}:policy.unnoised",
+            remedy="Enable privacy in the study, or allow it for a test on data that need no protection",
+        )
+    if "update" not in policy.releases:
+        raise RefusedError(
+            "the site releases no model updates", where=f"{site.name}:policy.releases", remedy="Add `update`"
+        )
+
+
+def check_size(patients: int, site: Site) -> None:
+    """Refuse to train on fewer patients than the hospital allows.
+
+    Raises:
+        RefusedError: naming the bound, never the number.
+    """
+    if patients < site.policy.min_patients:
+        raise RefusedError(
+            f"fewer than {site.policy.min_patients} training patients",
+            where=f"{site.name}:policy.min_patients",
+            remedy="Widen the site's `where`, or leave the study",
+        )

@@ -1,0 +1,174 @@
+"""Predictions of a site's model for its own records; what they hold stays at the site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gapweave.client.data import Cohort, load_cohort
+from gapweave.client.state import read_model
+from gapweave.shared.config import Site, Study
+from gapweave.shared.config.base import parse
+from gapweave.shared.errors import UsageError
+from gapweave.shared.model import MultimodalModel, load_groups
+from gapweave.shared.objective import probabilities
+from gapweave.shared.schema import Batch
+
+CHUNK = 4096
+"""Records that go through the model at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What the model says of each record.
+
+    Attributes:
+        probabilities: [R, classes].
+        votes: [R, M, classes], of each modality alone; NaN where absent.
+        weights: [R, M], shares in the decision; None when the fusion has none.
+    """
+
+    probabilities: NDArray[np.float64]
+    votes: NDArray[np.float64]
+    weights: NDArray[np.float64] | None
+
+
+def predict(model: MultimodalModel, batch: Batch, study: Study, prior: Sequence[float]) -> Predictions:
+    """Predict from all modalities that a record has.
+
+    Args:
+        model: of the site.
+        batch: records.
+        study: the model's.
+        prior: [K] training prevalence at the site, given for a record without any modality.
+    """
+    outputs = []
+    with torch.no_grad():
+        for rows in torch.arange(len(batch)).split(CHUNK):
+            part = batch.rows(rows)
+            outputs.append(model(part.inputs, part.present, part.present))
+    if not outputs:
+        empty = np.zeros((0, len(study.task.class_names)))
+        return Predictions(probabilities=empty, votes=empty[:, None], weights=None)
+    kind = study.task.kind
+    found = probabilities(torch.cat([output.logits for output in outputs]), kind)
+    votes = probabilities(torch.cat([output.modality_logits for output in outputs]), kind)
+    nothing = ~batch.present.any(1)
+    fallback = torch.tensor(prior, dtype=found.dtype)
+    fallback = torch.stack([1 - fallback[0], fallback[0]]) if kind == "binary" else fallback
+    found = torch.where(nothing.unsqueeze(1), fallback, found)
+    weights = outputs[0].weights
+    return Predictions(
+        probabilities=_array(found),
+        votes=_array(torch.where(batch.present.unsqueeze(-1), votes, torch.nan)),
+        weights=None if weights is None else _array(torch.cat([_known(output.weights) for output in outputs])),
+    )
+
+
+def _known(weights: Tensor | None) -> Tensor:
+    assert weights is not None
+    return weights
+
+
+def _array(tensor: Tensor) -> NDArray[np.float64]:
+    return tensor.double().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteModel:
+    """A kept model with its card."""
+
+    study: Study
+    model: MultimodalModel
+    card: dict[str, Any]
+
+
+def load_site_model(file: Path) -> SiteModel:
+    """Read a model that `Participant.finish` kept.
+
+    Raises:
+        GapweaveError: when there is none.
+    """
+    groups, card = read_model(file)
+    study = parse(Study, card["study"], str(file))
+    model = MultimodalModel(study, card["modalities"])
+    load_groups(model, groups)
+    return SiteModel(study=study, model=model, card=card)
+
+
+def predict_file(kept: SiteModel, site: Site, site_file: Path, data_dir: Path | None, out: Path) -> int:
+    """Write predictions.csv for all records of a site file; labels are not needed.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        UsageError: when the file exists, or the site lacks all modalities of the model.
+        DataError: for a problem in the data.
+    """
+    if out.exists():
+        raise UsageError("the output file exists", where=str(out), remedy="Give another --out")
+    cohort = load_cohort(kept.study, site, site_file=site_file, data_dir=data_dir, labels=False)
+    held = torch.tensor([name in kept.card["modalities"] for name in kept.study.order])
+    batch = cohort.batch
+    usable = Batch(**{**batch.__dict__, "present": batch.present & held})
+    missing = [name for name in kept.card["modalities"] if name not in batch.inputs]
+    if missing:
+        raise UsageError(
+            f"the model reads {', '.join(missing)}, which the site file does not name",
+            where=str(site_file),
+            remedy="Predict with the site file of the training, or one that names the same modalities",
+        )
+    predictions = predict(kept.model, usable, kept.study, kept.card["prior"])
+    table(kept, cohort, usable, predictions).write_csv(out)
+    return len(batch)
+
+
+def table(kept: SiteModel, cohort: Cohort, batch: Batch, predictions: Predictions) -> Any:
+    """The columns of predictions.csv as a polars frame."""
+    import polars
+
+    study, order = kept.study, kept.study.order
+    present = batch.present.numpy()
+    patterns = ["+".join(name for name, here in zip(order, row, strict=True) if here) for row in present]
+    imputes = kept.model.fusion.reads_slots
+    absent = ["+".join(name for name, here in zip(order, row, strict=True) if not here) for row in present]
+    seen = set(kept.card["patterns"])
+    columns: dict[str, Any] = {
+        "record_id": cohort.record_ids,
+        "patient_id": [cohort.patient_ids[at] for at in batch.patient.tolist()],
+    }
+    for at, name in enumerate(study.task.class_names):
+        columns[f"p_{name}"] = predictions.probabilities[:, at]
+    columns["present"] = patterns
+    columns["imputed"] = absent if imputes else [""] * len(batch)
+    for at, name in enumerate(order):
+        weights = predictions.weights
+        columns[f"weight_{name}"] = [None] * len(batch) if weights is None else weights[:, at]
+    for at, name in enumerate(order):
+        columns[f"vote_{name}"] = _vote(predictions.votes[:, at], study)
+    columns["unseen_pattern"] = [int(pattern not in seen) for pattern in patterns]
+    return polars.DataFrame(columns, strict=False)
+
+
+def _vote(votes: NDArray[np.float64], study: Study) -> list[Any]:
+    """A modality's own answer: probability of class 1, or the class or labels that it favours."""
+    names = study.task.class_names
+    answers: list[Any] = []
+    for row in votes:
+        if np.isnan(row).any():
+            answers.append(None)
+        elif study.task.kind == "binary":
+            answers.append(float(row[1]))
+        elif study.task.kind == "multiclass":
+            answers.append(names[int(row.argmax())])
+        else:
+            answers.append("+".join(name for name, value in zip(names, row, strict=True) if value >= 0.5))
+    return answers

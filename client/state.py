@@ -1,0 +1,135 @@
+"""What a site keeps of a run: private parameters, optimiser state, and the bytes of its last reply.
+
+All of it is one safetensors file per round, replaced in one rename: after a crash the site stands either before
+the round or after it with the reply ready to be sent again, never between.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapweave.shared import tensorfile
+from gapweave.shared.errors import GapweaveError
+from gapweave.shared.files import private_folder, write_atomically
+from gapweave.shared.tensorfile import Arrays
+
+Groups = dict[str, dict[str, Tensor]]
+"""Parameter groups: group -> name -> tensor."""
+
+
+def to_arrays(groups: Mapping[str, Mapping[str, Tensor]]) -> Arrays:
+    """Copy tensors to float32 arrays."""
+    return {
+        group: {name: tensor.detach().cpu().numpy().copy() for name, tensor in part.items()}
+        for group, part in groups.items()
+    }
+
+
+def to_tensors(arrays: Mapping[str, Mapping[str, Any]]) -> Groups:
+    """Copy arrays to tensors."""
+    return {
+        group: {name: torch.from_numpy(value.copy()) for name, value in part.items()} for group, part in arrays.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundState:
+    """A site after one round.
+
+    Attributes:
+        round: number of the last round done; 0 before the first.
+        request: hash of that round's request.
+        event: the privacy event that covers the reply.
+        private: parameter groups that stay at the site.
+        momentum: optimiser state by parameter group.
+        reply: noised updates of the shared groups, as sent.
+    """
+
+    round: int = 0
+    request: str = ""
+    event: dict[str, Any] = field(default_factory=dict)
+    private: Arrays = field(default_factory=dict)
+    momentum: Arrays = field(default_factory=dict)
+    reply: Arrays = field(default_factory=dict)
+
+
+class RunFolder:
+    """STATE/runs/<run>: a site's files of one run.
+
+    Args:
+        state: the site's state folder.
+        run: our own id of the run.
+    """
+
+    def __init__(self, state: Path, run: str) -> None:
+        self.path = private_folder(private_folder(state / "runs") / run)
+        self._round = self.path / "round.safetensors"
+
+    def load(self) -> RoundState:
+        """The state after the last round done."""
+        if not self._round.exists():
+            return RoundState()
+        arrays, note = tensorfile.parse(self._round.read_bytes())
+        parts: dict[str, Arrays] = {"private": {}, "momentum": {}, "reply": {}}
+        for key, tensors in arrays.items():
+            part, _, group = key.partition(":")
+            parts[part][group] = tensors
+        return RoundState(**note, **parts)
+
+    def save(self, state: RoundState) -> None:
+        """Replace the state in one durable rename."""
+        parts = {"private": state.private, "momentum": state.momentum, "reply": state.reply}
+        arrays = {f"{part}:{group}": tensors for part, groups in parts.items() for group, tensors in groups.items()}
+        note = {"round": state.round, "request": state.request, "event": state.event}
+        write_atomically(self._round, tensorfile.dump(arrays, note))
+
+    def save_model(self, name: str, groups: Mapping[str, Mapping[str, Tensor]], card: Mapping[str, Any]) -> None:
+        """Keep the whole model for prediction.
+
+        Args:
+            name: "model", or "finetuned" for the copy that never leaves.
+            groups: all parameter groups.
+            card: what `predict` needs beside them.
+        """
+        write_atomically(self.path / f"{name}.safetensors", tensorfile.dump(to_arrays(groups), card))
+
+    def load_model(self, name: str) -> tuple[Groups, dict[str, Any]]:
+        """What `save_model` kept.
+
+        Raises:
+            GapweaveError: when the run did not end at this site.
+        """
+        return read_model(self.path / f"{name}.safetensors")
+
+    def keep_study(self, canonical: str) -> None:
+        """Remember the study that the handshake brought: later messages carry only its hash."""
+        write_atomically(self.path / "study.json", canonical.encode())
+
+    def study(self) -> dict[str, Any] | None:
+        """The study of the handshake, if there was one."""
+        file = self.path / "study.json"
+        content: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return content
+
+
+def read_model(file: Path) -> tuple[Groups, dict[str, Any]]:
+    """A kept model: its parameter groups and its card.
+
+    Raises:
+        GapweaveError: when there is none.
+    """
+    if not file.exists():
+        raise GapweaveError(
+            f"this run left no {file.stem} at this site",
+            where=str(file.parent),
+            remedy="Finish it with `gapweave resume`",
+        )
+    arrays, card = tensorfile.parse(file.read_bytes())
+    return to_tensors(arrays), card

@@ -1,0 +1,99 @@
+"""The site's training step: Poisson sampling, clipped sums, noise, and a plain optimiser after the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gapweave.client.gradients import GradientEngine, OpacusEngine, PlainEngine
+from gapweave.shared.config.study import Study
+from gapweave.shared.model import MultimodalModel
+from gapweave.shared.privacy.draws import Draws
+from gapweave.shared.privacy.plan import Plan
+from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import SCHEMES
+
+
+def build_engine(model: MultimodalModel, study: Study) -> GradientEngine:
+    """The gradient engine that the study's privacy asks for."""
+    if not study.privacy.enabled:
+        return PlainEngine(model, study.task.kind)
+    return OpacusEngine(model, study.task.kind, study.privacy.max_grad_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One training step of a site, as its privacy event describes it.
+
+    Guarantee: each step is a Gaussian mechanism with sensitivity C and noise sigma C on a Poisson sample of
+    patients; every trained tensor gets noise, whether or not it leaves.
+    """
+
+    study: Study
+    plan: Plan
+    engine: GradientEngine
+    draws: Draws
+
+    def gradient(self, data: Batch) -> dict[str, Tensor]:
+        """The noised mean gradient; denominators use the public n_hat, never the true number."""
+        plan = self.plan
+        chosen = torch.from_numpy(self.draws.uniform(data.patients) < plan.sample_rate).nonzero()[:, 0]
+        batch = data.of_patients(chosen.to(data.patient.device))
+        total = self.engine.sum(batch, self.used(batch))
+        noise = plan.noise_multiplier * plan.max_grad_norm
+        size = plan.sample_rate * plan.n_hat
+        result = {}
+        for name, tensor in total.items():
+            if noise > 0:
+                drawn = torch.from_numpy(self.draws.normal(tensor.numel())).view(tensor.shape)
+                tensor = tensor.double() + noise * drawn.to(tensor.device)
+            result[name] = (tensor / size).float()
+        return result
+
+    def used(self, batch: Batch) -> Tensor:
+        """[R, M] bool: which modalities inform each record's prediction at this step."""
+        scheme = SCHEMES[self.study.scheme.name]
+        uniform = torch.from_numpy(self.draws.uniform(len(batch), batch.present.shape[1] + 1)).float()
+        return scheme(batch.present, uniform.to(batch.present.device), self.imputer_learns)
+
+    @property
+    def imputer_learns(self) -> bool:
+        """Whether modalities are hidden on purpose."""
+        from gapweave.shared.imputers import IMPUTERS
+
+        return bool(getattr(IMPUTERS[self.study.model.imputer], "learns", False))
+
+
+class Sgd:
+    """SGD with momentum on noised gradients: post-processing, so it costs no privacy.
+
+    Not torch.optim: creating one imports the compiler stack, seconds in every message's process.
+
+    Args:
+        study: gives learning rate, momentum and weight decay.
+        buffers: momentum by parameter name, continued from an earlier round.
+    """
+
+    def __init__(self, study: Study, buffers: Mapping[str, Tensor]) -> None:
+        self._training = study.training
+        self.buffers = dict(buffers)
+
+    def step(self, model: MultimodalModel, gradient: Mapping[str, Tensor]) -> None:
+        """Change the model's parameters in place."""
+        training = self._training
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                change = gradient[name].to(parameter.device) + training.weight_decay * parameter
+                if training.momentum:
+                    change = change + training.momentum * self.buffers.get(name, torch.zeros_like(parameter))
+                    self.buffers[name] = change
+                parameter.sub_(training.lr * change)
+
+
+def train(model: MultimodalModel, data: Batch, step: Step, optimizer: Sgd, steps: int) -> None:
+    """Take local steps; the model changes in place."""
+    for _ in range(steps):
+        optimizer.step(model, step.gradient(data))

@@ -1,0 +1,39 @@
+"""The Flower ServerApp: one run of one study on whatever grid it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from gapweave.server.model_card import save_model
+from gapweave.server.strategy import Observer, Peer, RoundLoop
+from gapweave.shared.config.study import Study, study_from_json
+from gapweave.shared.rundir import RunDirectory
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the study of the run configuration: `study` (JSON), `out` (folder), `run` (our own id)."""
+    config = context.run_config
+    study = study_from_json(str(config["study"]))
+    out = Path(str(config["out"]))
+    directory = RunDirectory(out) if (out / "study.yaml").exists() else RunDirectory.create(out, study)
+    run_study(grid, study, directory, str(config["run"]))
+
+
+def run_study(
+    grid: Grid, study: Study, directory: RunDirectory, run: str, observer: Observer | None = None
+) -> tuple[RoundLoop, dict[str, Peer]]:
+    """Run or resume a study and keep its model.
+
+    Returns:
+        The finished loop and the sites by name.
+    """
+    loop = RoundLoop(grid, study, directory, run, observer)
+    peers = loop.run()
+    save_model(directory, study, loop.state.groups, peers)
+    return loop, peers

@@ -1,0 +1,64 @@
+"""Privacy events: what one release did, in the terms from which its cost follows.
+
+Serialised events never change meaning; only optional fields may be added. The neighbouring relation is always
+adding or removing all records of one patient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from gapweave.shared.errors import GapweaveError
+
+Kind = Literal["dp_sgd", "noisy_count", "unnoised"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyEvent:
+    """One release.
+
+    Attributes:
+        kind: `dp_sgd`: `steps` Poisson-sampled Gaussian mechanisms; `noisy_count`: a count with discrete
+            Laplace noise; `unnoised`: a release without noise, whose epsilon is infinite.
+        released: what left, in words ("update of round 3").
+        noise_multiplier: sd of the noise over `max_grad_norm` (dp_sgd), or the scale of the Laplace noise
+            (noisy_count); 0 for unnoised.
+        sample_rate: probability with which a patient enters a step; 1 for noisy_count.
+        steps: number of noised steps.
+        max_grad_norm: clipping bound; 1, the sensitivity of a count.
+        n_hat: public number of training patients that denominators use; None before it is known.
+        unit: what is protected.
+        neighbours: the neighbouring relation.
+    """
+
+    kind: Kind
+    released: str
+    noise_multiplier: float
+    sample_rate: float = 1.0
+    steps: int = 1
+    max_grad_norm: float = 1.0
+    n_hat: int | None = None
+    unit: Literal["patient"] = "patient"
+    neighbours: Literal["add_remove"] = "add_remove"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in a ledger."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> PrivacyEvent:
+        """Read a stored event.
+
+        Raises:
+            GapweaveError: for an event of a kind, unit or relation that this version does not know.
+        """
+        known = ("dp_sgd", "noisy_count", "unnoised")
+        if content.get("kind") not in known or content.get("unit", "patient") != "patient":
+            raise GapweaveError(
+                f"an event of kind {content.get('kind')!r} cannot be accounted for",
+                where="ledger",
+                remedy="Use the Gapweave version that wrote it",
+            )
+        fields = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        return cls(**fields)

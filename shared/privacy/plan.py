@@ -1,0 +1,128 @@
+"""From a target epsilon and a schedule to the noise that keeps it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gapweave.shared.config.study import Study
+from gapweave.shared.errors import UsageError
+from gapweave.shared.privacy.accountant import epsilon
+from gapweave.shared.privacy.events import PrivacyEvent
+
+COUNT_SHARE = 0.05
+"""Share of the target epsilon that the once-only noisy number of training patients may cost."""
+LARGEST_NOISE = 1e4
+"""Noise multiplier above which a target is called unreachable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a site will train a study.
+
+    Attributes:
+        noise_multiplier: sigma of each step; 0 when privacy is off.
+        sample_rate: q, probability with which a patient enters a step.
+        n_hat: public number of training patients.
+        steps: noised steps a round.
+        rounds: rounds planned.
+        finetune_steps: noised steps after the last upload, 0 for none.
+        max_grad_norm: clipping bound C.
+        epsilon: cost of the whole plan with its preparation; None when privacy is off.
+        delta: at which epsilon holds.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    n_hat: int
+    steps: int
+    rounds: int
+    finetune_steps: int
+    max_grad_norm: float
+    epsilon: float | None
+    delta: float
+
+    def event(self, released: str, steps: int | None = None) -> PrivacyEvent:
+        """The event of one round, or of `steps` steps."""
+        return PrivacyEvent(
+            kind="dp_sgd" if self.noise_multiplier > 0 else "unnoised",
+            released=released,
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=self.steps if steps is None else steps,
+            max_grad_norm=self.max_grad_norm,
+            n_hat=self.n_hat,
+        )
+
+
+def count_event(study: Study) -> PrivacyEvent:
+    """The release of the number of training patients with discrete Laplace noise, once a study."""
+    scale = 1 / (COUNT_SHARE * study.privacy.epsilon)
+    return PrivacyEvent(kind="noisy_count", released="number of training patients", noise_multiplier=scale)
+
+
+def make_plan(study: Study, n_hat: int, delta: float, preparation: tuple[PrivacyEvent, ...] = ()) -> Plan:
+    """Calibrate the noise so that preparation and all rounds together cost the study's target.
+
+    Args:
+        study: gives target, clipping bound and schedule.
+        n_hat: public number of training patients.
+        delta: at which the target holds at this site.
+        preparation: events already charged for this study.
+
+    Raises:
+        UsageError: when no noise up to `LARGEST_NOISE` reaches the target.
+    """
+    training, privacy = study.training, study.privacy
+    rate = min(1.0, training.batch / n_hat)
+    finetune = training.finetune_steps if training.finetune else 0
+    steps = training.rounds * training.local_steps + finetune
+    sigma = _calibrate(privacy.epsilon, delta, rate, steps, preparation) if privacy.enabled else 0.0
+    plan = Plan(
+        noise_multiplier=sigma,
+        sample_rate=rate,
+        n_hat=n_hat,
+        steps=training.local_steps,
+        rounds=training.rounds,
+        finetune_steps=finetune,
+        max_grad_norm=privacy.max_grad_norm,
+        epsilon=None,
+        delta=delta,
+    )
+    if not privacy.enabled:
+        return plan
+    cost = epsilon([*preparation, plan.event("plan", steps)], delta)
+    return Plan(**{**plan.__dict__, "epsilon": cost})
+
+
+def _calibrate(target: float, delta: float, rate: float, steps: int, preparation: tuple[PrivacyEvent, ...]) -> float:
+    """The smallest noise multiplier, to 4 digits and rounded up, whose cost is at most the target."""
+    from scipy.optimize import brentq
+
+    def excess(log_sigma: float) -> float:
+        event = PrivacyEvent(
+            kind="dp_sgd",
+            released="plan",
+            noise_multiplier=math.exp(log_sigma),
+            sample_rate=rate,
+            steps=steps,
+        )
+        return epsilon([*preparation, event], delta) - target
+
+    low, high = math.log(0.3), math.log(2.0)
+    while excess(high) > 0:
+        low, high = high, high + 1.5
+        if high > math.log(LARGEST_NOISE):
+            raise UsageError(
+                f"epsilon {target:g} cannot be reached with {steps} steps at sampling rate {rate:.3g}",
+                where="study:privacy.epsilon",
+                remedy="Raise epsilon, or plan fewer rounds",
+            )
+    if excess(low) <= 0:
+        return _round_up(math.exp(low))
+    return _round_up(math.exp(brentq(excess, low, high, xtol=1e-3) + 1e-3))
+
+
+def _round_up(value: float) -> float:
+    scale = 10.0 ** (3 - math.floor(math.log10(value)))
+    return math.ceil(value * scale) / scale

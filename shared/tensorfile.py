@@ -1,0 +1,40 @@
+"""Parameter groups and a JSON note in one safetensors file: one rename replaces both together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+Arrays = dict[str, dict[str, NDArray[np.float32]]]
+"""Parameter groups: group -> name -> array."""
+
+_NOTE = "gapweave"
+
+
+def dump(arrays: Mapping[str, Mapping[str, NDArray[np.float32]]], note: Mapping[str, Any]) -> bytes:
+    """Serialise groups; the note is kept in the file's metadata.
+
+    Args:
+        arrays: group -> name -> array; neither group nor name may hold a "|".
+        note: anything that JSON holds.
+    """
+    tensors = {
+        f"{group}|{name}": np.ascontiguousarray(value) for group, part in arrays.items() for name, value in part.items()
+    }
+    return save(tensors, metadata={_NOTE: json.dumps(note, sort_keys=True)})
+
+
+def parse(content: bytes) -> tuple[Arrays, dict[str, Any]]:
+    """Read what `dump` wrote: the groups, and the note."""
+    length = int.from_bytes(content[:8], "little")
+    note: dict[str, Any] = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_NOTE])
+    arrays: Arrays = {}
+    for key, value in load(content).items():
+        group, name = key.split("|")
+        arrays.setdefault(group, {})[name] = value
+    return arrays, note

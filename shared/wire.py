@@ -1,0 +1,81 @@
+"""What crosses the wire: a JSON header and one ArrayRecord for each parameter group.
+
+No pickles, no code, no per-patient number; a record's name is its parameter group's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from gapweave.shared import PROTOCOL_VERSION
+from gapweave.shared.errors import GapweaveError
+from gapweave.shared.tensorfile import Arrays
+
+HEADER = "header"
+PREPARE, TRAIN, FINISH = "query.prepare", "train", "train.finish"
+"""Message types: the handshake, one round, and the final groups."""
+
+
+class ProtocolError(GapweaveError):
+    """A message that this version cannot or will not read."""
+
+
+def pack(header: Mapping[str, Any], arrays: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> RecordDict:
+    """Build a message's content; the protocol version is added to the header."""
+    records = RecordDict()
+    text = json.dumps({"protocol": PROTOCOL_VERSION, **header}, sort_keys=True)
+    records[HEADER] = ConfigRecord({"json": text})
+    for group, tensors in arrays.items():
+        records[group] = ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in tensors.items()})
+    return records
+
+
+def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
+    """Read a message's content.
+
+    Raises:
+        ProtocolError: for another protocol version, naming both, or a message of another shape.
+    """
+    try:
+        header = json.loads(str(content.config_records[HEADER]["json"]))
+    except (KeyError, ValueError):
+        raise ProtocolError("a message without a Gapweave header", remedy="Both sides must run Gapweave") from None
+    if header.get("protocol") != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the other side speaks protocol {header.get('protocol')}, this one {PROTOCOL_VERSION}",
+            remedy="Install the same Gapweave version on both sides",
+        )
+    arrays = {
+        group: {name: _read(array) for name, array in record.items()} for group, record in content.array_records.items()
+    }
+    return header, arrays
+
+
+def _read(array: Array) -> NDArray[np.float32]:
+    value: NDArray[np.float32] = array.numpy()
+    if value.dtype != np.float32:
+        raise ProtocolError(f"an array of type {value.dtype}", remedy="Parameters travel as float32")
+    return value
+
+
+def request_hash(header: Mapping[str, Any], arrays: Arrays) -> str:
+    """SHA-256 over a whole request: what a charge is bound to. Flower's own ids are no part of it."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for group in sorted(arrays):
+        for name in sorted(arrays[group]):
+            value = arrays[group][name]
+            digest.update(f"\n{group}/{name}/{value.shape}\n".encode())
+            digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def size(arrays: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> int:
+    """Bytes of the arrays."""
+    return sum(value.nbytes for tensors in arrays.values() for value in tensors.values())

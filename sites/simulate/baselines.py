@@ -1,0 +1,212 @@
+"""What a user would pick instead: each site alone, all data pooled, logistic regression, gradient boosting.
+
+All of them train without privacy and see what the federated model sees: the same features of the same training
+patients. Nothing here is tuned on the test patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gapweave.client.data import Cohort
+from gapweave.client.predict import Predictions, predict
+from gapweave.client.training import Sgd, Step, build_engine, train
+from gapweave.shared.config import Study
+from gapweave.shared.config.study import ImageModality, SeriesModality
+from gapweave.shared.features.series import summary
+from gapweave.shared.model import MultimodalModel
+from gapweave.shared.privacy.draws import SeededDraws
+from gapweave.shared.privacy.plan import make_plan
+from gapweave.shared.schema import Batch, modalities
+
+BASELINES = ("local", "pooled", "lr", "gbm")
+"""Values of `--baselines`; lr and gbm are fitted both locally and pooled."""
+
+Predictor = Callable[[Batch], Predictions]
+
+
+def without_privacy(study: Study, batch: int | None = None) -> Study:
+    """The study as a baseline trains it."""
+    training = study.training if batch is None else study.training.model_copy(update={"batch": batch})
+    privacy = study.privacy.model_copy(update={"enabled": False})
+    return study.model_copy(update={"privacy": privacy, "training": training})
+
+
+def train_alone(study: Study, data: Batch, held: list[str], name: str) -> MultimodalModel:
+    """Train the study's model on one body of data for as many steps as the federated run takes.
+
+    Args:
+        study: privacy is switched off.
+        data: training records.
+        held: modalities in them.
+        name: keys the draws.
+    """
+    study = without_privacy(study)
+    model = MultimodalModel(study, held)
+    plan = make_plan(study, max(1, data.patients), study.privacy.delta)
+    draws = SeededDraws(study.seed, name, "alone")
+    step = Step(study=study, plan=plan, engine=build_engine(model, study), draws=draws)
+    train(model, data, step, Sgd(study, {}), plan.steps * plan.rounds)
+    return model
+
+
+def local_network(study: Study, cohort: Cohort) -> Predictor:
+    """The same network, trained at one site alone."""
+    training = cohort.training()
+    model = train_alone(study, training, list(training.inputs), cohort.site)
+    return lambda batch: predict(model, batch, study, training.prevalence())
+
+
+def pooled_network(study: Study, cohorts: Mapping[str, Cohort]) -> Predictor:
+    """The same network, trained on all sites' data in one place; its batches are as large as a round's of all."""
+    pooled = pool(study, [cohort.training() for cohort in cohorts.values()])
+    study = without_privacy(study, study.training.batch * len(cohorts))
+    model = train_alone(study, pooled, list(study.order), "pooled")
+    return lambda batch: predict(model, _complete(study, batch), study, pooled.prevalence())
+
+
+def pool(study: Study, batches: list[Batch]) -> Batch:
+    """All batches as one; a site's missing modalities are absent rows."""
+    complete = [_complete(study, batch) for batch in batches]
+    offsets = np.cumsum([0, *[batch.patients for batch in batches]])
+    return Batch(
+        inputs={name: torch.cat([batch.inputs[name] for batch in complete]) for name in study.order},
+        present=torch.cat([batch.present for batch in complete]),
+        target=torch.cat([batch.target for batch in complete]),
+        label_mask=torch.cat([batch.label_mask for batch in complete]),
+        patient=torch.cat([batch.patient + int(at) for batch, at in zip(complete, offsets[:-1], strict=True)]),
+        weight=torch.cat([batch.weight for batch in complete]),
+        patients=int(offsets[-1]),
+    )
+
+
+def _complete(study: Study, batch: Batch) -> Batch:
+    """The batch with zero inputs for modalities that its site does not hold."""
+    inputs = {
+        modality.name: batch.inputs.get(modality.name, torch.zeros(len(batch), *modality.shape))
+        for modality in modalities(study)
+    }
+    return Batch(**{**batch.__dict__, "inputs": inputs})
+
+
+def flat_features(study: Study, batch: Batch) -> NDArray[np.float64]:
+    """[R, F]: the features that the encoders' linear paths read, and one availability flag a modality."""
+    blocks = [batch.present.double()]
+    for at, name in enumerate(study.order):
+        if name not in batch.inputs:
+            continue
+        values, spec = batch.inputs[name], study.modalities[name]
+        if isinstance(spec, SeriesModality):
+            values = summary(values)
+        elif isinstance(spec, ImageModality):
+            values = torch.nn.functional.adaptive_avg_pool2d(values, 8)
+        blocks.append(torch.where(batch.present[:, [at]], values.flatten(1).double(), 0.0))
+    features: NDArray[np.float64] = torch.cat(blocks, dim=1).numpy()
+    return features
+
+
+def logistic_regression() -> Any:
+    """L2 logistic regression on standardised features, with scikit-learn's default strength."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+
+
+def gradient_boosting() -> Any:
+    """Gradient boosting of 80 small trees, as in the data sets' reference numbers."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    return HistGradientBoostingClassifier(max_iter=80, max_leaf_nodes=8, random_state=0)
+
+
+CLASSICAL: dict[str, Callable[[], Any]] = {"lr": logistic_regression, "gbm": gradient_boosting}
+
+
+def fit_classical(study: Study, data: Batch, make: Callable[[], Any]) -> Predictor:
+    """Fit one scikit-learn model an output.
+
+    Args:
+        study: gives task and features.
+        data: training records; those without a known target are left out.
+        make: builds an unfitted model.
+    """
+    features, prior = flat_features(study, data), data.prevalence()
+    usable = (data.weight > 0).numpy()
+    columns = [
+        _fit_output(make, features, data.target[:, k].numpy(), usable & data.label_mask[:, k].numpy(), prior[k])
+        for k in range(study.task.outputs)
+    ]
+    names = sorted(data.inputs)
+
+    def answer(batch: Batch) -> Predictions:
+        rows = flat_features(study, Batch(**{**batch.__dict__, "inputs": {name: batch.inputs[name] for name in names}}))
+        scores = np.stack([column(rows) for column in columns], axis=1)
+        if study.task.kind == "binary":
+            scores = np.concatenate([1 - scores, scores], axis=1)
+        elif study.task.kind == "multiclass":
+            scores = scores / scores.sum(1, keepdims=True).clip(1e-12)
+        votes = np.full((len(batch), len(study.order), scores.shape[1]), np.nan)
+        return Predictions(probabilities=scores, votes=votes, weights=None)
+
+    return answer
+
+
+def _fit_output(
+    make: Callable[[], Any],
+    features: NDArray[np.float64],
+    target: NDArray[np.float32],
+    usable: NDArray[np.bool_],
+    prior: float,
+) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    if len(np.unique(target[usable])) < 2:
+        return lambda rows: np.full(len(rows), prior)
+    model = make().fit(features[usable], target[usable] > 0.5)
+    return lambda rows: np.asarray(model.predict_proba(rows)[:, 1])
+
+
+def fit_baselines(
+    study: Study,
+    cohorts: Mapping[str, Cohort],
+    names: list[str],
+    progress: Callable[[str], None] = lambda name: None,
+) -> dict[str, dict[str, Predictor]]:
+    """All baselines asked for: model name -> site -> predictor.
+
+    Args:
+        study: of the run.
+        cohorts: by site.
+        names: of `BASELINES`.
+        progress: told the name of each fit.
+    """
+    result: dict[str, dict[str, Predictor]] = {}
+    if "local" in names:
+        result["local"] = {}
+        for site, cohort in cohorts.items():
+            progress(f"local {site}")
+            result["local"][site] = local_network(study, cohort)
+    if "pooled" in names:
+        progress("pooled")
+        result["pooled"] = dict.fromkeys(cohorts, pooled_network(study, cohorts))
+    for name in ("lr", "gbm"):
+        if name in names:
+            progress(name)
+            result |= _fit_classical_both(study, cohorts, name)
+    return result
+
+
+def _fit_classical_both(study: Study, cohorts: Mapping[str, Cohort], name: str) -> dict[str, dict[str, Predictor]]:
+    make = CLASSICAL[name]
+    local = {site: fit_classical(study, cohort.training(), make) for site, cohort in cohorts.items()}
+    together = fit_classical(study, pool(study, [cohort.training() for cohort in cohorts.values()]), make)
+
+    def on_all(batch: Batch) -> Predictions:
+        return together(_complete(study, batch))
+
+    return {f"{name}_local": local, f"{name}_pooled": dict.fromkeys(cohorts, on_all)}

@@ -1,0 +1,114 @@
+"""`gapweave simulate | resume | report`: thin commands over `run.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gapweave.shared.config.overrides import ALIASES
+from gapweave.sites.simulate.compare_cli import compare
+
+ALIAS_HELP = "aliases: method, " + ", ".join(ALIASES)
+
+StudyArgument = Annotated[Path | None, typer.Argument(help="Study file; without it, the built-in demo.")]
+SitesOption = Annotated[
+    Path | None, typer.Option("--sites", help="Folder of site files [default: sites/ beside STUDY].")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="GAPWEAVE_DATA", help="Folder that holds data sets, one sub-folder a set."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help=f"key=value: a dotted path of the study file, or an alias ({ALIAS_HELP})."),
+]
+BaselinesOption = Annotated[str, typer.Option("--baselines", help="Comma list of local, pooled, lr, gbm.")]
+
+
+def simulate(
+    study: StudyArgument = None,
+    sites: SitesOption = None,
+    data: DataOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory to create [default: runs/<study>-<time>].")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", help="Folder of the sites' ledgers and private models [default: RUN/sites]."),
+    ] = None,
+    engine: Annotated[str, typer.Option("--engine", help="inline: all sites in this process.")] = "inline",
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Same as --set training.rounds=N.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same as --set seed=N.")] = None,
+    continue_without: Annotated[
+        bool, typer.Option("--continue-without", help="Go on without sites whose data cannot be used.")
+    ] = False,
+    baselines: BaselinesOption = "",
+    assignments: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,
+) -> None:
+    """Run a study on one machine.
+
+    Example: gapweave simulate study.yaml --out runs/first --baselines local,pooled --set epsilon=3
+    """
+    from gapweave.sites.simulate import commands
+
+    overrides = commands.read_assignments(assignments or [])
+    if rounds is not None:
+        overrides["training.rounds"] = rounds
+    if seed is not None:
+        overrides["seed"] = seed
+    commands.check_engine(engine)
+    summary, directory = commands.start(
+        study,
+        overrides,
+        commands.Places(sites=sites, data=data, out=out, state=state),
+        baselines=commands.read_baselines(baselines),
+        continue_without=continue_without,
+    )
+    _show(summary, directory, as_json)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run directory of a simulation that was interrupted.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,
+) -> None:
+    """Continue a run from its last checkpoint; budgets go on from where they were.
+
+    Example: gapweave resume runs/first
+    """
+    from gapweave.sites.simulate import commands
+
+    summary, directory = commands.resume(run)
+    _show(summary, directory, as_json)
+
+
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Rebuild report.html from the run's files.
+
+    Example: gapweave report runs/first
+    """
+    from gapweave.shared.report.run_report import write_report
+    from gapweave.shared.rundir import RunDirectory
+
+    directory = RunDirectory.open(run)
+    write_report(directory)
+    typer.echo(f"report: {directory.report}")
+
+
+def _show(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+        return
+    from rich.console import Console
+
+    from gapweave.sites.simulate.progress import result_table
+
+    console = Console()
+    console.print(result_table(summary))
+    typer.echo(f"report: {directory / 'report.html'}")
+
+
+__all__ = ["compare", "report", "resume", "simulate"]

@@ -1,0 +1,153 @@
+"""The work behind `simulate` and `resume`: every check comes first, then the folder, then the run."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gapweave.client import app as client_app
+from gapweave.shared.config import Study, load_study
+from gapweave.shared.config.overrides import parse_assignment
+from gapweave.shared.errors import RefusedError, UsageError
+from gapweave.shared.report.run_report import write_report
+from gapweave.shared.rundir import RunDirectory
+from gapweave.sites.simulate.baselines import BASELINES
+from gapweave.sites.simulate.progress import Bars
+from gapweave.sites.simulate.run import Setup, VirtualSite, find_sites, load_sites, simulate
+from gapweave.sites.study_check import check_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Folders given on the command line; None means the default."""
+
+    sites: Path | None
+    data: Path | None
+    out: Path | None
+    state: Path | None
+
+
+def read_assignments(texts: list[str]) -> dict[str, Any]:
+    """`--set` options as overrides."""
+    return dict(parse_assignment(text) for text in texts)
+
+
+def read_baselines(text: str) -> tuple[str, ...]:
+    """`--baselines` as names.
+
+    Raises:
+        UsageError: for an unknown one.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in BASELINES:
+            raise UsageError(
+                f"no baseline is called {name!r}", where="--baselines", remedy=f"Known: {', '.join(BASELINES)}"
+            )
+    return names
+
+
+def check_engine(name: str) -> None:
+    """Refuse engines that this version does not have.
+
+    Raises:
+        UsageError: naming those that it has.
+    """
+    if name != "inline":
+        raise UsageError(f"no engine is called {name!r}", where="--engine", remedy="Installed: inline")
+
+
+def start(
+    study_file: Path | None,
+    overrides: dict[str, Any],
+    places: Places,
+    *,
+    baselines: tuple[str, ...],
+    continue_without: bool,
+) -> tuple[dict[str, Any], Path]:
+    """Check everything, create the run directory, run, and write the report.
+
+    Returns:
+        summary.json's content, and the run directory.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        demo = study_file is None
+        file = _demo(Path(scratch)) if study_file is None else study_file
+        study = load_study(file, overrides)
+        check_names(study)
+        out = (places.out or Path("runs") / f"{study.name}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
+        RunDirectory.require_new(out)
+        files = find_sites(file, places.sites)
+        directory = RunDirectory(out)
+        setup = Setup(
+            sites=files,
+            data=places.data.resolve() if places.data else None,
+            state=places.state.resolve() if places.state else directory.sites,
+            baselines=baselines,
+            continue_without=continue_without,
+        )
+        if demo:
+            setup = _keep_demo(file.parent, out, setup)
+        return _run(study, setup, out)
+
+
+def _demo(folder: Path) -> Path:
+    from gapweave.sites.demo import write_demo
+
+    return write_demo(folder / "hospitals")
+
+
+def _keep_demo(hospitals: Path, out: Path, setup: Setup) -> Setup:
+    """Move the demo's hospitals into the run directory, so that it can be resumed and looked at."""
+    import shutil
+
+    kept = out / "hospitals"
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.move(hospitals, kept)
+    sites = tuple(kept / file.relative_to(hospitals.resolve()) for file in setup.sites)
+    return Setup(**{**setup.__dict__, "sites": sites})
+
+
+def _run(study: Study, setup: Setup, out: Path) -> tuple[dict[str, Any], Path]:
+    try:
+        with Bars(Console(stderr=True)) as bars:
+            sites = load_sites(study, setup, bars.reading)
+            directory = RunDirectory.create(out, study)
+            setup.save(directory)
+            return _finish(study, setup, directory, bars, sites)
+    finally:
+        client_app.forget()
+
+
+def _finish(
+    study: Study, setup: Setup, directory: RunDirectory, bars: Bars, sites: list[VirtualSite] | None
+) -> tuple[dict[str, Any], Path]:
+    summary = simulate(study, setup, directory, bars, sites)
+    write_report(directory)
+    return summary, directory.path
+
+
+def resume(path: Path) -> tuple[dict[str, Any], Path]:
+    """Continue an interrupted simulation.
+
+    Raises:
+        UsageError: when the folder holds no simulation, or one that is done.
+    """
+    directory = RunDirectory.open(path.resolve())
+    if (directory.path / "summary.json").exists():
+        raise UsageError("this run is done", where=str(path), remedy="Start another with `gapweave simulate`")
+    study, setup = directory.study(), Setup.load(directory)
+    try:
+        with Bars(Console(stderr=True)) as bars:
+            sites = load_sites(study, setup, bars.reading)
+            return _finish(study, setup, directory, bars, sites)
+    finally:
+        client_app.forget()
+
+
+__all__ = ["Places", "RefusedError", "check_engine", "read_assignments", "read_baselines", "resume", "start"]

@@ -1,0 +1,36 @@
+"""Exact metrics of virtual sites. A simulation may look at everything; a deployed site never sends these."""
+
+from __future__ import annotations
+
+import torch
+
+from gapweave.client.data import Cohort
+from gapweave.client.predict import Predictions, predict
+from gapweave.shared.config import Study
+from gapweave.shared.metrics import Metrics, exact_metrics
+from gapweave.shared.model import MultimodalModel
+from gapweave.shared.schema import Batch
+
+
+def evaluate(model: MultimodalModel, cohort: Cohort, study: Study) -> Metrics:
+    """Metrics of a model on a site's held-out patients."""
+    test = cohort.testing()
+    predictions = predict(model, test, study, cohort.training().prevalence())
+    return metrics_of(predictions, test, study)
+
+
+def metrics_of(predictions: Predictions, test: Batch, study: Study) -> Metrics:
+    """Metrics of predictions for the records of a batch."""
+    return exact_metrics(
+        predictions.probabilities, test.target.double().numpy(), test.label_mask.numpy(), study.task.kind
+    )
+
+
+def mean_metrics(per_site: list[Metrics]) -> Metrics:
+    """Mean over sites, of those where a metric is defined."""
+    names = {name: None for metrics in per_site for name in metrics}
+    result: Metrics = {}
+    for name in names:
+        values = [value for metrics in per_site if (value := metrics[name]) is not None]
+        result[name] = float(torch.tensor(values, dtype=torch.float64).mean()) if values else None
+    return result

@@ -1,0 +1,106 @@
+"""What a person sees of a running simulation: bars for rounds and sites, and a table at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Bars:
+    """A `Watcher` that draws progress bars; use it as a context manager.
+
+    Args:
+        console: where to draw; bars go away when it is no terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._reading = self._progress.add_task("reading sites", total=None)
+        self._rounds = self._progress.add_task("rounds", total=None, visible=False)
+        self._sites = self._progress.add_task("sites", total=None, visible=False)
+        self._auroc = ""
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def reading(self, site: str) -> None:
+        """A site's data are being read."""
+        self._progress.update(self._reading, description=f"reading {site}", advance=1)
+
+    def prepared(self, sites: int, rounds: int, done: int) -> None:
+        """The handshake is over."""
+        self._progress.update(self._reading, visible=False)
+        self._progress.update(self._rounds, total=rounds, completed=done, visible=True)
+        self._progress.update(self._sites, total=sites, visible=True)
+
+    def replied(self, number: int, site: str) -> None:
+        """A site answered."""
+        self._progress.update(self._sites, description=site, advance=1)
+
+    def round_done(self, number: int, auroc: float | None) -> None:
+        """A round is over."""
+        if auroc is not None:
+            self._auroc = f"  AUROC {auroc:.3f}"
+        self._progress.update(self._rounds, description=f"round {number}{self._auroc}", completed=number)
+        self._progress.update(self._sites, completed=0)
+
+    def baseline(self, name: str) -> None:
+        """A baseline is being fitted."""
+        self._progress.update(self._sites, description=f"baseline {name}", total=None)
+
+
+def result_table(summary: dict[str, Any]) -> Table:
+    """Sites by row; AUROC of each model, and what was spent."""
+    baselines = summary["baselines"]
+    table = Table(title=f"{summary['study']}: AUROC on held-out patients ({summary['metrics_are']})")
+    table.add_column("site")
+    table.add_column("modalities", max_width=40)
+    table.add_column("patients\ntrain/test", justify="right")
+    for name in baselines:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("federated", justify="right", style="bold")
+    fine_tuned = any(row["fine_tuned"] for row in summary["sites"].values())
+    if fine_tuned:
+        table.add_column("fine-tuned", justify="right")
+    table.add_column("epsilon\nspent/cap", justify="right")
+    table.add_column("status")
+    for site, row in summary["sites"].items():
+        cells = [_auroc(baselines[name]["sites"].get(site)) for name in baselines]
+        cells.append(_auroc(row["metrics"]))
+        if fine_tuned:
+            cells.append(_auroc(row["fine_tuned"]))
+        patients = row["patients"]
+        sizes = "-" if patients["train"] is None else f"{patients['train']}/{patients['test']}"
+        table.add_row(site, " ".join(row["modalities"]), sizes, *cells, _spent(row["privacy"]), row["status"])
+    means = [_auroc(baselines[name]["mean"]) for name in baselines]
+    table.add_section()
+    table.add_row("mean", "", "", *means, _auroc(summary["mean"]), *([""] if fine_tuned else []), "", "")
+    return table
+
+
+def _auroc(metrics: dict[str, float | None] | None) -> str:
+    value = None if metrics is None else metrics.get("auroc")
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _spent(privacy: dict[str, Any] | None) -> str:
+    if privacy is None:
+        return "-"
+    spent = "no guarantee" if privacy["epsilon"] is None else f"{privacy['epsilon']:.2f}"
+    return f"{spent}/{privacy['cap']:g}"

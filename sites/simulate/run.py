@@ -1,0 +1,187 @@
+"""`gapweave simulate`: from study and site files to a run directory, on one machine."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gapweave.client import app as client_app
+from gapweave.client.participant import Participant
+from gapweave.server.model_card import save_model
+from gapweave.server.strategy import RoundLoop
+from gapweave.shared.config import Site, Study, load_site
+from gapweave.shared.errors import DataError, UsageError
+from gapweave.shared.files import write_atomically
+from gapweave.shared.rundir import RunDirectory
+from gapweave.sites.simulate.baselines import fit_baselines
+from gapweave.sites.simulate.curve import Curve, Watcher
+from gapweave.sites.simulate.grid import InlineGrid
+from gapweave.sites.simulate.summary import summarise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a simulation needs beside its study; kept in the checkpoint, so that `resume` needs nothing.
+
+    Attributes:
+        sites: site files.
+        data: folder of data sets, or None.
+        state: folder of the virtual sites' state.
+        baselines: of `BASELINES`.
+        continue_without: go on without sites whose data cannot be used.
+    """
+
+    sites: tuple[Path, ...]
+    data: Path | None
+    state: Path
+    baselines: tuple[str, ...] = ()
+    continue_without: bool = False
+
+    def save(self, directory: RunDirectory) -> None:
+        """Write it where `load` finds it."""
+        directory.checkpoint.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), default=str, indent=1)
+        write_atomically(directory.checkpoint / "simulation.json", text.encode())
+
+    @classmethod
+    def load(cls, directory: RunDirectory) -> Setup:
+        """Read it.
+
+        Raises:
+            UsageError: when the folder is no simulation.
+        """
+        file = directory.checkpoint / "simulation.json"
+        if not file.exists():
+            raise UsageError(
+                "this run was not simulated here", where=str(directory.path), remedy="Resume it at its server"
+            )
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return cls(
+            sites=tuple(Path(path) for path in content["sites"]),
+            data=Path(content["data"]) if content["data"] else None,
+            state=Path(content["state"]),
+            baselines=tuple(content["baselines"]),
+            continue_without=content["continue_without"],
+        )
+
+
+def find_sites(study_file: Path, folder: Path | None) -> tuple[Path, ...]:
+    """The site files: those of `folder`, or of `sites/` beside the study.
+
+    Raises:
+        UsageError: when there is none, or two have one name.
+    """
+    where = folder or study_file.parent / "sites"
+    files = tuple(sorted(path.resolve() for path in where.glob("*.yaml")))
+    if not files:
+        raise UsageError("there are no site files", where=str(where), remedy="Write one with `gapweave site init`")
+    names: dict[str, Path] = {}
+    for file in files:
+        name = load_site(file).name
+        if name in names:
+            raise UsageError(f"two sites are called {name!r}", where=f"{names[name]} and {file}", remedy="Rename one")
+        names[name] = file
+    return files
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualSite:
+    """One site of a simulation.
+
+    Attributes:
+        file: its site file.
+        site: what the file says.
+        config: Flower's node configuration of it.
+        participant: the same object that the ClientApp works with.
+        error: the problem in its data that keeps it out, if any.
+    """
+
+    file: Path
+    site: Site
+    config: dict[str, Any]
+    participant: Participant
+    error: DataError | None = None
+
+
+def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lambda name: None) -> list[VirtualSite]:
+    """Read every site's data before any work.
+
+    Raises:
+        DataError: the first site's problem, with the number of further ones, unless `continue_without` is set
+            and the quorum is met.
+    """
+    loaded = [_load_site(study, setup, file, progress) for file in setup.sites]
+    errors = [entry.error for entry in loaded if entry.error is not None]
+    usable = len(loaded) - len(errors)
+    if errors and not (setup.continue_without and usable >= study.aggregation.quorum):
+        more = f" (and problems at {len(errors) - 1} more sites)" if len(errors) > 1 else ""
+        first = errors[0]
+        remedy = f"{first.remedy}, or go on with --continue-without" if not setup.continue_without else first.remedy
+        raise DataError(f"{first.what}{more}", where=first.where, remedy=remedy)
+    return loaded
+
+
+def _load_site(study: Study, setup: Setup, file: Path, progress: Callable[[str], None]) -> VirtualSite:
+    site = load_site(file)
+    progress(site.name)
+    config = {
+        "site": str(file),
+        "state": str(setup.state / site.name),
+        "data": str(setup.data or ""),
+        "simulation": True,
+    }
+    participant = client_app.participant(config, study)
+    error = None
+    try:
+        participant.cohort  # noqa: B018 - reads the data
+    except DataError as problem:
+        error = problem
+    return VirtualSite(file=file, site=site, config=config, participant=participant, error=error)
+
+
+def new_run_id() -> str:
+    """Our own id of a run: time and four random bytes."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def simulate(
+    study: Study,
+    setup: Setup,
+    directory: RunDirectory,
+    observer: Watcher,
+    sites: list[VirtualSite] | None = None,
+) -> dict[str, Any]:
+    """Run or resume a simulation and write its run directory.
+
+    Args:
+        study: what all sites agree on.
+        setup: the rest.
+        directory: of the run; its checkpoint is continued if it has one.
+        observer: progress.
+        sites: as `load_sites` gave them, when they are loaded already.
+
+    Returns:
+        What was written to summary.json.
+
+    Raises:
+        GapweaveError: as the round loop raises it; what was done can be resumed.
+    """
+    sites = load_sites(study, setup) if sites is None else sites
+    usable = {entry.site.name: entry.participant for entry in sites if entry.error is None}
+    grid = InlineGrid(client_app.app, [entry.config for entry in sites if entry.error is None])
+    curve = Curve(study, usable, directory, observer)
+    loop = RoundLoop(grid, study, directory, new_run_id(), curve)
+    curve.run = loop.state.run
+    loop.run()
+    save_model(directory, study, loop.state.groups, loop.peers)
+    baselines = fit_baselines(
+        study, {name: site.cohort for name, site in usable.items()}, list(setup.baselines), observer.baseline
+    )
+    content = summarise(study, sites, loop, baselines)
+    directory.write_json("summary.json", content)
+    return content

@@ -1,0 +1,126 @@
+"""summary.json of a simulation; its keys are a contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gapweave.client.predict import load_site_model
+from gapweave.client.state import RunFolder
+from gapweave.server.strategy import RoundLoop
+from gapweave.shared import __version__
+from gapweave.shared.config import Study
+from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
+from gapweave.sites.simulate.baselines import Predictor
+from gapweave.sites.simulate.evaluate import evaluate, mean_metrics, metrics_of
+
+if TYPE_CHECKING:
+    from gapweave.sites.simulate.run import VirtualSite
+
+Baselines = Mapping[str, Mapping[str, Predictor]]
+
+
+def summarise(study: Study, sites: Sequence[VirtualSite], loop: RoundLoop, baselines: Baselines) -> dict[str, Any]:
+    """The content of summary.json.
+
+    Args:
+        study: of the run.
+        sites: all virtual sites, also those left out.
+        loop: the finished round loop.
+        baselines: fitted, by model and site.
+    """
+    scores = {name: _scores(study, sites, predictors) for name, predictors in baselines.items()}
+    rows = {entry.site.name: _site(study, entry, loop, scores) for entry in sites}
+    metrics = {name: row["metrics"] for name, row in rows.items() if row["metrics"] is not None}
+    means = {name: mean_metrics(list(by_site.values())) for name, by_site in scores.items()}
+    defined = {name: value["auroc"] for name, value in metrics.items() if value["auroc"] is not None}
+    worst = min(defined, key=lambda name: defined[name], default=None)
+    return {
+        "study": study.name,
+        "study_sha256": study.sha256,
+        "gapweave_version": __version__,
+        "engine": "inline",
+        "run": loop.state.run,
+        "seed": study.seed,
+        "rounds": loop.state.round,
+        "wall_s": round(loop.state.seconds, 3),
+        "bytes_up": loop.state.bytes_up,
+        "bytes_down": loop.state.bytes_down,
+        "guarantee": guarantee(study),
+        "metrics_are": "exact (simulation)",
+        "sites": rows,
+        "mean": mean_metrics(list(metrics.values())),
+        "worst": {"site": worst, **(metrics[worst] if worst else {})},
+        "pooled_baseline": means.get("pooled"),
+        "baselines": {name: {"mean": means[name], "sites": by_site} for name, by_site in scores.items()},
+    }
+
+
+def guarantee(study: Study) -> str:
+    """The promise in one line."""
+    if not study.privacy.enabled:
+        return "none"
+    return (
+        "patient-level (epsilon, delta) differential privacy at each site, add/remove neighbours; "
+        "figures under sites.<name>.privacy"
+    )
+
+
+def _scores(study: Study, sites: Sequence[VirtualSite], predictors: Mapping[str, Predictor]) -> dict[str, Any]:
+    result = {}
+    for entry in sites:
+        if entry.site.name in predictors:
+            test = entry.participant.cohort.testing()
+            result[entry.site.name] = metrics_of(predictors[entry.site.name](test), test, study)
+    return result
+
+
+def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str, Any]) -> dict[str, Any]:
+    name, participant = entry.site.name, entry.participant
+    if entry.error is not None:
+        return _absent(participant.held, "failed", str(entry.error.what))
+    peer = loop.peers[name]
+    folder = RunFolder(participant.state, loop.state.run).path
+    has_model = (folder / "model.safetensors").exists()
+    cohort = participant.cohort
+    return {
+        "status": peer.status,
+        "reason": peer.reason,
+        "modalities": participant.held,
+        "patients": {"train": cohort.training().patients, "test": cohort.testing().patients},
+        "rounds": peer.last_round,
+        "metrics": evaluate(load_site_model(folder / "model.safetensors").model, cohort, study) if has_model else None,
+        "fine_tuned": (
+            evaluate(load_site_model(folder / "finetuned.safetensors").model, cohort, study)
+            if (folder / "finetuned.safetensors").exists()
+            else None
+        ),
+        "local_only": scores.get("local", {}).get(name),
+        "privacy": _privacy(participant.state),
+    }
+
+
+def _absent(held: list[str], status: str, reason: str) -> dict[str, Any]:
+    nothing = dict.fromkeys(("metrics", "fine_tuned", "local_only", "privacy"))
+    return {
+        "status": status,
+        "reason": reason,
+        "modalities": held,
+        "patients": {"train": None, "test": None},
+        "rounds": 0,
+        **nothing,
+    }
+
+
+def _privacy(state: Any) -> dict[str, Any] | None:
+    """What the site's ledger says, over all its runs."""
+    if not (state / LEDGER_FILE).exists():
+        return None
+    content = read_ledger(state).summary()
+    kept = {key: content[key] for key in ("unit", "epsilon", "delta", "cap", "releases")}
+    return {**kept, "epsilon": _finite(kept["epsilon"])}
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or math.isinf(value) else value

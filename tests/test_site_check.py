@@ -1,0 +1,149 @@
+"""`site check`: one run finds everything that it can, and a machine can read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cohorts import LABS, VITALS, Hospital, study
+
+from gapweave.client.checks import Finding, as_json, check_site
+from gapweave.shared.config.study import Study
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Hospital:
+    hospital = Hospital(tmp_path)
+    hospital.records(40)
+    hospital.labs(40, na=[140.0] * 40, sex=[0, 1] * 20)
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "sex"})
+    return hospital
+
+
+def check(hospital: Hospital, of: Study | None = None) -> list[Finding]:
+    return check_site(of or study({"labs": LABS}), hospital.site, hospital.site_file)
+
+
+def by_id(findings: list[Finding], name: str) -> Finding:
+    (finding,) = [finding for finding in findings if finding.id == name]
+    return finding
+
+
+def test_a_good_site(hospital: Hospital) -> None:
+    findings = check(hospital)
+    assert {finding.status for finding in findings} == {"ok"}
+    assert by_id(findings, "records").message == "40 records of 40 patients"
+    assert by_id(findings, "modality").message == "40 of 40 records have it (100%)"
+    assert by_id(findings, "cohort").message.endswith("training patients")
+
+
+def test_json(hospital: Hospital) -> None:
+    content = json.loads(json.dumps(as_json(check(hospital))))
+    assert content["ok"] is True
+    assert {tuple(line) for line in content["checks"]} == {("id", "status", "where", "message", "remedy")}
+    hospital.update("patients", upper=30)
+    content = as_json(check(hospital))
+    assert content["ok"] is False
+    assert "problem" in {line["status"] for line in content["checks"]}
+
+
+def test_every_problem_in_one_run(hospital: Hospital) -> None:
+    hospital.records(40, id=["r0", *[f"r{row}" for row in range(39)]], y=[0, 1, 2, 3] * 10, fold=["train", "x"] * 20)
+    hospital.update("split", column="fold")
+    hospital.update("patients", upper=30)
+    hospital.content["subgroups"] = {"sex": "sexx"}
+    hospital.add("labs", file="labs.csv", columns={"sodium": "natrium"})
+    hospital.add("vitals", file="nothing.csv", time="hour", columns={"bp": "bp"})
+    findings = check(hospital, study({"labs": LABS, "vitals": VITALS}))
+    problems = [finding.id for finding in findings if finding.status == "problem"]
+    assert problems == ["duplicates", "subgroups", "upper", "labels", "split", "modality", "modality"]
+    assert all(finding.remedy for finding in findings if finding.status == "problem")
+
+
+def test_modalities_are_checked_though_the_records_cannot_be_read(hospital: Hospital) -> None:
+    hospital.update("records", file="nothing.csv")
+    hospital.add("vitals", file="labs.csv", time="hour", columns={"bp": "bp"})
+    findings = check(hospital)
+    assert [(finding.id, finding.status) for finding in findings] == [
+        ("records", "problem"),
+        ("modality", "ok"),
+        ("modality", "problem"),
+    ]
+
+
+def test_without_a_study_only_files_are_checked(hospital: Hospital) -> None:
+    hospital.update("records", label={"y": "y", "z": "zz"})
+    hospital.add("other", file="labs.csv", columns={"anything": "na", "else": "absent"})
+    findings = check_site(None, hospital.site, hospital.site_file)
+    assert [finding.where.rsplit(":", 1)[1] for finding in findings if finding.status == "problem"] == [
+        "zz",
+        "absent",
+    ]
+
+
+def test_implausible_values_are_counted_per_variable(hospital: Hospital) -> None:
+    values: list[Any] = [140.0] * 40
+    values[:4] = [np.inf, -np.inf, np.nan, 999.0]
+    hospital.labs(40, na=values)
+    finding = by_id(check(hospital), "range")
+    assert finding.status == "warning"
+    assert finding.message == "3 of 39 values lie outside [100, 180] mmol/L and are clipped"
+    assert finding.where.endswith("labs.csv:na")
+    batch = hospital.load(study({"labs": LABS})).batch
+    assert batch.inputs["labs"].isfinite().all()
+    assert batch.present[:4, 0].tolist() == [False, False, False, True]
+
+
+def test_probably_another_unit(hospital: Hospital) -> None:
+    hospital.labs(40, na=[3.2] * 9 + [140.0] * 31)
+    finding = by_id(check(hospital), "unit")
+    assert finding.status == "warning"
+    assert finding.message == "9 of 40 values lie outside [100, 180] mmol/L: probably another unit"
+    assert "`unit:`" in finding.remedy
+    assert "`factor:`" in finding.remedy
+    hospital.labs(40, na=[3.2] * 8 + [140.0] * 32)
+    assert by_id(check(hospital), "range").message.startswith("8 of 40")
+
+
+def test_text_in_numbers(hospital: Hospital) -> None:
+    hospital.labs(40, na=["high", "1,5", "", "NA"] + ["140"] * 36)
+    finding = by_id(check(hospital), "numbers")
+    assert finding.message == "2 of 40 cells are not numbers and count as missing"
+
+
+def test_unlabelled_records(hospital: Hospital) -> None:
+    hospital.records(40, y=[None, *[0, 1] * 19, 0])
+    assert by_id(check(hospital), "unlabelled").message == "1 of 40 records have no label and are not trained on"
+
+
+def test_too_few_patients(hospital: Hospital) -> None:
+    hospital.update("policy", min_patients=39)
+    finding = by_id(check(hospital), "cohort")
+    assert finding.status == "problem"
+    assert "fewer than policy.min_patients=39" in finding.message
+
+
+def test_record_cap(hospital: Hospital) -> None:
+    hospital.records(40, patient=["a"] * 20 + [f"p{row}" for row in range(20)])
+    assert by_id(check(hospital), "record_cap").message.startswith("12 of 40 records are dropped")
+
+
+def test_modalities_that_only_one_side_knows(hospital: Hospital) -> None:
+    hospital.add("vital", file="labs.csv", time="id", columns={"bp": "na"})
+    hospital.add("genes", file="labs.csv", columns={"a": "na"})
+    findings = check(hospital, study({"labs": LABS, "vitals": VITALS}))
+    typo, genes = [finding for finding in findings if finding.id == "unused"]
+    assert (typo.status, typo.remedy) == ("warning", "Did you mean 'vitals'?")
+    assert (genes.status, genes.message) == ("ok", "the study does not use it")
+    assert "the site lacks vitals" in [finding.message for finding in findings]
+
+
+def test_a_modality_without_any_record_is_a_warning(hospital: Hospital) -> None:
+    hospital.labs(40, id=[f"other{row}" for row in range(40)])
+    findings = check(hospital)
+    assert by_id(findings, "ids").status == "warning"
+    assert by_id(findings, "modality").status == "warning"
+    assert by_id(findings, "classes").status == "problem"
