@@ -34,9 +34,9 @@ def good(folder: Path) -> Hospital:
         noise = np.random.default_rng(0).integers(0, 256, (40, 50), np.uint8)
         Image.fromarray(noise).save(folder / "images" / f"{name}.png")
     files = [f"{name}.png" for name in ids()]
-    hospital.records(id=ids(), patient=ids(), image=files, start=["2024-05-01 13:00"] * 8, when=[1.0] * 8)
+    hospital.records(id=ids(), patient=ids(), image=files, start=["2024-05-01 13:00"] * 8, when=[1.0] * 8, bp=[120] * 8)
     hospital.labs(id=ids(), text=[SECRET] * 8)
-    hospital.add("vitals", file="records.csv", time="when", columns={"bp": "y"})
+    hospital.add("vitals", file="records.csv", time="when", columns={"bp": "bp"})
     hospital.add("note", file="labs.csv", columns=["text"])
     hospital.add("cxr", folder="images", column="image")
     return hospital
@@ -51,12 +51,12 @@ def void(_: object) -> None:
 
 
 def records(**columns: list[Any]) -> Callable[[Hospital], None]:
-    table = {"id": ids(), "patient": ids(), "y": [0, 1] * 4, "image": [""] * 8, "when": [1.0] * 8}
+    table = {"id": ids(), "patient": ids(), "y": [0, 1] * 4, "image": [""] * 8, "when": [1.0] * 8, "bp": [120] * 8}
     return lambda hospital: void(hospital.write("records.csv", {**table, **columns}))
 
 
 def without(column: str) -> Callable[[Hospital], None]:
-    table = {"id": ids(), "patient": ids(), "y": [0, 1] * 4, "image": [""] * 8, "when": [1.0] * 8}
+    table = {"id": ids(), "patient": ids(), "y": [0, 1] * 4, "image": [""] * 8, "when": [1.0] * 8, "bp": [120] * 8}
     del table[column]
     return lambda hospital: void(hospital.write("records.csv", table))
 
@@ -94,7 +94,7 @@ def parquet_of_lists(hospital: Hospital) -> None:
     hospital.add("labs", file="lists.parquet", columns={"sodium": "na"})
 
 
-HEADER = b"id,patient,y,image,when\n"
+HEADER = b"id,patient,y,image,when,bp\n"
 BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
     "no records file": (part("records", file="nothing.csv"), DataError, "there is no nothing.csv"),
     "records file is a folder": (
@@ -113,7 +113,7 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         "not UTF-8",
     ),
     "too many cells": (
-        raw("records.csv", HEADER + f"{SECRET},a,1,,1,9,9\n".encode()),
+        raw("records.csv", HEADER + f"{SECRET},a,1,,1,120,9,9\n".encode()),
         DataError,
         "malformed",
     ),
@@ -127,7 +127,7 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
     "no gzip": (
         both(raw("a.csv.gz", SECRET.encode()), part("records", file="a.csv.gz")),
         DataError,
-        "column",
+        "a.csv.gz:id",
     ),
     "cut gzip": (
         both(raw("a.csv.gz", gzip.compress(HEADER * 99)[:-20]), part("records", file="a.csv.gz")),
@@ -202,27 +202,27 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         "no prediction time",
     ),
     "no time column": (
-        source("vitals", file="records.csv", time="hour", columns={"bp": "y"}),
+        source("vitals", file="records.csv", time="hour", columns={"bp": "bp"}),
         DataError,
         "records.csv:hour",
     ),
     "text for time": (
-        source("vitals", file="records.csv", time="id", columns={"bp": "y"}),
+        source("vitals", file="records.csv", time="id", columns={"bp": "bp"}),
         DataError,
         "does not hold numbers (hours). For timestamps, give `index`",
     ),
     "timestamps without index": (
-        source("vitals", file="records.csv", time="start", columns={"bp": "y"}),
+        source("vitals", file="records.csv", time="start", columns={"bp": "bp"}),
         DataError,
         "does not hold numbers (hours)",
     ),
     "hours with index": (
-        source("vitals", file="records.csv", time="when", index="start", columns={"bp": "y"}),
+        source("vitals", file="records.csv", time="when", index="start", columns={"bp": "bp"}),
         DataError,
         "does not hold timestamps",
     ),
     "no index column": (
-        source("vitals", file="records.csv", time="start", index="begin", columns={"bp": "y"}),
+        source("vitals", file="records.csv", time="start", index="begin", columns={"bp": "bp"}),
         DataError,
         "records.csv:begin",
     ),

@@ -91,7 +91,7 @@ def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
             id.
     """
     table = read_table(files.find(site.data.records.file), _wanted(site))
-    if table.frame.is_empty():
+    if table.column(site.data.records.id).is_empty():
         raise DataError("the file has no rows", where=str(table.path), remedy="Write one row a record")
     line = pl.Series("line", np.arange(1, len(table.frame) + 1))
     kept = _matching(table, site)

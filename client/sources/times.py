@@ -98,10 +98,7 @@ def _parsed(series: pl.Series) -> tuple[pl.Series, bool]:
     text = series.str.strip_chars().str.replace("T", " ", literal=True)
     text = text.set(missing(text), None)
     zoned = bool(text.str.contains(_ZONE).any())
-    if zoned:
-        text = text.str.replace("Z$", "+00:00")
-    else:
-        text = text.str.replace(r"^(\d{4}-\d{2}-\d{2})$", "$1 00:00")
+    text = text.str.replace("Z$", "+00:00").str.replace(r"^(\d{4}-\d{2}-\d{2})$", "$1 00:00")
     result = pl.Series([None] * len(text), dtype=pl.Int64)
     for layout in _FORMATS:
         found = text.str.to_datetime(layout + ("%:z" if zoned else ""), time_unit="us", strict=False)
