@@ -90,12 +90,12 @@ def data_set(name: str) -> DataSet:
 
 
 def data_folder(chosen: Path | None = None) -> Path:
-    """The folder that holds data sets: the one chosen, or the user's data folder."""
+    """The folder that holds data sets: the one chosen, or the user's, where site files are looked up too."""
     if chosen is not None:
         return chosen
     from platformdirs import user_data_path
 
-    return user_data_path("gapweave", appauthor=False) / "data"
+    return user_data_path("gapweave")
 
 
 def verify(entry: DataSet, folder: Path) -> None:

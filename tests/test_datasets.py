@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from gapweave.client.sources.files import Files
 from gapweave.shared.errors import DataError, Unreachable, UsageError
 from gapweave.sites import datasets
 from gapweave.sites.datasets import DATA_SETS, DataSet, app, data_folder, data_set, status
@@ -283,6 +284,14 @@ def test_the_data_folder_is_the_users_unless_chosen(tmp_path, monkeypatch):
     monkeypatch.setenv("GAPWEAVE_DATA", str(tmp_path / "chosen"))
     rows = json.loads(invoke("list", "--json").output)
     assert rows[0]["folder"].startswith(str(tmp_path / "chosen"))
+
+
+def test_a_fetched_set_is_found_by_site_files_without_any_option(tmp_path, published, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    result = invoke("fetch", "toy", "--from", published)
+    assert result.exit_code == 0, result.output
+    found = Files(site_file=tmp_path / "site.yaml", data_dir=None).find("toy/table.csv")
+    assert found.read_bytes() == FILES["table.csv"]
 
 
 @pytest.mark.parametrize("name", ["covid_cxr", "eicu_demo", "heart_disease"])
