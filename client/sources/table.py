@@ -38,7 +38,7 @@ def read(spec: TableModality, source: ColumnsSource, reading: Reading) -> tuple[
             values[name] = _one_each(codes, codes.astype(np.bool_), raw.rows, np.full(records, None, object))
         else:
             found = numeric(raw, name, column, card, reading)
-            values[name] = _one_each(found, ~np.isnan(found), raw.rows, np.full(records, np.nan))
+            values[name] = _one_each(found, np.isfinite(found), raw.rows, np.full(records, np.nan))
     return features.encode(spec.columns, values, records)
 
 

@@ -16,7 +16,7 @@ from gapweave.client.sources.records import Reading
 from gapweave.client.sources.times import hours_of
 from gapweave.client.sources.units import to_study_unit
 from gapweave.shared.config.site import ColumnsSource, TextSource, ValueColumn
-from gapweave.shared.config.study import Categories, Range
+from gapweave.shared.config.study import Categories, Range, category_code
 from gapweave.shared.errors import UsageError
 from gapweave.shared.features.ranges import implausible
 
@@ -135,8 +135,7 @@ def _long(source: ColumnsSource, item: str, value: str, hours: int | None, readi
     items = code_text(rows.table.column(item))
     result = {}
     for name, column in source.columns.items():
-        wanted = code_text(pl.Series([column.column]))[0]
-        chosen = rows.only((items == wanted).fill_null(False).to_numpy())
+        chosen = rows.only((items == category_code(column.column)).fill_null(False).to_numpy())
         where = f"{rows.table.where(value)}[{name}]"
         result[name] = Cells(where=where, rows=chosen, raw=chosen.table.column(value))
     return result

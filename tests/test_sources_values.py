@@ -1,0 +1,289 @@
+"""Units, windows and forms of a table: what changes what a model sees, and what does not."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from cohorts import LABS, NOTE, VITALS, Hospital, assert_same, sodium_of, study, value_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gapweave.shared.errors import UsageError
+
+START = datetime(2024, 5, 1, 13)
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Hospital:
+    hospital = Hospital(tmp_path)
+    hospital.records()
+    return hospital
+
+
+values_of_eight = st.lists(st.floats(1.5, 39.5), min_size=8, max_size=8)
+
+
+@settings(deadline=None, max_examples=25)
+@given(values_of_eight)
+def test_a_record_in_two_units_gives_the_same_input(values: list[float]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        hospital = Hospital(Path(folder))
+        hospital.records()
+        ids = [f"r{row}" for row in range(8)]
+        celsius = [value + 2 for value in values]
+        hospital.write("labs.csv", {"id": ids, "glucose": values, "temp": celsius})
+        hospital.add("labs", file="labs.csv", columns={"glucose": "glucose", "temperature": "temp"})
+        plain = hospital.load(study({"labs": LABS}))
+        american = {
+            "g": [value * 18.0156 for value in values],
+            "t": [value * 9 / 5 + 32 for value in celsius],
+        }
+        hospital.write("labs.csv", {"id": ids, **american})
+        by_unit = {
+            "glucose": {"column": "g", "unit": "mg/dL"},
+            "temperature": {"column": "t", "unit": "degF"},
+        }
+        by_factor = {
+            "glucose": {"column": "g", "factor": 1 / 18.0156},
+            "temperature": {"column": "t", "factor": 5 / 9, "offset": -160 / 9},
+        }
+        for columns in (by_unit, by_factor):
+            hospital.add("labs", file="labs.csv", columns=columns)
+            assert_same(hospital.load(study({"labs": LABS})), plain, tolerance=1e-5)
+
+
+def test_unit_without_a_unit_in_the_study(hospital: Hospital) -> None:
+    hospital.labs()
+    hospital.add("labs", file="labs.csv", columns={"sex": "na", "sodium": {"column": "na", "unit": "mg/dL"}})
+    bare = {"kind": "table", "columns": {"sodium": {"low": 1, "high": 2}, "sex": {"categories": [0, 1]}}}
+    with pytest.raises(UsageError, match="the study gives no unit"):
+        hospital.load(study({"labs": bare}))
+
+
+# --- tables ---
+
+
+def test_missing_values_of_the_site_file(hospital: Hospital) -> None:
+    hospital.labs(na=[0, 140, -9, 141, 0, 142, 143, 144], sex=["u", 0, 1, 1, 1, "u", 0, 0])
+    sodium, sex = {"column": "na", "missing": [0, "-9"]}, {"column": "sex", "missing": ["u"]}
+    hospital.add("labs", file="labs.csv", columns={"sodium": sodium, "sex": sex})
+    cohort = hospital.load(study({"labs": LABS}))
+    assert value_of(cohort, "sodium:observed").tolist() == [0, 1, 0, 1, 0, 1, 1, 1]
+    assert cohort.batch.present[:, 0].tolist() == [False] + [True] * 7
+    assert hospital.findings(study({"labs": LABS})) == []
+
+
+def test_categories_by_codes(hospital: Hospital) -> None:
+    hospital.labs(sex=["F", "M", "", "x", "NA", "M ", "F", "F"])
+    hospital.add("labs", file="labs.csv", columns={"sex": {"column": "sex", "codes": {"F": 0, "M": 1}}})
+    cohort = hospital.load(study({"labs": LABS}))
+    assert value_of(cohort, "sex=0").tolist() == [1, 0, 0, 0, 0, 0, 1, 1]
+    assert value_of(cohort, "sex=1").tolist() == [0, 1, 0, 0, 0, 1, 0, 0]
+    (finding,) = hospital.findings(study({"labs": LABS}))
+    assert (finding.id, finding.status) == ("codes", "warning")
+    assert finding.message.startswith("1 of 8 cells")
+
+
+def test_numbers_by_codes(hospital: Hospital) -> None:
+    hospital.labs(na=["low", "high"] * 4)
+    hospital.add("labs", file="labs.csv", columns={"sodium": {"column": "na", "codes": {"low": 120, "high": 150}}})
+    assert sodium_of(hospital.load(study({"labs": LABS}))).tolist() == pytest.approx([120, 150] * 4)
+
+
+def test_repeated_rows_without_time_give_the_first_and_a_warning(hospital: Hospital) -> None:
+    hospital.labs(id=["r0", "r0", "r1", "r2", "r3", "r4", "r5", "r5"])
+    cohort = hospital.load(study({"labs": LABS}))
+    assert sodium_of(cohort).tolist()[:2] == pytest.approx([140, 142])
+    (finding,) = hospital.findings(study({"labs": LABS}))
+    assert (finding.id, finding.status) == ("several_rows", "warning")
+    assert finding.message.startswith("2 rows")
+
+
+TIMED = {**LABS, "hours": 24}
+
+
+def timed(hospital: Hospital, rows: list[tuple[str, float | None, float | None]]) -> None:
+    ids, hours, values = zip(*rows, strict=True)
+    hospital.write("timed.parquet", {"id": list(ids), "hour": list(hours), "na": list(values)})
+    hospital.add("labs", file="timed.parquet", time="hour", columns={"sodium": "na"})
+
+
+def test_timed_table_takes_the_last_value_before_the_prediction_time(hospital: Hospital) -> None:
+    rows = [
+        ("r0", 5.0, 130.0),
+        ("r0", 23.9, 135.0),
+        ("r0", 24.0, 150.0),
+        ("r0", 2.0, 120.0),
+        ("r0", 23.95, None),
+        ("r0", 23.96, math.inf),
+    ]
+    timed(hospital, [*rows, ("r1", -9.0, 131.0), ("r2", 25.0, 132.0), ("r3", None, 133.0), ("x", 1.0, 134.0)])
+    cohort = hospital.load(study({"labs": TIMED}), labels=False)
+    assert cohort.batch.present[:4, 0].tolist() == [True, True, False, False]
+    assert sodium_of(cohort).tolist()[:2] == pytest.approx([135, 131])
+
+
+def test_time_without_prediction_time_is_refused(hospital: Hospital) -> None:
+    timed(hospital, [("r0", 5.0, 130.0)])
+    with pytest.raises(UsageError, match="no prediction time"):
+        hospital.load(study({"labs": LABS}))
+
+
+later = st.lists(
+    st.tuples(st.integers(0, 7), st.floats(24, 1e6), st.one_of(st.none(), st.floats())),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(later)
+def test_what_happens_at_or_after_the_prediction_time_changes_nothing(
+    events: list[tuple[int, float, float]],
+) -> None:
+    before = [(f"r{row}", float(row), 110.0 + row) for row in range(6)]
+    modalities = {"labs": TIMED, "vitals": VITALS, "note": NOTE}
+    with tempfile.TemporaryDirectory() as folder:
+        hospital = Hospital(Path(folder))
+        hospital.records()
+
+        def load(rows: list[tuple[str, float, float | None]]) -> Any:
+            timed(hospital, rows)
+            hospital.add("vitals", file="timed.parquet", time="hour", columns={"bp": "na"})
+            hospital.add("note", file="timed.parquet", time="hour", columns=["na"])
+            return hospital.load(study(modalities), findings=findings)
+
+        findings: list[Any] = []
+        plain = load(before)
+        assert plain.batch.present[:, 0].tolist() == [True] * 6 + [False] * 2
+        mixed = [(f"r{record}", hour, value) for record, hour, value in events]
+        assert_same(load([*mixed[:2], *before, *mixed[2:]]), plain)
+        assert not findings
+
+
+# --- series ---
+
+
+def wide(hospital: Hospital) -> None:
+    columns = {
+        "id": ["r0", "r0", "r1", "r1", "r2", "r2", "r9"],
+        "hour": [0.0, 23.0, 1.5, 1.25, 24.0, -1.0, 3.0],
+        "bp": [120.0, 130.0, 110.0, 112.0, 90.0, 91.0, 99.0],
+        "pulse": [None, 80.0, None, 70.0, None, None, 60.0],
+    }
+    hospital.write("vitals.csv", columns)
+    hospital.add("vitals", file="vitals.csv", time="hour", columns={"bp": "bp", "pulse": "pulse"})
+
+
+def test_series_by_hour(hospital: Hospital) -> None:
+    wide(hospital)
+    cohort = hospital.load(study({"vitals": VITALS}))
+    inputs = cohort.batch.inputs["vitals"]
+    assert inputs.shape == (8, 24, 4)
+    assert cohort.batch.present[:, 0].tolist() == [True, True] + [False] * 6
+    observed = [(row, hour, at) for row, hour, at in torch.nonzero(inputs[..., 2:]).tolist()]
+    assert observed == [(0, 0, 0), (0, 23, 0), (0, 23, 1), (1, 1, 0), (1, 1, 1)]
+    assert float(inputs[1, 1, 0]) == pytest.approx((111 - 155) / 62.5)
+
+
+def test_series_without_time_is_refused(hospital: Hospital) -> None:
+    hospital.labs()
+    hospital.add("vitals", file="labs.csv", columns={"bp": "na"})
+    with pytest.raises(UsageError, match="needs the time"):
+        hospital.load(study({"vitals": VITALS}))
+
+
+@pytest.mark.parametrize("codes", [["bp", "pulse"], [220052, 220045], [220052.0, 220045.0]])
+@pytest.mark.parametrize("file", ["long.csv", "long.parquet"])
+def test_long_form_equals_wide_form(hospital: Hospital, codes: list[Any], file: str) -> None:
+    wide(hospital)
+    plain = hospital.load(study({"vitals": VITALS}))
+    frame = pl.read_csv(hospital.folder / "vitals.csv").unpivot(["bp", "pulse"], index=["id", "hour"])
+    items = frame["variable"].replace_strict(["bp", "pulse"], codes)
+    hospital.write(file, {**frame.drop("variable").to_dict(as_series=False), "item": items.to_list()})
+    columns = {"bp": codes[0], "pulse": {"column": str(codes[1])}}
+    hospital.add("vitals", file=file, time="hour", item="item", value="value", columns=columns)
+    assert_same(hospital.load(study({"vitals": VITALS})), plain)
+
+
+def test_long_form_equals_wide_form_for_tables(hospital: Hospital) -> None:
+    hospital.labs(sex=[0, 1] * 4)
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "sex"})
+    plain = hospital.load(study({"labs": LABS}))
+    ids = [f"r{row}" for row in range(8)]
+    values = [str(140.0 + row) for row in range(8)] + ["0", "1"] * 4
+    hospital.write("long.csv", {"id": ids * 2, "item": ["Na"] * 8 + ["sex"] * 8, "value": values})
+    hospital.add("labs", file="long.csv", item="item", value="value", columns={"sodium": "Na", "sex": "sex"})
+    assert_same(hospital.load(study({"labs": LABS})), plain)
+    assert hospital.findings(study({"labs": LABS})) == []
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["datetime", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d %H:%M:%S+02:00"],
+)
+def test_timestamps_equal_hours(hospital: Hospital, form: str) -> None:
+    wide(hospital)
+    plain = hospital.load(study({"vitals": VITALS}))
+    starts = [START + timedelta(days=row, minutes=7 * row) for row in range(8)]
+    frame = pl.read_csv(hospital.folder / "vitals.csv")
+    rows = [int(name[1:]) % 8 for name in frame["id"]]
+    times = [starts[row] + timedelta(hours=hour) for row, hour in zip(rows, frame["hour"], strict=True)]
+
+    def written(moments: list[datetime]) -> list[Any]:
+        return moments if form == "datetime" else [moment.strftime(form) for moment in moments]
+
+    table = {
+        "id": [f"r{row}" for row in range(8)],
+        "patient": [f"p{row}" for row in range(8)],
+        "y": [0, 1] * 4,
+    }
+    hospital.write("records.parquet", {**table, "start": written(starts)})
+    hospital.update("records", file="records.parquet")
+    values = frame.drop("hour").to_dict(as_series=False)
+    hospital.write("vitals.parquet", {**values, "when": written(times)})
+    columns = {"bp": "bp", "pulse": "pulse"}
+    hospital.add("vitals", file="vitals.parquet", time="when", index="start", columns=columns)
+    assert_same(hospital.load(study({"vitals": VITALS})), plain)
+
+
+def test_rows_without_a_readable_time_are_counted_and_not_read(hospital: Hospital) -> None:
+    hospital.write("vitals.csv", {"id": ["r0", "r1", "r2", "x"], "hour": ["1", "soon", None, None], "bp": [120] * 4})
+    hospital.add("vitals", file="vitals.csv", time="hour", columns={"bp": "bp"})
+    findings: list[Any] = []
+    cohort = hospital.load(study({"vitals": VITALS}), labels=False, findings=findings)
+    assert cohort.batch.present[:, 0].tolist() == [True] + [False] * 7
+    assert [finding.id for finding in findings] == ["time"]
+    assert findings[0].message.startswith("2 of 3 rows")
+
+
+# --- text ---
+
+
+def test_text_columns_are_joined(hospital: Hospital) -> None:
+    ids = [f"r{row}" for row in range(8)]
+    hospital.write("notes.csv", {"id": ids, "a": ["chest pain"] * 7 + [""], "b": [None, "at rest", *[""] * 6]})
+    hospital.add("note", file="notes.csv", columns=["a", "b"])
+    joined = hospital.load(study({"note": NOTE}))
+    assert joined.batch.present[:, 0].tolist() == [True] * 7 + [False]
+    hospital.write("notes.csv", {"id": ids, "a": ["chest pain", "chest pain at rest", *["chest pain"] * 5, ""]})
+    hospital.add("note", file="notes.csv", columns=["a"])
+    assert_same(hospital.load(study({"note": NOTE})), joined)
+
+
+def test_timed_texts_are_joined_in_time(hospital: Hospital) -> None:
+    hospital.write(
+        "notes.csv", {"id": ["r0"] * 3 + ["r1"], "hour": [5, 1, 24, 2], "a": ["rest", "pain at", "died", "x"]}
+    )
+    hospital.add("note", file="notes.csv", time="hour", columns=["a"])
+    timed = hospital.load(study({"note": NOTE}), labels=False)
+    hospital.write("notes.csv", {"id": ["r0", "r1"], "a": ["pain at rest", "x"]})
+    hospital.add("note", file="notes.csv", columns=["a"])
+    assert_same(hospital.load(study({"note": NOTE}), labels=False), timed)
