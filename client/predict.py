@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,31 @@ def load_site_model(file: Path) -> SiteModel:
     model = MultimodalModel(study, card["modalities"])
     load_groups(model, groups)
     return SiteModel(study=study, model=model, card=card)
+
+
+def find_model(run: Path, site: str, name: str) -> Path:
+    """The file of a site's model in a run directory (RUN/sites/<site>), or in a hospital's STATE/runs/<run>.
+
+    Raises:
+        UsageError: when the folder is neither, or holds no run of that site.
+    """
+    if (run / f"{name}.safetensors").exists():
+        return run / f"{name}.safetensors"
+    state = run / "sites" / site
+    setup = run / "checkpoint" / "simulation.json"
+    if setup.exists():
+        state = Path(json.loads(setup.read_text(encoding="utf-8"))["state"]) / site
+    found = sorted(state.glob(f"runs/*/{name}.safetensors"))
+    if (run / "summary.json").exists():
+        identity = json.loads((run / "summary.json").read_text(encoding="utf-8"))["run"]
+        found = [file for file in found if file.parent.name == identity]
+    if not found:
+        raise UsageError(
+            f"there is no {name} of site {site!r}",
+            where=str(run),
+            remedy="Give a finished run directory, or STATE/runs/<run> at the hospital",
+        )
+    return found[-1]
 
 
 def predict_file(kept: SiteModel, site: Site, site_file: Path, data_dir: Path | None, out: Path) -> int:

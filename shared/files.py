@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from gapweave.shared.errors import UsageError
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a crash leaves the old content or the new one, never a part.
@@ -19,6 +21,21 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a text file that must not exist yet.
+
+    Raises:
+        UsageError: when it does, or its folder cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError("the file exists", where=str(path), remedy="Give another name") from None
+    except OSError as error:
+        raise UsageError(f"cannot write ({error.strerror})", where=str(path), remedy="Check the folder") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from gapweave.server.aggregators import AGGREGATORS
+from gapweave.server.strategy import initial_groups
 from gapweave.shared.config import Study
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import UsageError
 from gapweave.shared.fusion import FUSIONS
 from gapweave.shared.imputers import IMPUTERS
+from gapweave.shared.model import MultimodalModel, groups
 from gapweave.shared.registry import Registry
+from gapweave.shared.schema import modalities
 from gapweave.shared.schemes import SCHEMES
 
 
@@ -35,3 +38,25 @@ def check_names(study: Study) -> None:
             registry[name]
         except UsageError as error:
             raise UsageError(error.what, where=f"study:{key}", remedy=error.remedy) from None
+
+
+def describe(study: Study) -> dict[str, str]:
+    """What a reader wants to know of a study before running it: id -> one line."""
+    shared = initial_groups(study)
+    every = groups(MultimodalModel(study, study.order))
+    size = sum(value.nbytes for part in shared.values() for value in part.values())
+    privacy = study.privacy
+    shapes = ", ".join(f"{modality.name} {list(modality.shape)}" for modality in modalities(study))
+    return {
+        "hash": study.sha256,
+        "task": f"{study.task.kind}, {', '.join(study.task.labels)}",
+        "inputs": shapes,
+        "shared": f"{', '.join(shared)}: {size / 1e6:.2f} MB up and down a site and round at most",
+        "local": ", ".join(sorted(every.keys() - shared.keys())) or "nothing",
+        "schedule": f"{study.training.rounds} rounds of {study.training.local_steps} steps",
+        "privacy": (
+            f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, patient-level, per site"
+            if privacy.enabled
+            else "OFF: sites must allow it, and no guarantee holds"
+        ),
+    }

@@ -1,0 +1,89 @@
+"""`gapweave site ...` and `gapweave predict`: what a hospital types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+site = typer.Typer(
+    help="Write or check a hospital's site file.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SiteArgument = Annotated[Path, typer.Argument(help="Site file.", metavar="SITE.yaml")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="GAPWEAVE_DATA", help="Folder that holds data sets, one sub-folder a set."),
+]
+
+
+@site.command("init")
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.", metavar="SITE.yaml")] = Path("site.yaml"),
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Study whose modalities and variables are written out.")
+    ] = None,
+) -> None:
+    """Write a site file with comments, to be filled in.
+
+    Example: gapweave site init hospital.yaml --study study.yaml
+    """
+    from gapweave.client.template import site_template
+    from gapweave.shared.config import load_study
+    from gapweave.shared.files import write_new
+
+    write_new(path, site_template(path.stem, load_study(study) if study else None))
+    typer.echo(f"wrote {path}; fill it in, then: gapweave site check {path}")
+
+
+@site.command("check")
+def check(
+    path: SiteArgument,
+    study: Annotated[Path | None, typer.Option("--study", help="Study to check the data against.")] = None,
+    data: DataOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find what is wrong with a site's data before a run does; exits 6 when there is a problem.
+
+    Example: gapweave site check hospital.yaml --study study.yaml
+    """
+    from gapweave.client import checks
+    from gapweave.shared.config import load_site, load_study
+    from gapweave.shared.errors import DataError
+
+    findings = checks.check_site(load_study(study) if study else None, load_site(path), path, data)
+    if as_json:
+        typer.echo(json.dumps(checks.as_json(findings), indent=1))
+    else:
+        for finding in findings:
+            remedy = f" -> {finding.remedy}" if finding.remedy else ""
+            typer.echo(f"{finding.status:<8} {finding.where}: {finding.message}{remedy}")
+    problems = sum(finding.status == "problem" for finding in findings)
+    if problems:
+        raise typer.Exit(DataError.exit_code)
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run directory, or STATE/runs/<run> at a hospital.", metavar="RUN")],
+    site_file: Annotated[Path, typer.Option("--site", help="Site file with the records to predict.")],
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write.")] = Path("predictions.csv"),
+    data: DataOption = None,
+    fine_tuned: Annotated[bool, typer.Option("--fine-tuned", help="Use the site's fine-tuned copy.")] = False,
+) -> None:
+    """Predict with a site's finished model; the server is not needed, and labels are not read.
+
+    Example: gapweave predict runs/first --site sites/north.yaml --out predictions.csv
+    """
+    from gapweave.client.predict import find_model, load_site_model, predict_file
+    from gapweave.shared.config import load_site
+
+    hospital = load_site(site_file)
+    kept = load_site_model(find_model(run, hospital.name, "finetuned" if fine_tuned else "model"))
+    records = predict_file(kept, hospital, site_file, data, out)
+    typer.echo(f"{records} records: {out}")
