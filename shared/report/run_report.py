@@ -1,5 +1,107 @@
-"""placeholder."""
+"""RUN/report.html: what was run, how well each model does at each site, who took part, what was spent.
+
+It is built from the run's files only, so that it can be rebuilt anywhere; equal files give an equal page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gapweave.shared.config.study import Study
+from gapweave.shared.files import write_atomically
+from gapweave.shared.report import events, plots, scores
+from gapweave.shared.report.guarantee import guarantee_sentence, site_budgets
+from gapweave.shared.report.render import render
+from gapweave.shared.rundir import RunDirectory
+
+EXACT = "exact (simulation)"
 
 
-def write_report(directory):
-    directory.report.write_text("x")
+def write_report(directory: RunDirectory) -> None:
+    """Build report.html in a finished run's folder.
+
+    Args:
+        directory: of the run.
+
+    Raises:
+        UsageError: when the run is not finished, or its study cannot be read.
+    """
+    summary, study = directory.read_json("summary.json"), directory.study()
+    rounds, curve = list(directory.rounds()), _curve(directory.path / "curve.jsonl")
+    found = scores.models(summary)
+    page = render(
+        "run.html",
+        summary=summary,
+        study=study,
+        exact=summary.get("metrics_are") == EXACT,
+        **_results(summary, study, found),
+        **_figures(found, list(summary["sites"]), rounds, curve),
+        groups=events.group_table(study, rounds),
+        trouble=[span for span in events.spans(rounds) if span.status != "ok"],
+        guarantee=guarantee_sentence(summary),
+        budgets=site_budgets(summary),
+        study_text=study.to_yaml(),
+        files=_hashes(directory.path),
+        study_differs=summary.get("study_sha256", study.sha256) != study.sha256,
+    )
+    write_atomically(directory.report, page.encode())
+
+
+def _results(summary: Mapping[str, Any], study: Study, found: Mapping[str, scores.Model]) -> dict[str, Any]:
+    federated = found["federated"]
+    gain = scores.compare(federated, found.get("local"))
+    held = {name for row in summary["sites"].values() for name in row["modalities"]}
+    means_differ = len({model.scored for model in found.values() if model.sites}) > 1
+    return {
+        "models": found,
+        "gain": gain,
+        "verdicts": scores.verdicts(found),
+        "modalities": [*study.order, *sorted(held - set(study.order))],
+        "means_differ": means_differ,
+        "tests": sorted(row["patients"]["test"] for row in summary["sites"].values() if _tested(row)),
+    }
+
+
+def _tested(row: Mapping[str, Any]) -> bool:
+    return bool(row["patients"] and row["patients"]["test"])
+
+
+def _figures(
+    found: Mapping[str, scores.Model],
+    sites: list[str],
+    rounds: Sequence[Mapping[str, Any]],
+    curve: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    strips = events.spans(rounds)
+    everyone = sorted({*sites, *(span.site for span in strips)})
+    last = max((line["round"] for line in rounds), default=0)
+    return {
+        "curve_plot": plots.learning_curve(curve, found),
+        "site_plot": plots.site_comparison(found, sites),
+        "norm_plot": plots.update_norms(events.norms(rounds)),
+        "strip_plot": plots.participation(strips, everyone, last),
+    }
+
+
+def _curve(file: Path) -> list[dict[str, Any]]:
+    """The last line of each round: a resumed run may have looked at a round twice."""
+    points: dict[int, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            point = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        points[point["round"]] = point
+    return [points[number] for number in sorted(points)]
+
+
+def _hashes(path: Path) -> list[tuple[str, str]]:
+    """SHA-256 of the run's files."""
+    names = ["study.yaml", "summary.json", "rounds.jsonl", "curve.jsonl"]
+    files = [path / name for name in names if (path / name).exists()]
+    files += sorted((path / "model").glob("*.safetensors"))
+    return [(file.relative_to(path).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
