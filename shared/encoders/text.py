@@ -9,20 +9,22 @@ from gapweave.shared.encoders.widedeep import WideDeep
 from gapweave.shared.schema import Modality
 
 
+SCALE = 4.0
+
+
 @ENCODERS.register("text")
 class TextEncoder(nn.Module):
     """[B, buckets] -> [B, d].
 
-    Inputs have unit L2 norm over hundreds of buckets; they are scaled up so that the linear path starts with
-    outputs of the size that tables give.
+    Hashed words have unit L2 norm, a table's inputs a norm of some units: `SCALE` brings both to one size, so
+    that under clipping no modality's gradient crowds out another's.
     """
 
     def __init__(self, modality: Modality, embedding: int) -> None:
         super().__init__()
-        self.scale = modality.shape[0] ** 0.5
         self.body = WideDeep(modality.shape[0], embedding)
 
     def forward(self, words: Tensor) -> Tensor:
         """Embed hashed words."""
-        embedded: Tensor = self.body(words * self.scale)
+        embedded: Tensor = self.body(words * SCALE)
         return embedded
