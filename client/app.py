@@ -37,7 +37,7 @@ FIXED_TEXTS: dict[type[Exception], str] = {
 Answer = tuple[dict[str, Any], Arrays]
 
 
-@app.query("prepare")
+@app.query("prepare")  # type: ignore[untyped-decorator]
 def prepare(message: Message, context: Context) -> Message:
     """The handshake: the study in, the site's capability out."""
 
@@ -49,7 +49,7 @@ def prepare(message: Message, context: Context) -> Message:
     return _reply(message, context, work)
 
 
-@app.train()
+@app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """One round: shared groups in, noised updates out."""
 
@@ -61,7 +61,7 @@ def train(message: Message, context: Context) -> Message:
     return _reply(message, context, work)
 
 
-@app.train("finish")
+@app.train("finish")  # type: ignore[untyped-decorator]
 def finish(message: Message, context: Context) -> Message:
     """The last message: the final shared groups in, only a status out."""
 

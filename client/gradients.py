@@ -103,7 +103,7 @@ class OpacusEngine:
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             outputs = self.module(batch.inputs, batch.present, used)
             losses = record_losses(outputs, batch.target, batch.label_mask, self.kind)
-            (torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum().backward()
+            (torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum().backward()  # type: ignore[no-untyped-call]
         per_patient = {name: self._fold(parameter, batch) for name, parameter in self.names.items()}
         self.module.zero_grad(set_to_none=True)
         return self._clipped(per_patient, batch)

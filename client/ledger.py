@@ -133,7 +133,7 @@ class Ledger:
         if all(event.kind == "unnoised" for event in events):
             return True
         total = [*self.view.events(), *self.view.outstanding(run), *events]
-        return epsilon(total, self.view.delta) <= self.view.opening["cap"]
+        return bool(epsilon(total, self.view.delta) <= self.view.opening["cap"])
 
     def reserve(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> int:
         """Set aside the longest prefix of a run's events that the cap allows.

@@ -52,8 +52,8 @@ def predict(model: MultimodalModel, batch: Batch, study: Study, prior: Sequence[
     """
     outputs = []
     with torch.no_grad():
-        for rows in torch.arange(len(batch)).split(CHUNK):
-            part = batch.rows(rows)
+        for start in range(0, len(batch), CHUNK):
+            part = batch.rows(torch.arange(start, min(start + CHUNK, len(batch))))
             outputs.append(model(part.inputs, part.present, part.present))
     if not outputs:
         empty = np.zeros((0, len(study.task.class_names)))

@@ -81,7 +81,7 @@ class RunFolder:
         for key, tensors in arrays.items():
             part, _, group = key.partition(":")
             parts[part][group] = tensors
-        return RoundState(**note, **parts)
+        return RoundState(round=note["round"], request=note["request"], event=note["event"], **parts)
 
     def save(self, state: RoundState) -> None:
         """Replace the state in one durable rename."""

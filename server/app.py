@@ -15,7 +15,7 @@ from gapweave.shared.rundir import RunDirectory
 app = ServerApp()
 
 
-@app.main()
+@app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Run the study of the run configuration: `study` (JSON), `out` (folder), `run` (our own id)."""
     config = context.run_config

@@ -9,7 +9,8 @@ in the batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -122,23 +123,16 @@ class MultimodalModel(nn.Module):
         return torch.stack(votes, dim=1)
 
 
-class _seeded:
+@contextmanager
+def _seeded(seed: int, group: str) -> Iterator[None]:
     """Initialise one group from the study's seed and the group's name.
 
     So a group starts the same at every site, whichever other groups the site holds.
     """
-
-    def __init__(self, seed: int, group: str) -> None:
-        digest = hashlib.sha256(f"{seed}/{group}".encode()).digest()
-        self._seed = int.from_bytes(digest[:7], "big")
-        self._fork = torch.random.fork_rng(devices=[])
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *exception: object) -> None:
-        self._fork.__exit__(*exception)
+    digest = hashlib.sha256(f"{seed}/{group}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        yield
 
 
 def group_of(parameter: str) -> tuple[str, str]:

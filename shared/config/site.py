@@ -181,8 +181,8 @@ class Policy(StrictModel):
     epsilon: float = Field(10.0, gt=0, description="cap over everything that the site ever releases")
     delta: float = Field(1e-5, gt=0, lt=1, description="delta of the cap")
     min_patients: int = Field(20, ge=1, description="refuse to train on fewer patients")
-    releases: list[Literal["update", "counts"]] = Field(
-        default_factory=lambda: ["update", "counts"], description="kinds of release that are allowed"
+    releases: tuple[Literal["update", "counts"], ...] = Field(
+        ("update", "counts"), description="kinds of release that are allowed"
     )
     unnoised: Literal["refuse", "allow"] = Field("refuse", description="test runs without privacy")
     studies: list[str] = Field(default_factory=list, description="approved study hashes; a deployment runs no other")

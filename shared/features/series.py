@@ -62,11 +62,11 @@ def encode(
         event = events[name]
         scaled = scale(event.value, columns[name])
         inside = (event.hour >= 0) & (event.hour < hours) & ~np.isnan(scaled)
-        where = (event.record[inside], np.floor(event.hour[inside]).astype(np.int64), at)
-        np.add.at(total, where, scaled[inside])
-        np.add.at(count, where, 1.0)
+        where = (event.record[inside], np.floor(event.hour[inside]).astype(np.int64))
+        np.add.at(total[:, :, at], where, scaled[inside])
+        np.add.at(count[:, :, at], where, 1.0)
     inputs = np.concatenate([total / np.maximum(count, 1), count > 0], axis=2).astype(np.float32)
-    present: NDArray[np.bool_] = count.any(axis=(1, 2))
+    present: NDArray[np.bool_] = np.asarray(count.any(axis=(1, 2)))
     return inputs, present
 
 

@@ -34,7 +34,8 @@ class SecretDraws:
         """53 random bits a number."""
         size = int(np.prod(shape))
         words = np.frombuffer(os.urandom(8 * size), np.uint64)
-        return ((words >> np.uint64(11)) * 2.0**-53).reshape(shape)
+        numbers: NDArray[np.float64] = ((words >> np.uint64(11)) * np.float64(2.0**-53)).reshape(shape)
+        return numbers
 
     def normal(self, size: int) -> NDArray[np.float64]:
         """Box-Muller in float64; the radius uses 53 bits below a uniform exponent, so tails reach 11 sigma.
@@ -62,7 +63,8 @@ class SeededDraws:
 
     def uniform(self, *shape: int) -> NDArray[np.float64]:
         """Uniform numbers in [0, 1)."""
-        return self._generator.random(shape)
+        numbers: NDArray[np.float64] = self._generator.random(shape)
+        return numbers
 
     def normal(self, size: int) -> NDArray[np.float64]:
         """Standard normal numbers."""

@@ -1,0 +1,61 @@
+# Verbs. `make demo` and `make test` do all their own set-up on a fresh machine.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# One thread a process: small models lose more to hand-offs than they win.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup setup-system demo test test-long test-docs test-all check format docs bench clean
+
+help:               ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(VENV)/ready  ## virtual environment with exact versions
+
+# The stamp depends on what is installed, so a changed pin reinstalls.
+$(VENV)/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup-system:       ## system packages that tests need (packages.txt)
+	@packages=$$(grep -v '^#' packages.txt); \
+	if [ -n "$$packages" ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends $$packages; fi
+
+demo: setup         ## six synthetic hospitals, private, with baselines: under two minutes
+	gapweave simulate --baselines local,pooled,lr
+
+test: setup         ## fast tests with branch coverage
+	python -m pytest -n 2 -m "not long" --cov --cov-report=term
+
+test-long: setup    ## kills, deployments, packaging
+	python -m pytest -m long
+
+test-docs: setup    ## every command of the documentation
+	python -m pytest tests/docs --run-docs
+
+test-all: check test test-docs test-long  ## everything
+
+check: setup types  ## lint, types, import contract
+	ruff check .
+	ruff format --check .
+	MYPYPATH=build/types mypy --namespace-packages --explicit-package-bases -p gapweave
+	lint-imports
+
+# mypy cannot follow the editable finder: give it the namespace as a folder of links.
+.PHONY: types
+types:
+	@mkdir -p build/types/gapweave
+	@for package in shared client server sites; do ln -sfn ../../../$$package build/types/gapweave/$$package; done
+
+format: setup       ## apply lint fixes and formatting
+	ruff check --fix .
+	ruff format .
+
+docs: setup         ## regenerate docs/reference.md
+	python -m gapweave.shared.config.reference > docs/reference.md
+
+clean:              ## remove what the verbs made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* .import_linter_cache
