@@ -58,10 +58,12 @@ class LedgerView:
     Attributes:
         entries: in order.
         intact: whether every hash follows from the entry and the one before.
+        broken_at: sequence number expected where the chain first breaks; None while it holds.
     """
 
     entries: tuple[Entry, ...]
     intact: bool
+    broken_at: int | None = None
 
     @property
     def opening(self) -> dict[str, Any]:
@@ -159,13 +161,22 @@ def read_ledger(path: Path) -> LedgerView:
 
 def view(connection: sqlite3.Connection) -> LedgerView:
     """All entries, with their chain checked."""
-    previous, intact, entries = GENESIS, True, []
+    previous, broken, entries = GENESIS, None, []
     rows = connection.execute("SELECT sequence, time, kind, body, previous, hash FROM entries ORDER BY sequence")
     for expected, (sequence, time, kind, body, before, stored) in enumerate(rows, start=1):
         right = entry_hash(sequence, time, kind, body, before)
-        intact &= sequence == expected and before == previous and stored == right
+        if broken is None and not (sequence == expected and before == previous and stored == right):
+            broken = expected
         previous = stored
-        entries.append(
-            Entry(sequence=sequence, time=time, kind=kind, body=json.loads(body), previous=before, hash=stored)
-        )
-    return LedgerView(entries=tuple(entries), intact=intact)
+        content = _body(body)
+        entries.append(Entry(sequence=sequence, time=time, kind=kind, body=content, previous=before, hash=stored))
+    return LedgerView(entries=tuple(entries), intact=broken is None, broken_at=broken)
+
+
+def _body(text: str) -> dict[str, Any]:
+    """What an entry holds; empty where a change left no JSON, which the hashes tell."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -54,6 +54,13 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def whole_numbers(axes: Any) -> None:
+    """Mark whole numbers only on the x axis: rounds, charges."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
 def to_svg(figure: Any, description: str) -> Markup:
     """The figure as an `<svg>` element.
 

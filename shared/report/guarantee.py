@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gapweave.shared.report.wording import short
+
 COVERED = (
     "Whoever sees everything that a site ever released learns almost the same whether any one patient's records were "
-    "in its data or not: epsilon bounds how much more likely any outcome can become (a factor of at most e^epsilon), "
-    "but for a probability of about delta. This holds for all records of the patient together, whatever else an "
-    "attacker knows and whatever is computed later from what was released. It adds up over all rounds, runs and "
-    "studies of the site in one ledger, and the site stops at its cap."
+    "in its data or not: epsilon bounds how much more likely any outcome can become, by a factor of at most "
+    "e to the power of epsilon{factor}, but for a probability of about delta. This holds for all records of the "
+    "patient together, whatever else an attacker knows and whatever is computed later from what was released. It adds "
+    "up over all rounds, runs and studies of the site in one ledger, and the site stops at its cap."
 )
 NOT_COVERED = (
     "what stays inside the site: data, private models, and results that only its own staff look at",
@@ -20,6 +23,8 @@ NOT_COVERED = (
     "when replies arrive, beyond the fixed reply times",
     "a person's decision to join or to leave, and settings that somebody chose after looking at un-noised results",
     "a patient treated at several of the sites: the epsilons of these sites add up for this patient",
+    "a study that was planned after seeing an earlier one's results: over several studies, epsilon is computed as for "
+    "schedules fixed in advance",
     "exchanging one patient for another, which counts as two changes, and costs about twice the epsilon",
     "facts about a disease or a group of patients that the model learns: to find them is its purpose",
 )
@@ -40,6 +45,18 @@ class Budget:
     releases: tuple[Mapping[str, Any], ...]
 
 
+def meaning(epsilon: float | None) -> str:
+    """What the guarantee means, for a board.
+
+    Args:
+        epsilon: to put a number on it; None for none.
+    """
+    if epsilon is None:
+        return COVERED.format(factor="")
+    factor = math.exp(min(epsilon, 700.0))
+    return COVERED.format(factor=f" ({factor:,.2g} here)" if factor < 10 or factor >= 1e6 else f" ({factor:,.0f} here)")
+
+
 def site_budgets(summary: Mapping[str, Any]) -> list[Budget]:
     """The privacy table."""
     return [
@@ -51,10 +68,16 @@ def site_budgets(summary: Mapping[str, Any]) -> list[Budget]:
 def release_words(release: Mapping[str, Any]) -> str:
     """What a folded release was, in words."""
     count = release["releases"]
+    times = "once" if count == 1 else f"{count} times"
     if release["kind"] == "noisy_count":
-        return "a number of patients, noised" if count == 1 else f"{count} numbers of patients, noised"
-    what = "1 update of model parameters" if count == 1 else f"{count} updates of model parameters"
-    return f"{what}, {'noised' if release['kind'] == 'dp_sgd' else 'WITHOUT NOISE'}"
+        return f"number of patients with noise, {times}"
+    return f"training {'with noise' if release['kind'] == 'dp_sgd' else 'WITHOUT NOISE'}, {times}"
+
+
+def worst_epsilon(summary: Mapping[str, Any]) -> float | None:
+    """The largest epsilon of all ledgers; None when there is none, or one of them holds an un-noised release."""
+    spent = [row["privacy"]["epsilon"] for row in summary["sites"].values() if row["privacy"]]
+    return None if not spent or None in spent else float(max(spent))
 
 
 def guarantee_sentence(summary: Mapping[str, Any]) -> tuple[bool, str]:
@@ -64,11 +87,11 @@ def guarantee_sentence(summary: Mapping[str, Any]) -> tuple[bool, str]:
         return False, "None: nothing in this run was noised, so no patient is protected by it."
     if not ledgers:
         return False, "None can be stated: no site reported what its ledger says."
-    if any(ledger["epsilon"] is None for ledger in ledgers):
+    epsilon = worst_epsilon(summary)
+    if epsilon is None:
         return False, "None at every site: at least one of the ledgers holds a release without noise."
-    epsilon = max(ledger["epsilon"] for ledger in ledgers)
     delta = max(ledger["delta"] for ledger in ledgers)
     return True, (
-        f"Each patient of each site is protected with epsilon at most {epsilon:.2f} (delta {delta:g}), "
+        f"Each patient of each site is protected with epsilon at most {epsilon:.2f} (delta {short(delta)}), "
         "over everything that the site's ledger records."
     )

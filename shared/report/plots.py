@@ -23,6 +23,7 @@ from gapweave.shared.report.figure import (
     new_figure,
     spread,
     to_svg,
+    whole_numbers,
 )
 from gapweave.shared.report.scores import Model
 
@@ -65,7 +66,7 @@ def learning_curve(points: Sequence[Mapping[str, Any]], found: Mapping[str, Mode
                 axes.axhline(value, color=MARKERS[key][1], linestyle=(0, (5, 3)), label=f"{found[key].label}, mean")
         axes.axhline(0.5, color=LINE, linewidth=1)
         axes.set(xlabel="round", ylabel="AUROC")
-        _whole_rounds(axes)
+        whole_numbers(axes)
         axes.grid(axis="y")
         _label_ends(axes, {site: (rounds[-1], values[-1]) for site, (rounds, values) in lines.items()})
         figure.legend(loc="outside upper left", ncols=3)
@@ -102,19 +103,13 @@ def _short(name: str, limit: int = 22) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
-def _whole_rounds(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-
 def site_comparison(found: Mapping[str, Model], sites: Sequence[str]) -> Markup | None:
     """AUROC of all models, a line a site; the bar runs from local-only to federated."""
     shown = [site for site in sites if any(model.auroc(site) is not None for model in found.values())]
     if not shown:
         return None
     with drawing("sites"):
-        figure = new_figure(5.9, 1.3 + 0.34 * max(len(shown), 4))
+        figure = new_figure(5.9, max(3.7, 1.3 + 0.3 * len(shown)))
         axes = figure.add_subplot()
         for row, site in enumerate(shown):
             _gain(axes, row, found["federated"].auroc(site), found["local"].auroc(site) if "local" in found else None)
@@ -166,7 +161,7 @@ def update_norms(values: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
             axes.set_ylim(bottom=0)
             axes.tick_params(labelsize=7)
             axes.locator_params(axis="y", nbins=3)
-            _whole_rounds(axes)
+            whole_numbers(axes)
         return to_svg(figure, "Small line plots: L2 norm of each site's update over rounds, one panel a group.")
 
 
@@ -191,7 +186,7 @@ def participation(found: Sequence[Span], sites: Sequence[str], rounds: int) -> M
         _separate(axes, rounds)
         axes.set_yticks(range(len(sites)), [_short(site) for site in sites], color=INK)
         axes.set(xlim=(0.5, rounds + 0.5), ylim=(len(sites) - 0.5, -0.5), xlabel="round")
-        _whole_rounds(axes)
+        whole_numbers(axes)
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
         _legend(figure, {span.status for span in found})

@@ -14,7 +14,7 @@ from typing import Any
 from gapweave.shared.config.study import Study
 from gapweave.shared.files import write_atomically
 from gapweave.shared.report import events, plots, scores
-from gapweave.shared.report.guarantee import guarantee_sentence, site_budgets
+from gapweave.shared.report.guarantee import guarantee_sentence, meaning, site_budgets, worst_epsilon
 from gapweave.shared.report.render import render
 from gapweave.shared.rundir import RunDirectory
 
@@ -43,6 +43,7 @@ def write_report(directory: RunDirectory) -> None:
         groups=events.group_table(study, rounds),
         trouble=[span for span in events.spans(rounds) if span.status != "ok"],
         guarantee=guarantee_sentence(summary),
+        meaning=meaning(worst_epsilon(summary)),
         budgets=site_budgets(summary),
         study_text=study.to_yaml(),
         files=_hashes(directory.path),

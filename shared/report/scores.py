@@ -102,9 +102,9 @@ def _mean(metrics: list[Metrics]) -> Metrics:
     return {name: sum(found) / len(found) if found else None for name, found in values.items()}
 
 
-def compare(federated: Model, other: Model | None) -> Comparison | None:
+def compare(federated: Model | None, other: Model | None) -> Comparison | None:
     """Set the federated model beside another; None when no site has both."""
-    if other is None:
+    if federated is None or other is None:
         return None
     pairs = {
         site: (ours, theirs)
@@ -118,31 +118,34 @@ def compare(federated: Model, other: Model | None) -> Comparison | None:
     return Comparison(other=other, gains=gains, means=(ours, theirs))
 
 
-def verdicts(found: Mapping[str, Model]) -> list[tuple[bool, str]]:
-    """Whether joining paid, in sentences: (good news, text)."""
-    federated = found["federated"]
-    result = [_against(compare(federated, found.get("local")), "Joining")]
-    result += [
-        _against(compare(federated, model), "The federated network")
-        for key, model in found.items()
-        if key in ("lr_local", "gbm_local")
-    ]
-    if "fine_tuned" in found:
-        result.append(_against(compare(found["fine_tuned"], found.get("local")), "Joining and fine-tuning"))
-    return [verdict for verdict in result if verdict is not None]
+FINDINGS = {
+    "local": ("Joining pays", "Joining does not pay"),
+    "lr_local": (
+        "The federated model beats logistic regression on the site's own data",
+        "Logistic regression on the site's own data beats the federated model",
+    ),
+    "gbm_local": (
+        "The federated model beats gradient boosting on the site's own data",
+        "Gradient boosting on the site's own data beats the federated model",
+    ),
+    "fine_tuned": ("Joining and then fine-tuning pays", "Even joining and then fine-tuning does not pay"),
+}
+"""What is said when the federated model wins, and when it loses."""
 
 
-def _against(comparison: Comparison | None, subject: str) -> tuple[bool, str] | None:
-    if comparison is None:
-        return None
+def verdicts(found: Mapping[str, Model]) -> list[tuple[bool, str, str]]:
+    """Whether joining paid: (good news, the finding, the means behind it)."""
+    comparisons = {key: compare(found["federated"], found.get(key)) for key in ("local", "lr_local", "gbm_local")}
+    comparisons["fine_tuned"] = compare(found.get("fine_tuned"), found.get("local"))
+    return [_verdict(key, comparison) for key, comparison in comparisons.items() if comparison is not None]
+
+
+def _verdict(key: str, comparison: Comparison) -> tuple[bool, str, str]:
     total, worse, better = len(comparison.gains), comparison.worse, comparison.better
     ours, theirs = comparison.means
-    alone = comparison.other.key == "local"
-    what = "" if alone else f" in comparison with {comparison.other.label}"
-    means = f"Mean AUROC {ours:.3f} against {theirs:.3f} of {comparison.other.label}."
+    wins, loses = FINDINGS[key]
+    detail = f"Mean AUROC {ours:.3f} against {theirs:.3f} of {comparison.other.label}."
     if worse:
-        where = f"{len(worse)} of {total} sites in this run ({', '.join(worse)})"
-        return False, f"{subject} does not pay at {where}{what}. {means}"
-    if len(better) < total:
-        return True, f"{subject} pays at {len(better)} of {total} sites{what}, and costs nothing at the others. {means}"
-    return True, f"{subject} pays at all {total} sites{what}. {means}"
+        return False, f"{loses} at {len(worse)} of {total} sites in this run.", f"At {', '.join(worse)}. {detail}"
+    equal = "" if len(better) == total else " It is even at the others."
+    return True, f"{wins} at {len(better)} of {total} sites in this run.", f"{detail}{equal}"

@@ -1,0 +1,73 @@
+"""`gapweave privacy verify | report`: read a site's ledger, check it, and say what was spent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Report and verify what a site's ledger says was spent.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PathArgument = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A site's state folder (in a simulation RUN/sites/NAME), or its ledger.")
+]
+NOT_INTACT = 3
+"""Exit code for a ledger that was changed."""
+
+
+@app.command()
+def verify(
+    path: PathArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ledger's summary as JSON.")] = False,
+) -> None:
+    """Check that a ledger was not changed since it was written; exit 3 if it was.
+
+    Example: gapweave privacy verify state
+    """
+    from gapweave.shared.privacy.ledger import read_ledger
+    from gapweave.shared.report.ledger_report import broken_text, verified
+    from gapweave.shared.report.ledger_text import CHAIN, spent_words
+
+    view = read_ledger(path)
+    summary = verified(view)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+    elif view.intact:
+        typer.echo(f"{summary['site']}: {summary['entries']} entries, {spent_words(summary)}")
+        typer.echo(f"ledger {CHAIN[summary['intact']]}")
+    else:
+        typer.echo(f"{path}: {broken_text(view)}")
+    if summary["intact"] is False:
+        raise typer.Exit(NOT_INTACT)
+
+
+@app.command()
+def report(
+    path: PathArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write a page for an ethics board (HTML) here.")] = None,
+) -> None:
+    """Say what left a site, what was spent and is left, and what the guarantee covers.
+
+    Example: gapweave privacy report state --out privacy.html
+    """
+    from gapweave.shared.privacy.ledger import read_ledger
+    from gapweave.shared.report.ledger_report import ledger_facts
+    from gapweave.shared.report.ledger_text import ledger_lines, ledger_page
+
+    facts = ledger_facts(read_ledger(path))
+    if as_json:
+        typer.echo(json.dumps(facts.to_dict(), indent=1))
+    elif out is None:
+        typer.echo("\n".join(ledger_lines(facts)))
+    if out is not None:
+        out.write_text(ledger_page(facts), encoding="utf-8")
+        typer.echo(f"report: {out}", err=as_json)
