@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -200,7 +201,7 @@ class Sharing(StrictModel):
         return self
 
     def of(self, group: str) -> Share:
-        """How ``group`` is shared; a group that no pattern matches stays local, except the heads."""
+        """How ``group`` is shared: the most specific pattern decides; without one only the heads leave."""
         families = {
             "heads": ("fusion", "head/*"),
             "heads+imputer": ("fusion", "head/*", "imputer"),
@@ -208,9 +209,9 @@ class Sharing(StrictModel):
         }
         if isinstance(self.policy, str):
             return "holders" if any(fnmatchcase(group, family) for family in families[self.policy]) else "local"
-        for pattern, share in self.policy.items():
-            if fnmatchcase(group, pattern):
-                return share
+        pattern = _most_specific(group, self.policy)
+        if pattern is not None:
+            return self.policy[pattern]
         return "holders" if any(fnmatchcase(group, family) for family in families["heads"]) else "local"
 
 
@@ -218,6 +219,12 @@ def _is_group_pattern(pattern: str) -> bool:
     """Whether a pattern can match a parameter group: "fusion", "encoder/*", "head/labs", "*"."""
     probes = ("encoder/x", "head/x", "imputer", "fusion")
     return pattern.startswith(("encoder/", "head/")) or any(fnmatchcase(probe, pattern) for probe in probes)
+
+
+def _most_specific(group: str, patterns: Iterable[str]) -> str | None:
+    """The longest pattern that matches; the order in which a map is written means nothing, for JSON sorts it."""
+    matching = [pattern for pattern in patterns if fnmatchcase(group, pattern)]
+    return max(matching, key=lambda pattern: (pattern == group, len(pattern), pattern), default=None)
 
 
 class Training(StrictModel):
@@ -266,8 +273,9 @@ class Aggregation(StrictModel):
         return {**fields, **self.rules}
 
     def of(self, group: str) -> str:
-        """Name of the rule for ``group``; the first pattern that matches decides."""
-        return next((rule for pattern, rule in self.rules.items() if fnmatchcase(group, pattern)), self.default)
+        """Name of the rule for ``group``: that of the most specific pattern, else the default."""
+        pattern = _most_specific(group, self.rules)
+        return self.default if pattern is None else self.rules[pattern]
 
 
 class PrivacyConfig(StrictModel):
