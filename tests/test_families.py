@@ -1,0 +1,407 @@
+"""The contract of each family. An entry of a registry is tested here without a new test."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from batches import EVERY_KIND, flat, four_kinds, patterns, random_batch, random_model, wake
+from cohorts import study
+from torch import nn
+
+from gapweave.client.gradients import OpacusEngine, PlainEngine
+from gapweave.client.state import to_arrays, to_tensors
+from gapweave.server.aggregators import AGGREGATORS, Update
+from gapweave.shared import tensorfile, wire
+from gapweave.shared.encoders import DEFAULTS, ENCODERS
+from gapweave.shared.errors import TooFewSites, UsageError
+from gapweave.shared.fusion import FUSIONS
+from gapweave.shared.imputers import IMPUTERS
+from gapweave.shared.model import MultimodalModel, groups, load_groups
+from gapweave.shared.registry import Registry
+from gapweave.shared.schema import Modality, modalities
+from gapweave.shared.schemes import SCHEMES
+
+M, D, K = 4, 6, 3
+FAMILIES: list[Registry] = [ENCODERS, IMPUTERS, FUSIONS, SCHEMES, AGGREGATORS]
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_mixes_no_rows(module: nn.Module, *inputs: torch.Tensor) -> None:
+    """Replace one row at a time by another one: all other rows of the output stay as they are."""
+    before = module(*inputs)
+    before = getattr(before, "logits", before)
+    for row in range(len(inputs[0])):
+        changed = [values.clone() for values in inputs]
+        for values in changed:
+            values[row] = values[row - 1]
+        after = module(*changed)
+        after = getattr(after, "logits", after)
+        others = torch.arange(len(before)) != row
+        torch.testing.assert_close(after[others], before[others], rtol=0, atol=1e-6)
+        torch.testing.assert_close(after[row], after[row - 1], rtol=1e-5, atol=1e-6)
+
+
+def assert_is_public(module: nn.Module) -> None:
+    """Nothing is learned outside the parameters: no running statistics, no random answer."""
+    assert all(parameter.requires_grad for parameter in module.parameters()), "a frozen tensor is never noised"
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    assert not [name for name in buffers if "running" in name]
+
+
+# Registries.
+
+
+@pytest.mark.parametrize("registry", FAMILIES, ids=lambda registry: registry.family)
+def test_an_unknown_name_is_refused_with_the_installed_ones(registry: Registry) -> None:
+    (first, *_) = registry
+    with pytest.raises(UsageError, match=f"did you mean '{first}'"):
+        registry[first + "x"]
+    with pytest.raises(UsageError) as caught:
+        registry["no such thing"]
+    assert registry.family in str(caught.value)
+    assert all(name in caught.value.remedy for name in registry)
+
+
+def test_two_entries_of_one_name_are_refused() -> None:
+    registry: Registry[object] = Registry("thing", "gapweave.shared.fusion")
+    registry.register("one")(first := object())
+    registry.register("one")(first)
+    with pytest.raises(ValueError, match="thing 'one' is registered twice"):
+        registry.register("one")(object())
+
+
+# Encoders.
+
+
+@cache
+def served(encoder: str) -> tuple[Modality, ...]:
+    """The kinds of data that an encoder can be built for."""
+    found = []
+    for modality in modalities(study(EVERY_KIND)):
+        module = _try(encoder, modality)
+        if module is not None:
+            found.append(modality)
+    return tuple(found)
+
+
+def _try(encoder: str, modality: Modality) -> nn.Module | None:
+    try:
+        module = ENCODERS[encoder](modality, D)
+        return module if module(torch.zeros(2, *modality.shape)).shape == (2, D) else None
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None
+
+
+def test_every_kind_of_data_has_an_encoder() -> None:
+    for kind, encoder in DEFAULTS.items():
+        assert kind in {modality.spec.kind for modality in served(encoder)}
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_an_encoder_serves_some_kind_of_data(name: str) -> None:
+    assert served(name)
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_an_encoder_maps_records_to_bounded_embeddings_one_by_one(name: str) -> None:
+    for modality in served(name):
+        module = wake(ENCODERS[name](modality, D))
+        assert_is_public(module)
+        inputs = noise(5, *modality.shape)
+        embedded = module(inputs)
+        assert embedded.shape == (5, D)
+        assert torch.equal(embedded, module(inputs)), "the same record, the same embedding"
+        assert embedded.abs().max() <= 1
+        assert module(100 * inputs).abs().max() <= 1
+        assert (embedded.std(0) > 0).any(), "the embedding does not depend on the record"
+        assert_mixes_no_rows(module, inputs)
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_an_encoder_takes_the_blank_row_of_an_absent_modality(name: str) -> None:
+    for modality in served(name):
+        module = ENCODERS[name](modality, D)
+        loss = module(torch.zeros(3, *modality.shape)).square().sum()
+        gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+        assert torch.isfinite(loss)
+        assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_an_encoder_has_per_patient_gradients(name: str) -> None:
+    """One engine call over all patients equals the sum of one call a patient: the layers are known and mix nobody."""
+    for modality in served(name):
+        spec = {**EVERY_KIND[modality.name], "encoder": name}
+        of = study({modality.name: spec, "other": EVERY_KIND["labs"]}, model={"embedding": 4})
+        assert_patients_add_up(MultimodalModel(of, of.order), of)
+
+
+def assert_patients_add_up(model: MultimodalModel, of: object) -> None:
+    engine = OpacusEngine(wake(model), "binary", bound=0.05)
+    batch = random_batch(of, [1, 2, 1])
+    together = flat(engine.sum(batch, batch.present))
+    each = [flat(engine.sum(part, part.present)) for at in range(3) if (part := batch.of_patients(torch.tensor([at])))]
+    assert all(float(gradient.norm()) <= 0.05 * (1 + 1e-6) for gradient in each)
+    torch.testing.assert_close(together, torch.stack(each).sum(0), rtol=0, atol=1e-6)
+
+
+# Imputers.
+
+
+@pytest.mark.parametrize("name", list(IMPUTERS))
+def test_an_imputer_estimates_every_slot_one_record_at_a_time(name: str) -> None:
+    imputer = IMPUTERS[name](M, D)
+    wake(imputer)
+    assert_is_public(imputer)
+    used = patterns("abcd")
+    embeddings = torch.where(used.unsqueeze(-1), noise(15, M, D), imputer.tokens(15))
+    estimate = imputer(embeddings, used)
+    assert estimate.shape == (15, M, D)
+    assert torch.isfinite(estimate).all()
+    assert_mixes_no_rows(imputer, embeddings.detach(), used)
+
+
+@pytest.mark.parametrize("name", list(IMPUTERS))
+def test_an_imputer_starts_from_one_null_token_a_modality(name: str) -> None:
+    imputer = IMPUTERS[name](M, D)
+    wake(imputer)
+    tokens = imputer.tokens(3)
+    assert tokens.shape == (3, M, D)
+    assert torch.equal(tokens[0], tokens[2])
+    assert len({tuple(row.tolist()) for row in tokens[0]}) == M
+    assert {name.split(".")[0] for name, _ in imputer.named_parameters()} >= {"null"}
+
+
+@pytest.mark.parametrize("name", list(IMPUTERS))
+def test_an_imputer_that_learns_gets_gradients_from_hidden_modalities(name: str) -> None:
+    imputer = wake(IMPUTERS[name](M, D))
+    used = torch.tensor([[True, True, False, True]])
+    estimate = imputer(torch.where(used.unsqueeze(-1), noise(1, M, D), imputer.tokens(1)), used)
+    (estimate[:, 2] - 1).square().sum().backward()
+    moved = {key.split(".")[0] for key, value in imputer.named_parameters() if value.grad is not None}
+    assert (moved - {"null"} != set()) == getattr(IMPUTERS[name], "learns", False)
+
+
+@pytest.mark.parametrize("name", list(IMPUTERS))
+def test_an_imputer_has_per_patient_gradients(name: str) -> None:
+    of = four_kinds("concat", name)
+    assert_patients_add_up(MultimodalModel(of, of.order), of)
+
+
+# Fusions.
+
+
+@pytest.mark.parametrize("name", list(FUSIONS))
+def test_a_fusion_decides_one_record_at_a_time_in_every_pattern(name: str) -> None:
+    fusion = wake(FUSIONS[name](M, D, K))
+    assert_is_public(fusion)
+    used = patterns("abcd")
+    votes = torch.where(used.unsqueeze(-1), noise(15, M, K), 0.0)
+    fused = fusion(noise(15, M, D), used, votes)
+    assert fused.logits.shape == (15, K)
+    assert torch.isfinite(fused.logits).all()
+    assert (fused.logits.std(0) > 0).all()
+    assert_mixes_no_rows(fusion, noise(15, M, D), used, votes)
+
+
+@pytest.mark.parametrize("name", list(FUSIONS))
+def test_a_fusion_gives_shares_to_the_modalities_that_are_there(name: str) -> None:
+    used = patterns("abcd")
+    votes = torch.where(used.unsqueeze(-1), noise(15, M, K), 0.0)
+    weights = wake(FUSIONS[name](M, D, K))(noise(15, M, D), used, votes).weights
+    if weights is None:
+        return
+    assert weights.shape == (15, M)
+    assert not weights[~used].any()
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(15))
+
+
+@pytest.mark.parametrize("name", list(FUSIONS))
+def test_a_fusion_ignores_the_vote_of_an_absent_modality(name: str) -> None:
+    fusion, used = wake(FUSIONS[name](M, D, K)), patterns("abcd")
+    slots, votes = noise(15, M, D), torch.where(used.unsqueeze(-1), noise(15, M, K), 0.0)
+    loud = torch.where(used.unsqueeze(-1), votes, 1e3 * noise(15, M, K, seed=4))
+    torch.testing.assert_close(fusion(slots, used, loud).logits, fusion(slots, used, votes).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(FUSIONS))
+def test_a_fusion_says_whether_imputed_slots_can_change_its_answer(name: str) -> None:
+    fusion, used = wake(FUSIONS[name](M, D, K)), patterns("abcd")[:-1]
+    slots, votes = noise(14, M, D), torch.where(used.unsqueeze(-1), noise(14, M, K), 0.0)
+    other = torch.where(used.unsqueeze(-1), slots, noise(14, M, D, seed=4))
+    differs = not torch.equal(fusion(slots, used, votes).logits, fusion(other, used, votes).logits)
+    assert differs == getattr(FUSIONS[name], "reads_slots", True)
+
+
+@pytest.mark.parametrize("name", list(FUSIONS))
+def test_a_fusion_has_per_patient_gradients(name: str) -> None:
+    of = four_kinds(name)
+    assert_patients_add_up(MultimodalModel(of, of.order), of)
+
+
+@pytest.mark.parametrize("imputer", list(IMPUTERS))
+@pytest.mark.parametrize("fusion", list(FUSIONS))
+def test_a_model_can_learn_its_training_records(fusion: str, imputer: str) -> None:
+    """Plain gradient descent halves the loss: no part is cut off from its gradient."""
+    of = four_kinds(fusion, imputer)
+    model = MultimodalModel(of, of.order)
+    engine, batch = PlainEngine(model, "binary"), random_batch(of, [1] * 8)
+    before = task_loss(model, batch)
+    for _ in range(60):
+        gradient = engine.sum(batch, batch.present)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.sub_(0.1 * gradient[name] / 8)
+    assert task_loss(model, batch) < 0.5 * before
+
+
+def task_loss(model: MultimodalModel, batch) -> float:
+    with torch.no_grad():
+        logits = model(batch.inputs, batch.present, batch.present).logits
+    return float(torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.target))
+
+
+@pytest.mark.parametrize("imputer", list(IMPUTERS))
+@pytest.mark.parametrize("fusion", list(FUSIONS))
+def test_parameters_survive_a_file_and_a_message(fusion: str, imputer: str) -> None:
+    """Bit for bit, shapes and all: a scalar parameter stays a scalar."""
+    of = four_kinds(fusion, imputer)
+    model = random_model(of)
+    arrays = to_arrays(groups(model))
+    stored, note = tensorfile.parse(tensorfile.dump(arrays, {"a": [1, None, "ü"]}))
+    assert note == {"a": [1, None, "ü"]}
+    header, sent = wire.unpack(wire.pack({"round": 3}, arrays))
+    assert header["round"] == 3
+    for received in (stored, sent):
+        assert received.keys() == arrays.keys()
+        fresh = MultimodalModel(of, of.order)
+        load_groups(fresh, to_tensors(received))
+        for (name, new), old in zip(fresh.named_parameters(), model.parameters(), strict=True):
+            assert torch.equal(new, old), name
+        for group, part in arrays.items():
+            assert {name: value.shape for name, value in received[group].items()} == {
+                name: value.shape for name, value in part.items()
+            }
+
+
+# Schemes.
+
+
+def uniform(records: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(records, M + 1, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_a_scheme_uses_a_non_empty_part_of_what_a_record_has(name: str, learns: bool) -> None:
+    present = patterns("abcd").repeat(40, 1)
+    used = SCHEMES[name](present, uniform(len(present)), learns)
+    assert used.dtype == torch.bool
+    assert used.shape == present.shape
+    assert not (used & ~present).any()
+    assert used.any(1).all()
+    nothing = torch.zeros(3, M, dtype=torch.bool)
+    assert not SCHEMES[name](nothing, uniform(3), learns).any()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_a_scheme_couples_no_records_and_draws_nothing_itself(name: str, learns: bool) -> None:
+    present, draws = patterns("abcd"), uniform(15)
+    used = SCHEMES[name](present, draws, learns)
+    for row in range(15):
+        alone = SCHEMES[name](present[[row]], draws[[row]], learns)
+        assert torch.equal(alone[0], used[row])
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_a_scheme_hides_some_modalities_when_the_imputer_has_to_learn(name: str) -> None:
+    present = torch.ones(400, M, dtype=torch.bool)
+    used = SCHEMES[name](present, uniform(400), True)
+    hidden = float((~used).any(1).double().mean())
+    assert 0.2 < hidden < 1, "some records are whole, some are not"
+    assert (~used).any(0).all(), "every modality is hidden at times"
+
+
+# Aggregation rules.
+
+
+def updates(sites: int, seed: int = 0) -> list[Update]:
+    generator = np.random.default_rng(seed)
+    return [
+        {
+            "weight": generator.normal(size=(7, 5)).astype(np.float32),
+            "bias": generator.normal(size=5).astype(np.float32),
+            "scalar": np.asarray(generator.normal(), np.float32),
+        }
+        for _ in range(sites)
+    ]
+
+
+def combine(rule: str, parts: list[Update]) -> Update:
+    accumulator = AGGREGATORS[rule].start("fusion", len(parts))
+    for part in parts:
+        accumulator.add(part)
+    return accumulator.finish()
+
+
+ENOUGH = 9
+"""Sites that every rule can work with."""
+
+
+@pytest.mark.parametrize("rule", list(AGGREGATORS))
+def test_a_rule_gives_back_the_form_of_the_updates(rule: str) -> None:
+    parts = updates(ENOUGH)
+    kept = copy.deepcopy(parts)
+    result = combine(rule, parts)
+    assert result.keys() == parts[0].keys()
+    for name, value in result.items():
+        assert value.dtype == np.float32
+        assert value.shape == parts[0][name].shape
+        assert np.isfinite(value).all()
+    for before, after in zip(kept, parts, strict=True):
+        assert all(np.array_equal(before[name], after[name]) for name in before), "a rule leaves the updates alone"
+
+
+@pytest.mark.parametrize("rule", list(AGGREGATORS))
+def test_a_rule_does_not_depend_on_the_order_of_the_sites(rule: str) -> None:
+    parts = updates(ENOUGH, seed=1)
+    straight = combine(rule, parts)
+    for order in (parts[::-1], parts[4:] + parts[:4]):
+        for name, value in combine(rule, order).items():
+            np.testing.assert_allclose(value, straight[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", list(AGGREGATORS))
+def test_a_rule_keeps_what_all_sites_agree_on(rule: str) -> None:
+    (update,) = updates(1, seed=2)
+    for name, value in combine(rule, [update] * ENOUGH).items():
+        np.testing.assert_allclose(value, update[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", list(AGGREGATORS))
+def test_a_rule_is_equivariant_to_the_size_of_updates(rule: str) -> None:
+    parts = updates(ENOUGH, seed=3)
+    doubled = [{name: 2 * value for name, value in part.items()} for part in parts]
+    plain = combine(rule, parts)
+    for name, value in combine(rule, doubled).items():
+        np.testing.assert_allclose(value, 2 * plain[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", list(AGGREGATORS))
+def test_a_rule_without_sites_says_so(rule: str) -> None:
+    with pytest.raises(TooFewSites):
+        AGGREGATORS[rule].start("fusion", 0)
+
+
+def test_the_mean_is_the_mean_even_where_float32_sums_fail() -> None:
+    values = [np.float32(1e8), np.float32(1), np.float32(-1e8), np.float32(1)]
+    assert combine("mean", [{"x": np.full(2, value)} for value in values])["x"].tolist() == [0.5, 0.5]
