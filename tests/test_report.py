@@ -73,7 +73,7 @@ def left_out(status, reason):
 
 
 def summary_of(sites, **changes):
-    scored = {name: row["metrics"] for name, row in sites.items() if row["metrics"]}
+    scored = {name: row["metrics"] for name, row in sites.items() if row["metrics"] and row["metrics"]["auroc"]}
     worst = min(scored, key=lambda name: scored[name]["auroc"], default=None)
     return {
         "study": "trial",
@@ -145,7 +145,7 @@ def two_sites():
 BASELINES = {
     "local": {"mean": metrics(0.67775), "sites": {"north": metrics(0.6222), "south": metrics(0.7333)}},
     "pooled": {"mean": metrics(0.8181), "sites": {"north": metrics(0.8282), "south": metrics(0.8080)}},
-    "lr_local": {"mean": metrics(0.7555), "sites": {"north": metrics(0.7656), "south": metrics(0.7454)}},
+    "lr_local": {"mean": metrics(0.7554), "sites": {"north": metrics(0.7656), "south": metrics(0.7454)}},
 }
 CURVE = [
     {"round": number, "mean": metrics(0.6 + number / 100), "sites": {"north": metrics(0.61), "south": metrics(0.62)}}
@@ -165,7 +165,7 @@ def test_the_main_table_holds_the_numbers_of_the_summary(tmp_path):
     ]
     assert rows["north"][2:] == ["137 / 41", "0.622", "0.828", "0.766", "0.711", "+0.089", "7.65 / 10", "ok"]
     assert rows["south"][2:] == ["137 / 41", "0.733", "0.808", "0.745", "0.689", "−0.044", "7.65 / 10", "ok"]  # noqa: RUF001
-    assert rows["mean"][3:7] == ["0.678", "0.818", "0.756", "0.700"]
+    assert rows["mean"][3:7] == ["0.678", "0.818", "0.755", "0.700"]
 
 
 def test_modalities_are_told_without_colour(tmp_path):
@@ -190,10 +190,13 @@ def test_a_loss_against_alone_and_against_logistic_regression_is_said(tmp_path):
 
 
 def test_the_finding_counts_only_sites_where_both_are_defined():
-    sites = {"a": site(0.8, 0.7), "b": site(0.6, None), "c": left_out("failed", "x"), "d": site(None, 0.9)}
-    found = scores.models(
-        summary_of({**sites, "d": site(0.5, 0.9, metrics=metrics(None))} | {"c": sites["c"]}, mean=metrics(0.7))
-    )
+    sites = {
+        "both": site(0.8, 0.7),
+        "not alone": site(0.6, None),
+        "undefined": site(None, 0.9),
+        "left out": left_out("failed", "x"),
+    }
+    found = scores.models(summary_of(sites))
     assert [text for _, text, _ in scores.verdicts(found)] == ["Joining pays at 1 of 1 sites in this run."]
 
 
@@ -273,7 +276,7 @@ def test_names_cannot_break_the_page(tmp_path, evil):
     )
     assert "<script" not in page
     assert "<img" not in page
-    assert "49" not in re.sub(r"<svg.*?</svg>|<code>.*?</code>", "", page, flags=re.DOTALL).replace("{{ 7 * 7 }}", "")
+    assert "49" not in re.sub(r"<svg.*?</svg>|<code>.*?</code>", "", page, flags=re.DOTALL)
     assert page.count("<h1>") == 1
 
 
