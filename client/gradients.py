@@ -120,7 +120,7 @@ class OpacusEngine:
         squares = torch.zeros(batch.patients, dtype=torch.float64, device=batch.weight.device)
         for gradient in per_patient.values():
             if gradient is not None:
-                squares += gradient.double().square().sum(1)
+                squares += torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).square()
         norms = squares.sqrt()
         finite = torch.isfinite(norms)
         factor = torch.where(finite, (self.bound / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
@@ -130,6 +130,6 @@ class OpacusEngine:
             if gradient is None:
                 result[name] = torch.zeros_like(parameter, dtype=torch.float64)
                 continue
-            kept = torch.where(finite.unsqueeze(1), gradient.double(), 0.0)
-            result[name] = (factor @ kept).view_as(parameter)
+            # Selected, not multiplied away: zero times NaN is NaN.
+            result[name] = (factor[finite] @ gradient[finite].double()).view_as(parameter)
         return result

@@ -85,7 +85,7 @@ class _Modality(StrictModel):
 class TableModality(_Modality):
     """One row of variables a record."""
 
-    kind: Literal["table"]
+    kind: Literal["table"] = Field(description="kind of data")
     columns: dict[Variable, Column] = Field(min_length=1, description="variables by name")
     hours: int | None = Field(
         None,
@@ -97,7 +97,7 @@ class TableModality(_Modality):
 class SeriesModality(_Modality):
     """Variables by hour, up to the prediction time."""
 
-    kind: Literal["series"]
+    kind: Literal["series"] = Field(description="kind of data")
     hours: int = Field(gt=0, le=24 * 90, description="length of the window; later events are never read")
     columns: dict[Variable, Range] = Field(min_length=1, description="variables by name")
 
@@ -105,7 +105,7 @@ class SeriesModality(_Modality):
 class ImageModality(_Modality):
     """One image a record."""
 
-    kind: Literal["image"]
+    kind: Literal["image"] = Field(description="kind of data")
     size: int = Field(ge=8, le=1024, description="height and width in pixels; images are resized to it")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour")
 
@@ -113,7 +113,7 @@ class ImageModality(_Modality):
 class TextModality(_Modality):
     """Free text a record, as hashed words."""
 
-    kind: Literal["text"]
+    kind: Literal["text"] = Field(description="kind of data")
     buckets: int = Field(512, ge=16, le=2**18, description="number of hash buckets")
     hours: int | None = Field(None, gt=0, description="prediction time, for sites whose notes carry a time")
 

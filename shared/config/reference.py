@@ -1,0 +1,104 @@
+"""docs/reference.md, generated from the models of study and site files: `python -m gapweave.shared.config.reference`."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from gapweave.shared.config.overrides import ALIASES, METHODS
+from gapweave.shared.config.site import Site
+from gapweave.shared.config.study import Study
+
+HEAD = """# Reference: study and site files
+
+Generated from the code (`make docs`); a test keeps it current. Unknown keys are errors that name the nearest known one.
+"""
+
+
+def markdown() -> str:
+    """The whole page."""
+    aliases = "\n".join(f"| `{alias}` | `{path}` |" for alias, path in ALIASES.items())
+    methods = "\n".join(
+        f"| `method={name}` | {', '.join(f'`{key}={value}`' for key, value in preset.items())} |"
+        for name, preset in METHODS.items()
+    )
+    return "\n".join(
+        [
+            HEAD,
+            "## The study file: what all sites agree on\n",
+            *_sections(Study, ""),
+            "## The site file: what one hospital alone decides\n",
+            *_sections(Site, ""),
+            "## Short names for `--set` and `--vary`\n",
+            f"| short | path in the study file |\n|---|---|\n{aliases}\n{methods}\n",
+        ]
+    )
+
+
+def _sections(model: type[BaseModel], path: str) -> Iterator[str]:
+    """A table for a model, then one for each model that its keys hold."""
+    title = f"### `{path}`" if path else "### Top level"
+    rows = "\n".join(_row(name, field) for name, field in model.model_fields.items())
+    summary = (model.__doc__ or "").strip().splitlines()[0]
+    yield f"{title}\n\n{summary}\n\n| key | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
+    for name, field in model.model_fields.items():
+        for inner, suffix in _models(field.annotation):
+            yield from _sections(inner, f"{path}.{name}{suffix}".lstrip("."))
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    meaning = (field.description or "").replace("|", "\\|")
+    return f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {meaning} |"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel) or value is PydanticUndefined:
+        return "see below"
+    return f"`{json.dumps(value)}`"
+
+
+def _unwrap(annotation: Any) -> Any:
+    return _unwrap(get_args(annotation)[0]) if get_origin(annotation) is typing.Annotated else annotation
+
+
+def _models(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
+    """Models inside an annotation, with what is added to the path for each."""
+    annotation = _unwrap(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, ""
+        return
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is dict:
+        yield from ((model, f".<name>{suffix}") for model, suffix in _models(arguments[1]))
+    elif origin in (typing.Union, types.UnionType):
+        for argument in arguments:
+            yield from ((model, f" ({model.__name__})") for model, _ in _models(argument))
+
+
+def _type(annotation: Any) -> str:
+    annotation = _unwrap(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is typing.Literal:
+        return " \\| ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_type(argument) for argument in arguments))
+    if origin is dict:
+        return f"map of {_type(arguments[1])}"
+    if origin in (list, tuple):
+        return f"list of {_type(arguments[0])}"
+    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any"}
+    return names.get(annotation, "a block")
+
+
+if __name__ == "__main__":
+    print(markdown())  # noqa: T201 - this module is a generator of a page
