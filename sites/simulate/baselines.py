@@ -110,39 +110,55 @@ def flat_features(study: Study, batch: Batch) -> NDArray[np.float64]:
     return features
 
 
-def logistic_regression() -> Any:
-    """L2 logistic regression on standardised features, with scikit-learn's default strength."""
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Inverse strengths of the L2 penalty among which cross-validation on the training patients chooses."""
+
+Fit = Callable[[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]], Any]
+"""(features [R, F], target [R], patient [R]) -> a fitted scikit-learn classifier."""
+
+
+def logistic_regression(features: NDArray[np.float64], target: NDArray[np.bool_], patient: NDArray[np.int64]) -> Any:
+    """L2 logistic regression on standardised features; its strength is chosen by grouped cross-validation."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTHS[1], max_iter=1000))
+    folds = min(5, *(len(np.unique(patient[target == value])) for value in (False, True)))
+    if folds < 2:
+        return model.fit(features, target)
+    search = GridSearchCV(
+        model, {"logisticregression__C": STRENGTHS}, scoring="neg_log_loss", cv=StratifiedGroupKFold(folds)
+    )
+    return search.fit(features, target, groups=patient)
 
 
-def gradient_boosting() -> Any:
+def gradient_boosting(features: NDArray[np.float64], target: NDArray[np.bool_], patient: NDArray[np.int64]) -> Any:
     """Gradient boosting of 80 small trees, as in the data sets' reference numbers."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    return HistGradientBoostingClassifier(max_iter=80, max_leaf_nodes=8, random_state=0)
+    return HistGradientBoostingClassifier(max_iter=80, max_leaf_nodes=8, random_state=0).fit(features, target)
 
 
-CLASSICAL: dict[str, Callable[[], Any]] = {"lr": logistic_regression, "gbm": gradient_boosting}
+CLASSICAL: dict[str, Fit] = {"lr": logistic_regression, "gbm": gradient_boosting}
 
 
-def fit_classical(study: Study, data: Batch, make: Callable[[], Any]) -> Predictor:
+def fit_classical(study: Study, data: Batch, fit: Fit) -> Predictor:
     """Fit one scikit-learn model an output.
 
     Args:
         study: gives task and features.
         data: training records; those without a known target are left out.
-        make: builds an unfitted model.
+        fit: fits one two-class model.
     """
     features, prior = flat_features(study, data), data.prevalence()
     usable = (data.weight > 0).numpy()
-    columns = [
-        _fit_output(make, features, data.target[:, k].numpy(), usable & data.label_mask[:, k].numpy(), prior[k])
-        for k in range(study.task.outputs)
-    ]
+    columns = []
+    for k in range(study.task.outputs):
+        known = usable & data.label_mask[:, k].numpy()
+        target = data.target[:, k].numpy()[known] > 0.5
+        columns.append(_fit_output(fit, features[known], target, data.patient.numpy()[known], prior[k]))
     names = sorted(data.inputs)
 
     def answer(batch: Batch) -> Predictions:
@@ -159,15 +175,16 @@ def fit_classical(study: Study, data: Batch, make: Callable[[], Any]) -> Predict
 
 
 def _fit_output(
-    make: Callable[[], Any],
+    fit: Fit,
     features: NDArray[np.float64],
-    target: NDArray[np.float32],
-    usable: NDArray[np.bool_],
+    target: NDArray[np.bool_],
+    patient: NDArray[np.int64],
     prior: float,
 ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    if len(np.unique(target[usable])) < 2:
+    """One two-class model as a function of features; of one class only, its prevalence."""
+    if len(np.unique(target)) < 2:
         return lambda rows: np.full(len(rows), prior)
-    model = make().fit(features[usable], target[usable] > 0.5)
+    model = fit(features, target, patient)
     return lambda rows: np.asarray(model.predict_proba(rows)[:, 1])
 
 
@@ -202,9 +219,9 @@ def fit_baselines(
 
 
 def _fit_classical_both(study: Study, cohorts: Mapping[str, Cohort], name: str) -> dict[str, dict[str, Predictor]]:
-    make = CLASSICAL[name]
-    local = {site: fit_classical(study, cohort.training(), make) for site, cohort in cohorts.items()}
-    together = fit_classical(study, pool(study, [cohort.training() for cohort in cohorts.values()]), make)
+    fit = CLASSICAL[name]
+    local = {site: fit_classical(study, cohort.training(), fit) for site, cohort in cohorts.items()}
+    together = fit_classical(study, pool(study, [cohort.training() for cohort in cohorts.values()]), fit)
 
     def on_all(batch: Batch) -> Predictions:
         return together(_complete(study, batch))
