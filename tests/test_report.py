@@ -228,8 +228,9 @@ def test_refused_and_failed_sites_stand_in_the_table_with_their_reason(tmp_path)
         "torn": left_out("failed", "column missing"),
     }
     rows = cells(page_of(tmp_path, summary_of(sites)))
-    assert rows["poor"][-1] == "refusedthe site&#39;s cap leaves no room for this study"
-    assert rows["torn"][-1] == "failedcolumn missing"
+    assert (rows["poor"][-1], rows["torn"][-1]) == ("refused", "failed")
+    assert "refused: the site&#39;s cap leaves no room for this study" in rows
+    assert "failed: column missing" in rows
     assert rows["torn"][2] == rows["torn"][3] == "–"  # noqa: RUF001
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gapweave.shared.config.study import Study
 
-STATUSES = ("ok", "screened", "late", "failed", "refused")
+STATUSES = ("ok", "screened", "late", "failed", "refused", "left")
 """What a site can be in a round; `screened`: it answered, but an update of it was not used."""
 
 

@@ -37,7 +37,7 @@ MARKERS = {
     "federated": ("o", BLUE),
     "fine_tuned": ("*", BLUE),
 }
-COLOURS = {"ok": "#9fc5b0", "screened": ORANGE, "late": "#e6c65c", "failed": RED, "refused": "#4a5560"}
+COLOURS = {"ok": "#9fc5b0", "screened": ORANGE, "late": "#e6c65c", "failed": RED, "refused": "#4a5560", "left": QUIET}
 HATCHES = {"screened": "////", "late": "....", "failed": "xxxx", "refused": ""}
 
 
