@@ -15,7 +15,7 @@ import warnings
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
@@ -81,10 +81,10 @@ class OpacusEngine:
         from opacus import GradSampleModule
         from opacus.validators import ModuleValidator
 
-        problems = ModuleValidator.validate(model, strict=False)
-        if problems:
+        if ModuleValidator.validate(model, strict=False):
+            name, layer = _faulty_layer(model)
             raise UsageError(
-                f"the model has a layer without per-patient gradients: {problems[0]}",
+                f"{type(layer).__name__} at `{name}` mixes patients or has no known per-patient gradient",
                 where="study:model",
                 remedy="Use GroupNorm or LayerNorm for normalisation, and layers that Opacus supports",
             )
@@ -133,3 +133,14 @@ class OpacusEngine:
             # Selected, not multiplied away: zero times NaN is NaN.
             result[name] = (factor[finite] @ gradient[finite].double()).view_as(parameter)
         return result
+
+
+def _faulty_layer(model: nn.Module) -> tuple[str, nn.Module]:
+    """The innermost layer that Opacus refuses, with its name."""
+    from opacus.validators import ModuleValidator
+
+    for name, layer in model.named_children():
+        if ModuleValidator.validate(layer, strict=False):
+            inner, culprit = _faulty_layer(layer)
+            return f"{name}.{inner}".rstrip("."), culprit
+    return "", model
