@@ -49,10 +49,9 @@ def assert_mixes_no_rows(module: nn.Module, *inputs: torch.Tensor) -> None:
 
 
 def assert_is_public(module: nn.Module) -> None:
-    """Nothing is learned outside the parameters: no running statistics, no random answer."""
-    assert all(parameter.requires_grad for parameter in module.parameters()), "a frozen tensor is never noised"
-    buffers = {name: value.clone() for name, value in module.named_buffers()}
-    assert not [name for name in buffers if "running" in name]
+    """Nothing is learned outside the parameters: no running statistics, no tensor that is never noised."""
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert not [name for name, _ in module.named_buffers() if "running" in name]
 
 
 # Registries.
@@ -385,15 +384,6 @@ def test_a_rule_keeps_what_all_sites_agree_on(rule: str) -> None:
     (update,) = updates(1, seed=2)
     for name, value in combine(rule, [update] * ENOUGH).items():
         np.testing.assert_allclose(value, update[name], rtol=1e-6)
-
-
-@pytest.mark.parametrize("rule", list(AGGREGATORS))
-def test_a_rule_is_equivariant_to_the_size_of_updates(rule: str) -> None:
-    parts = updates(ENOUGH, seed=3)
-    doubled = [{name: 2 * value for name, value in part.items()} for part in parts]
-    plain = combine(rule, parts)
-    for name, value in combine(rule, doubled).items():
-        np.testing.assert_allclose(value, 2 * plain[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("rule", list(AGGREGATORS))
