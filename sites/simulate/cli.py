@@ -8,24 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from gapweave.shared.config.overrides import ALIASES
 from gapweave.sites.simulate.compare_cli import compare
-
-ALIAS_HELP = "aliases: method, " + ", ".join(ALIASES)
-
-StudyArgument = Annotated[Path | None, typer.Argument(help="Study file; without it, the built-in demo.")]
-SitesOption = Annotated[
-    Path | None, typer.Option("--sites", help="Folder of site files [default: sites/ beside STUDY].")
-]
-DataOption = Annotated[
-    Path | None,
-    typer.Option("--data", envvar="GAPWEAVE_DATA", help="Folder that holds data sets, one sub-folder a set."),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help=f"key=value: a dotted path of the study file, or an alias ({ALIAS_HELP})."),
-]
-BaselinesOption = Annotated[str, typer.Option("--baselines", help="Comma list of local, pooled, lr, gbm.")]
+from gapweave.sites.simulate.options import (
+    BaselinesOption,
+    ContinueOption,
+    DataOption,
+    EngineOption,
+    RoundsOption,
+    SetOption,
+    SitesOption,
+    StudyArgument,
+)
 
 
 def simulate(
@@ -39,12 +32,10 @@ def simulate(
         Path | None,
         typer.Option("--state", help="Folder of the sites' ledgers and private models [default: RUN/sites]."),
     ] = None,
-    engine: Annotated[str, typer.Option("--engine", help="inline: all sites in this process.")] = "inline",
-    rounds: Annotated[int | None, typer.Option("--rounds", help="Same as --set training.rounds=N.")] = None,
+    engine: EngineOption = "inline",
+    rounds: RoundsOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set seed=N.")] = None,
-    continue_without: Annotated[
-        bool, typer.Option("--continue-without", help="Go on without sites whose data cannot be used.")
-    ] = False,
+    continue_without: ContinueOption = False,
     baselines: BaselinesOption = "",
     assignments: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,

@@ -1,0 +1,273 @@
+"""The work behind `compare`: check everything, run what is not done yet, and write OUT.
+
+OUT/compare.json is what was asked for, OUT/cells/<hash>/ one simulation each; results.json, results.csv, summary.md
+and the plots are written anew from the cells at the end.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gapweave.client import app as client_app
+from gapweave.client.data import load_cohort
+from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, UsageError
+from gapweave.shared.files import write_atomically
+from gapweave.shared.metrics import METRICS
+from gapweave.sites.simulate.compare_plan import Plan, Request, Trial, Unit, make_plan
+from gapweave.sites.simulate.compare_plots import plot_auroc, plot_paired
+from gapweave.sites.simulate.compare_statistics import Statistics, statistics_of
+from gapweave.sites.simulate.compare_summary import cell_name, markdown
+from gapweave.sites.simulate.compare_unit import (
+    ROWS,
+    SCORES,
+    Baselines,
+    Row,
+    load_scores,
+    pool_folds,
+    rows_of,
+    run_unit,
+)
+from gapweave.sites.simulate.run import Setup, find_sites, load_sites
+
+SPEC, HOSPITALS = "compare.json", "hospitals"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A unit that could not be run, and why."""
+
+    unit: str
+    error: GapweaveError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a comparison came to.
+
+    Attributes:
+        out: its folder.
+        rows: of results.json.
+        statistics: of summary.md.
+        failures: units without rows; the same command tries them again.
+    """
+
+    out: Path
+    rows: list[Row]
+    statistics: Statistics
+    failures: list[Failure]
+
+
+def compare(request: Request) -> Result:
+    """Run a comparison, or what is left of it.
+
+    Raises:
+        UsageError: when study, options and folder do not fit together; nothing was written.
+        DataError: for a problem in a site's data; nothing was written.
+    """
+    with _study_file(request) as file:
+        plan = make_plan(request, file)
+        files = find_sites(file, request.sites)
+        demo = request.study is None
+        hashes = {(path.name if demo else str(path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        spec = plan.spec(hashes, request.data, request.continue_without)
+        out = request.out or Path(f"runs/compare-{plan.study}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
+        _check_out(out, spec)
+        setup = Setup(sites=files, data=request.data, state=out, continue_without=request.continue_without)
+        check_data(plan, setup)
+        _write_json(out, SPEC, spec)
+        if demo and request.sites is None:
+            setup = _keep_demo(file.parent, out, setup)
+    failures = run_units(plan, setup, out)
+    return write_results(plan, out, failures)
+
+
+@contextmanager
+def _study_file(request: Request) -> Iterator[Path]:
+    """The study file; without one the demo, from its folder or written to a scratch folder."""
+    if request.study is not None:
+        yield request.study
+        return
+    kept = None if request.out is None else request.out / HOSPITALS / "study.yaml"
+    if kept is not None and kept.exists():
+        yield kept
+        return
+    from gapweave.sites.demo import write_demo
+
+    with tempfile.TemporaryDirectory() as scratch:
+        yield write_demo(Path(scratch).resolve() / HOSPITALS)
+
+
+def _keep_demo(hospitals: Path, out: Path, setup: Setup) -> Setup:
+    kept = out / HOSPITALS
+    if hospitals != kept:
+        arriving = out / f".{HOSPITALS}"
+        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.move(hospitals, arriving)
+        arriving.rename(kept)
+    return Setup(**{**setup.__dict__, "sites": tuple(kept / path.relative_to(hospitals) for path in setup.sites)})
+
+
+def _check_out(out: Path, spec: dict[str, Any]) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    file = out / SPEC
+    if not file.exists():
+        raise UsageError("the output folder exists", where=str(out), remedy="Give another --out")
+    before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(spec))
+    if before != now:
+        keys = [key for key in spec if before.get(key) != now[key]]
+        raise UsageError(
+            f"the folder holds another comparison: {', '.join(keys)} differ",
+            where=str(out),
+            remedy="Give another --out, or ask for the same as before",
+        )
+
+
+def check_data(plan: Plan, setup: Setup) -> None:
+    """Read every site's data once for each way in which the cells read them.
+
+    Raises:
+        DataError: for a problem, or for a split column that does not hold each patient out in one fold.
+        UsageError: when a site file and a study do not fit together.
+    """
+    seen = set()
+    try:
+        for trial in plan.trials:
+            study = trial.units[0].study
+            read = study.model_dump(mode="json", include={"task", "modalities"})
+            key = json.dumps([read, study.aggregation.quorum], sort_keys=True)
+            if key not in seen:
+                seen.add(key)
+                _check_trial(trial, setup)
+    finally:
+        client_app.forget()
+
+
+def _check_trial(trial: Trial, setup: Setup) -> None:
+    for entry in load_sites(trial.units[0].study, setup):
+        if entry.site.split.column is None or entry.error is not None or trial.units[0].fold is None:
+            continue
+        held_out = sum(
+            load_cohort(unit.study, entry.site, site_file=entry.file, data_dir=setup.data).test.int()
+            for unit in trial.units
+        )
+        if not bool((held_out == 1).all()):  # type: ignore[union-attr]
+            raise DataError(
+                f"the split column does not put every patient into one of folds 0 to {len(trial.units) - 1}",
+                where=f"{entry.file}:split.column",
+                remedy="Give --folds as many as the column has, or write `split: {by: hash}`",
+            )
+
+
+def run_units(plan: Plan, setup: Setup, out: Path) -> list[Failure]:
+    """Run the units that have no rows yet, one after another.
+
+    A unit that its sites refuse does not stop the others.
+    """
+    failures = []
+    baselines = Baselines(plan.baselines)
+    units = plan.units
+    left = [unit for unit in units if not (_folder(out, unit) / ROWS).exists()]
+    names = {unit.name: unit_name(trial, unit) for trial in plan.trials for unit in trial.units}
+    with _progress() as bar:
+        task = bar.add_task("", total=len(units), completed=len(units) - len(left))
+        for unit in left:
+            bar.update(task, description=names[unit.name])
+            try:
+                run_unit(unit, setup, _folder(out, unit), baselines)
+            except (RefusedError, TooFewSites) as error:
+                failures.append(Failure(unit=names[unit.name], error=error))
+            bar.update(task, advance=1)
+    return failures
+
+
+def unit_name(trial: Trial, unit: Unit) -> str:
+    """A unit, for people."""
+    fold = "" if unit.fold is None else f" fold {unit.fold}"
+    return f"{cell_name(trial.cell)} seed {unit.seed}{fold}"
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _folder(out: Path, unit: Unit) -> Path:
+    return out / "cells" / unit.name
+
+
+def write_results(plan: Plan, out: Path, failures: list[Failure]) -> Result:
+    """Collect the rows of all finished trials and write everything that is read."""
+    rows = [row for trial in plan.trials for row in trial_rows(trial, out)]
+    statistics = statistics_of(rows, plan.vary)
+    done = [content for unit in plan.units if (content := _content(out, unit))]
+    _write_json(out, "results.json", rows)
+    _write_csv(out / "results.csv", rows, list(plan.vary))
+    notes = [f"{failure.unit}: {failure.error}" for failure in failures]
+    text = markdown(plan, statistics, seconds=sum(content["seconds"] for content in done), failures=notes)
+    write_atomically(out / "summary.md", text.encode())
+    plot_auroc(statistics, plan.vary, out / "auroc.svg")
+    plot_paired(statistics, out / "paired.svg")
+    return Result(out=out, rows=rows, statistics=statistics, failures=failures)
+
+
+def trial_rows(trial: Trial, out: Path) -> list[Row]:
+    """The rows of a cell and seed, folds pooled; none unless all of its units are done."""
+    contents = [_content(out, unit) for unit in trial.units]
+    if not all(contents):
+        return []
+    rows = contents[0]["rows"]
+    if trial.units[0].fold is not None:
+        pooled = pool_folds([load_scores(_folder(out, unit) / SCORES) for unit in trial.units])
+        epsilon = {site: _largest([content["epsilon"].get(site) for content in contents]) for site in pooled}
+        rows = rows_of(trial.units[0].study, pooled, epsilon, trial.seed, None)
+    return [{"cell": trial.cell, **row} for row in rows]
+
+
+def _largest(spent: list[float | None]) -> float | None:
+    """The largest epsilon of a site's folds: each fold has its own ledger. None if one had no guarantee."""
+    known = [value for value in spent if value is not None]
+    return max(known) if len(known) == len(spent) else None
+
+
+def _content(out: Path, unit: Unit) -> Any:
+    file = _folder(out, unit) / ROWS
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _write_json(out: Path, name: str, content: Any) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / name, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _write_csv(file: Path, rows: list[Row], keys: list[str]) -> None:
+    plain = ("model", "seed", "fold", "site", "n_test", "positives")
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*(f"cell.{key}" for key in keys), *plain, *METRICS, "epsilon"])
+        for row in rows:
+            cell = [row["cell"][key] for key in keys]
+            metrics = [row["metrics"][name] for name in METRICS]
+            writer.writerow([*cell, *(row[name] for name in plain), *metrics, row["epsilon"]])

@@ -1,0 +1,31 @@
+"""Command line options that `simulate` and `compare` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gapweave.shared.config.overrides import ALIASES
+
+ALIAS_HELP = "aliases: method, " + ", ".join(ALIASES)
+
+StudyArgument = Annotated[Path | None, typer.Argument(help="Study file; without it, the built-in demo.")]
+SitesOption = Annotated[
+    Path | None, typer.Option("--sites", help="Folder of site files [default: sites/ beside STUDY].")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="GAPWEAVE_DATA", help="Folder that holds data sets, one sub-folder a set."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help=f"key=value: a dotted path of the study file, or an alias ({ALIAS_HELP})."),
+]
+BaselinesOption = Annotated[str, typer.Option("--baselines", help="Comma list of local, pooled, lr, gbm.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="inline: all sites in this process.")]
+RoundsOption = Annotated[int | None, typer.Option("--rounds", help="Same as --set training.rounds=N.")]
+ContinueOption = Annotated[
+    bool, typer.Option("--continue-without", help="Go on without sites whose data cannot be used.")
+]
