@@ -73,7 +73,5 @@ class SeededDraws:
 
 def discrete_laplace(scale: float, draws: Draws) -> int:
     """One integer with P(k) proportional to exp(-|k| / scale), as the difference of two geometric numbers."""
-    rate = -np.expm1(-1.0 / scale)
-    uniform = 1.0 - draws.uniform(2)
-    first, second = np.floor(np.log(uniform) / np.log1p(-rate))
+    first, second = np.floor(-scale * np.log(1.0 - draws.uniform(2)))
     return int(first - second)
