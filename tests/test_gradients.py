@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import four_kinds, flat, length, random_batch, random_model
+from batches import flat, four_kinds, length, random_batch, random_model
 from cohorts import study
 from hypothesis import given, settings
 from hypothesis import strategies as st
