@@ -53,10 +53,11 @@ class PrivacyEvent:
         Raises:
             GapweaveError: for an event of a kind, unit or relation that this version does not know.
         """
-        known = ("dp_sgd", "noisy_count", "unnoised")
-        if content.get("kind") not in known or content.get("unit", "patient") != "patient":
+        known = {"kind": ("dp_sgd", "noisy_count", "unnoised"), "unit": ("patient",), "neighbours": ("add_remove",)}
+        strange = [f"{key} {content.get(key)!r}" for key, values in known.items() if content.get(key) not in values]
+        if strange:
             raise GapweaveError(
-                f"an event of kind {content.get('kind')!r} cannot be accounted for",
+                f"an event of {strange[0]} cannot be accounted for",
                 where="ledger",
                 remedy="Use the Gapweave version that wrote it",
             )
