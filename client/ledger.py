@@ -58,6 +58,11 @@ class Ledger:
         self._connection = sqlite3.connect(state / LEDGER_FILE, isolation_level=None)
         try:
             self._open(site)
+        except sqlite3.DatabaseError:
+            self.close()
+            raise RefusedError(
+                "the ledger cannot be read", where=self._where, remedy="Restore it from the newest backup"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -149,10 +154,10 @@ class Ledger:
         for entry in self.view.entries:
             if entry.kind == "reserve" and entry.body["run"] == run:
                 return len(entry.body["events"])
-        low, high = 0, len(events)
+        low, high, middle = 0, len(events), len(events)
         while low < high:
-            middle = (low + high + 1) // 2 if low else high
             low, high = (middle, high) if self.allows(events[:middle], run) else (low, middle - 1)
+            middle = (low + high + 1) // 2
         if low == 0:
             raise BudgetExhausted(
                 "the site's cap leaves no room for this study",
@@ -183,7 +188,7 @@ class Ledger:
         if again and not self._has("recompute", request=request):
             self._append("recompute", {"request": request})
             return
-        if (again or not self._reserved(run, event)) and not self.allows([event]):
+        if not (self.allows([event]) if again else self._covered(run, event)):
             raise BudgetExhausted(
                 "the site's cap leaves no room for this release",
                 where=self._where,
@@ -192,7 +197,26 @@ class Ledger:
         body = {"run": run, "study": study, "request": request, "event": event.to_dict()}
         self._append("charge", body if value is None else {**body, "value": value})
 
+    def _covered(self, run: str, event: PrivacyEvent) -> bool:
+        """Whether the run's reservation pays for an event, or the cap has room for it."""
+        if not self._reserved(run, event):
+            return self.allows([event])
+        return not self._cap_lowered(run) or self.allows([event], run)
+
+    def _cap_lowered(self, run: str) -> bool:
+        """Whether the hospital lowered its cap after the run's reservation."""
+        cap = before = self.view.opening["cap"]
+        for entry in self.view.entries:
+            if entry.kind == "open":
+                before = entry.body["cap"]
+            elif entry.kind == "reserve" and entry.body["run"] == run:
+                return bool(cap < before)
+        return False
+
     def _reserved(self, run: str, event: PrivacyEvent) -> bool:
+        """Whether the event is planned in a reservation that is still open, and not charged yet."""
+        if self._has("close", run=run):
+            return False
         return any(
             event.to_dict() in entry.body["events"]
             for entry in self.view.entries
