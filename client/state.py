@@ -7,6 +7,7 @@ the round or after it with the reply ready to be sent again, never between.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gapweave.shared import tensorfile
-from gapweave.shared.errors import GapweaveError
+from gapweave.shared.errors import GapweaveError, RefusedError
 from gapweave.shared.files import private_folder, write_atomically
 from gapweave.shared.tensorfile import Arrays
 
@@ -66,9 +67,14 @@ class RunFolder:
     Args:
         state: the site's state folder.
         run: our own id of the run.
+
+    Raises:
+        RefusedError: for an id that is no plain name: it comes in a message, and must not lead out of the folder.
     """
 
     def __init__(self, state: Path, run: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", run):
+            raise RefusedError("the id of the run is no plain name", remedy="Use letters, digits, '_', '.' and '-'")
         self.path = private_folder(private_folder(state / "runs") / run)
         self._round = self.path / "round.safetensors"
 
