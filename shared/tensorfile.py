@@ -24,7 +24,9 @@ def dump(arrays: Mapping[str, Mapping[str, NDArray[np.float32]]], note: Mapping[
         note: anything that JSON holds.
     """
     tensors = {
-        f"{group}|{name}": np.ascontiguousarray(value) for group, part in arrays.items() for name, value in part.items()
+        f"{group}|{name}": np.asarray(value, order="C")
+        for group, part in arrays.items()
+        for name, value in part.items()
     }
     return save(tensors, metadata={_NOTE: json.dumps(note, sort_keys=True)})
 

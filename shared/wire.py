@@ -33,7 +33,7 @@ def pack(header: Mapping[str, Any], arrays: Mapping[str, Mapping[str, NDArray[np
     text = json.dumps({"protocol": PROTOCOL_VERSION, **header}, sort_keys=True)
     records[HEADER] = ConfigRecord({"json": text})
     for group, tensors in arrays.items():
-        records[group] = ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in tensors.items()})
+        records[group] = ArrayRecord({name: Array(np.asarray(value, order="C")) for name, value in tensors.items()})
     return records
 
 
@@ -46,7 +46,9 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
     try:
         header = json.loads(str(content.config_records[HEADER]["json"]))
     except (KeyError, ValueError):
-        raise ProtocolError("a message without a Gapweave header", remedy="Both sides must run Gapweave") from None
+        header = None
+    if not isinstance(header, dict):
+        raise ProtocolError("a message without a Gapweave header", remedy="Both sides must run Gapweave")
     if header.get("protocol") != PROTOCOL_VERSION:
         raise ProtocolError(
             f"the other side speaks protocol {header.get('protocol')}, this one {PROTOCOL_VERSION}",
@@ -59,7 +61,10 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
 
 
 def _read(array: Array) -> NDArray[np.float32]:
-    value: NDArray[np.float32] = array.numpy()
+    try:
+        value: NDArray[np.float32] = array.numpy()
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError):
+        raise ProtocolError("an array that cannot be read", remedy="Both sides must run Gapweave") from None
     if value.dtype != np.float32:
         raise ProtocolError(f"an array of type {value.dtype}", remedy="Parameters travel as float32")
     return value
