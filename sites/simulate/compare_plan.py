@@ -165,7 +165,7 @@ def read_variations(texts: list[str]) -> dict[str, list[Any]]:
         numbers = [_number(value) for value in values]
         if key in result:
             raise UsageError(f"{key!r} is varied twice", where="--vary", remedy=f"Write {key}=v1,v2,... once")
-        if len({json.dumps(value, default=str) for value in numbers}) < len(numbers):
+        if any(_same(a, b) for a, b in itertools.combinations(numbers, 2)):
             raise UsageError(f"{key!r} has a value twice", where="--vary", remedy="Give each value once")
         result[key] = numbers
     return result
@@ -178,6 +178,10 @@ def _number(value: Any) -> Any:
     except ValueError:
         return value
     return number if math.isfinite(number) else value
+
+
+def _same(first: Any, second: Any) -> bool:
+    return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)
 
 
 def make_plan(request: Request, study_file: Path) -> Plan:

@@ -76,7 +76,7 @@ def _dots(means: list[Mean], file: Path) -> None:
 
 def _name_rows(axes: Any, names: list[str]) -> None:
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     if not names:
         axes.text(0.5, 0.5, "nothing to compare", transform=axes.transAxes, ha="center")
 
