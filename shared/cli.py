@@ -24,6 +24,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command -> (module:attribute, one line of help)."""
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C stopped."""
+
 HELP = """Federated training across hospitals that hold different kinds of data about different patients.
 
 Start: `gapweave simulate` runs a demo of six synthetic hospitals in under two minutes.
@@ -124,6 +127,8 @@ def _run(arguments: list[str], debug: bool) -> int:
 
     try:
         result = root(arguments, standalone_mode=False, prog_name="gapweave")
+        if result == INTERRUPTED:  # typer turns Ctrl-C into this code
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except GapweaveError as error:
         if debug:
@@ -132,9 +137,12 @@ def _run(arguments: list[str], debug: bool) -> int:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; `gapweave resume` continues a run", err=True)
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help; older clicks have no such class
+                typer.echo(error.format_message(), err=True)
+                return 2
             # A usage error of click: an unknown option, a missing argument.
             context = getattr(error, "ctx", None)
             hint = f" Try `{context.command_path} --help`." if context else ""
