@@ -115,7 +115,7 @@ def find_model(run: Path, site: str, name: str) -> Path:
     state = run / "sites" / site
     setup = run / "checkpoint" / "simulation.json"
     if setup.exists():
-        state = Path(json.loads(setup.read_text(encoding="utf-8"))["state"]) / site
+        state = run / json.loads(setup.read_text(encoding="utf-8"))["state"] / site
     found = sorted(state.glob(f"runs/*/{name}.safetensors"))
     if (run / "summary.json").exists():
         identity = json.loads((run / "summary.json").read_text(encoding="utf-8"))["run"]
@@ -136,11 +136,13 @@ def predict_file(kept: SiteModel, site: Site, site_file: Path, data_dir: Path | 
         The number of records.
 
     Raises:
-        UsageError: when the file exists, or the site lacks all modalities of the model.
+        UsageError: when the file exists, its folder does not, or the site lacks a modality of the model.
         DataError: for a problem in the data.
     """
     if out.exists():
         raise UsageError("the output file exists", where=str(out), remedy="Give another --out")
+    if not out.parent.is_dir():
+        raise UsageError("there is no such folder", where=str(out.parent), remedy="Create it, or give another --out")
     cohort = load_cohort(kept.study, site, site_file=site_file, data_dir=data_dir, labels=False)
     held = torch.tensor([name in kept.card["modalities"] for name in kept.study.order])
     batch = cohort.batch

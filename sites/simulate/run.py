@@ -15,7 +15,7 @@ from gapweave.client.participant import Participant
 from gapweave.server.model_card import save_model
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared.config import Site, Study, load_site
-from gapweave.shared.errors import DataError, UsageError
+from gapweave.shared.errors import DataError, TooFewSites, UsageError
 from gapweave.shared.files import write_atomically
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.baselines import fit_baselines
@@ -27,6 +27,8 @@ from gapweave.sites.simulate.summary import summarise
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What a simulation needs beside its study; kept in the checkpoint, so that `resume` needs nothing.
+
+    Paths inside the run directory are kept relative to it: it may be moved, with its sites' ledgers.
 
     Attributes:
         sites: site files.
@@ -45,7 +47,11 @@ class Setup:
     def save(self, directory: RunDirectory) -> None:
         """Write it where `load` finds it."""
         directory.checkpoint.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(self), default=str, indent=1)
+
+        def text_of(path: Path) -> str:
+            return str(path.relative_to(directory.path) if path.is_relative_to(directory.path) else path)
+
+        text = json.dumps(asdict(self), default=text_of, indent=1)
         write_atomically(directory.checkpoint / "simulation.json", text.encode())
 
     @classmethod
@@ -62,9 +68,9 @@ class Setup:
             )
         content = json.loads(file.read_text(encoding="utf-8"))
         return cls(
-            sites=tuple(Path(path) for path in content["sites"]),
-            data=Path(content["data"]) if content["data"] else None,
-            state=Path(content["state"]),
+            sites=tuple(directory.path / path for path in content["sites"]),
+            data=directory.path / content["data"] if content["data"] else None,
+            state=directory.path / content["state"],
             baselines=tuple(content["baselines"]),
             continue_without=content["continue_without"],
         )
@@ -114,6 +120,7 @@ def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lam
     Raises:
         DataError: the first site's problem, with the number of further ones, unless `continue_without` is set
             and the quorum is met.
+        TooFewSites: when there are fewer site files than the quorum; in one process no further site will come.
     """
     loaded = [_load_site(study, setup, file, progress) for file in setup.sites]
     errors = [entry.error for entry in loaded if entry.error is not None]
@@ -123,6 +130,12 @@ def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lam
         first = errors[0]
         remedy = f"{first.remedy}, or go on with --continue-without" if not setup.continue_without else first.remedy
         raise DataError(f"{first.what}{more}", where=first.where, remedy=remedy)
+    if usable < study.aggregation.quorum:
+        raise TooFewSites(
+            f"{usable} sites are fewer than the quorum of {study.aggregation.quorum}",
+            where="study:aggregation.quorum",
+            remedy="Add site files, or plan with a smaller quorum",
+        )
     return loaded
 
 
