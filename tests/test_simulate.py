@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,7 @@ def test_the_run_directory_has_the_files_of_the_contract(counted: tuple[Path, di
     assert load_study(run / "study.yaml") == load_study(run / "model" / "study.yaml")
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
 
 
 def test_nothing_is_pickled(counted: tuple[Path, dict[str, Any]]) -> None:
@@ -199,13 +201,19 @@ def test_an_open_run_promises_nothing(without_noise: Path) -> None:
         assert [release["kind"] for release in row["privacy"]["releases"]] == ["unnoised"]
 
 
-def test_two_private_runs_on_one_state_add_up(study: Path, tmp_path: Path) -> None:
+def raise_caps(study: Path, epsilon: float = 50.0) -> None:
+    for name in SITES:
+        edit(site_file(study, name), policy={"epsilon": epsilon})
+
+
+def test_two_private_runs_on_one_state_add_up(copy: Path, tmp_path: Path) -> None:
+    raise_caps(copy)
     for name in ("first", "second"):
-        done("simulate", study, "--out", tmp_path / name, "--state", tmp_path / "state", *QUICK, "--set", "epsilon=2")
+        done("simulate", copy, "--out", tmp_path / name, "--state", tmp_path / "state", *QUICK)
         assert not (tmp_path / name / "sites").exists()
     assert distance(shared(tmp_path / "first"), shared(tmp_path / "second")) > 1e-3
     runs = {summary_of(tmp_path / name)["run"] for name in ("first", "second")}
-    plan = plan_of(study, **{"training.rounds": 2, "training.local_steps": 2, "epsilon": 2})
+    plan = plan_of(copy, **{"training.rounds": 2, "training.local_steps": 2})
     for name in SITES:
         assert spent(tmp_path / "first")[name] == pytest.approx(cost(plan, 2))
         assert spent(tmp_path / "second")[name] == pytest.approx(cost(plan, 4))
@@ -215,10 +223,9 @@ def test_two_private_runs_on_one_state_add_up(study: Path, tmp_path: Path) -> No
 
 
 def test_a_run_beyond_every_cap_is_refused(copy: Path, tmp_path: Path) -> None:
-    plan = plan_of(copy, **{"training.rounds": 2, "training.local_steps": 2, "epsilon": 2})
-    for name in SITES:
-        edit(site_file(copy, name), policy={"epsilon": cost(plan, 4) + 0.01})
-    options = ("--state", tmp_path / "state", *QUICK, "--set", "epsilon=2")
+    plan = plan_of(copy, **{"training.rounds": 2, "training.local_steps": 2})
+    raise_caps(copy, cost(plan, 4) + 0.01)
+    options = ("--state", tmp_path / "state", *QUICK)
     for name in ("first", "second"):
         done("simulate", copy, "--out", tmp_path / name, *options)
     outcome = gapweave("simulate", copy, "--out", tmp_path / "third", *options)
@@ -248,8 +255,7 @@ def test_a_site_stops_at_its_cap_and_the_others_go_on(copy: Path, tmp_path: Path
 
 
 def test_all_sites_capped_out_from_the_start(copy: Path, tmp_path: Path) -> None:
-    for name in SITES:
-        edit(site_file(copy, name), policy={"epsilon": 0.01})
+    raise_caps(copy, 0.01)
     outcome = gapweave("simulate", copy, "--out", tmp_path / "run", *QUICK)
     assert outcome.code == 3
     assert "every site refused" in outcome.error
@@ -305,11 +311,10 @@ def test_a_bad_site_is_not_left_out_below_the_quorum(copy: Path, tmp_path: Path)
 
 
 def test_overrides_are_written_out(study: Path, tmp_path: Path) -> None:
-    aliases = ("method=concat", "missing_rate=0.2", "training.batch=16", "epsilon=3", "sharing=heads")
+    texts = ("method=concat", "missing_rate=0.2", "training.batch=16", "epsilon=3", "sharing=heads")
+    settings = [word for text in texts for word in ("--set", text)]
     run = tmp_path / "run"
-    outcome = done(
-        "simulate", study, "--out", run, *QUICK, "--seed", 7, "--json", *(word for text in aliases for word in ("--set", text))
-    )
+    outcome = done("simulate", study, "--out", run, *QUICK, "--seed", 7, "--json", *settings)
     resolved = load_study(run / "study.yaml")
     assert (resolved.model.fusion, resolved.scheme.name, resolved.sharing.policy) == ("concat", "none", "heads")
     assert (resolved.training.rounds, resolved.training.batch, resolved.seed) == (2, 16, 7)
@@ -321,7 +326,8 @@ def test_overrides_are_written_out(study: Path, tmp_path: Path) -> None:
 
 def test_fine_tuning_is_charged_within_the_target(study: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done("simulate", study, "--out", run, *QUICK, "--set", "training.finetune=true", "--set", "training.finetune_steps=3")
+    settings = ("--set", "training.finetune=true", "--set", "training.finetune_steps=3")
+    done("simulate", study, "--out", run, *QUICK, *settings)
     for name, row in summary_of(run)["sites"].items():
         assert set(row["fine_tuned"]) == METRICS
         assert 0 < row["privacy"]["epsilon"] <= 8
@@ -362,17 +368,15 @@ def test_only_the_shared_groups_leave(study: Path, tmp_path: Path, policy: str) 
         assert any(not theirs["encoder/note"][name].equal(value) for name, value in own["encoder/note"].items())
 
 
-def test_a_changed_ledger_keeps_its_site_out(study: Path, tmp_path: Path) -> None:
-    import sqlite3
-    from contextlib import closing
-
-    options = ("--state", tmp_path / "state", *QUICK, "--set", "epsilon=2")
-    done("simulate", study, "--out", tmp_path / "first", *options)
+def test_a_changed_ledger_keeps_its_site_out(copy: Path, tmp_path: Path) -> None:
+    raise_caps(copy)
+    options = ("--state", tmp_path / "state", *QUICK)
+    done("simulate", copy, "--out", tmp_path / "first", *options)
     file = tmp_path / "state" / "birch" / "ledger.sqlite"
     with closing(sqlite3.connect(file, isolation_level=None)) as connection:
         connection.execute("DROP TRIGGER entries_remain")
         connection.execute("DELETE FROM entries WHERE kind = 'charge' AND sequence < 5")
-    done("simulate", study, "--out", tmp_path / "second", *options)
+    done("simulate", copy, "--out", tmp_path / "second", *options)
     assert summary_of(tmp_path / "second")["sites"]["birch"]["status"] == "refused"
     assert summary_of(tmp_path / "second")["sites"]["alder"]["status"] == "ok"
     assert gapweave("privacy", "verify", tmp_path / "state" / "birch").code == 3
