@@ -198,6 +198,10 @@ class Participant:
                 where=self.site.name,
                 remedy="Resume the run from its newest checkpoint",
             )
+        self._check_groups(received)
+
+    def _check_groups(self, received: Arrays) -> None:
+        """Refuse anything but exactly the shared groups: a copy would spread a smaller tensor over a larger one."""
         shapes = {
             (group, name): tuple(value.shape) for group in self.shared for name, value in self.initial[group].items()
         }
@@ -269,7 +273,11 @@ class Participant:
         Args:
             run: our own id of the run.
             received: the final shared groups.
+
+        Raises:
+            RefusedError: for other groups than those that the site shares.
         """
+        self._check_groups(received)
         folder = RunFolder(self.state, run)
         folder.save_model("model", groups(self.assemble(run, received)), self._card())
         with Ledger(self.state, self.site) as ledger:
