@@ -28,13 +28,13 @@ demo: setup         ## six synthetic hospitals, private, with baselines: under t
 	gapweave simulate --baselines local,pooled,lr
 
 test: setup         ## fast tests with branch coverage
-	python -m pytest -n 2 -m "not long" --cov --cov-report=term
+	python -m pytest -n 2 -m "not long and not docs" --cov --cov-report=term
 
 test-long: setup    ## kills, deployments, packaging
 	python -m pytest -m long
 
 test-docs: setup    ## every command of the documentation
-	python -m pytest tests/docs --run-docs
+	python -m pytest -m docs
 
 test-all: check test test-docs test-long  ## everything
 

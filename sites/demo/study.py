@@ -30,7 +30,7 @@ def study_text(world: World) -> str:
         "model": {"embedding": 16, "fusion": "late", "imputer": "cra"},
         "scheme": {"name": "none"},
         "sharing": {"policy": "all"},
-        "training": {"rounds": 20, "local_steps": 5, "batch": 64, "lr": 0.05},
+        "training": {"rounds": 20, "local_steps": 5, "batch": 64, "lr": 0.5},
         "privacy": {"enabled": True, "epsilon": 8, "delta": 1e-5},
         "evaluation": {"test_fraction": 0.2, "split_seed": 0},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from datetime import datetime
@@ -113,7 +114,20 @@ def _keep_demo(hospitals: Path, out: Path, setup: Setup) -> Setup:
     return Setup(**{**setup.__dict__, "sites": sites})
 
 
+def one_thread() -> None:
+    """Let torch use one thread, unless OMP_NUM_THREADS says otherwise.
+
+    Virtual sites' steps are milliseconds: handing them to several threads costs more than it wins, and many times
+    more on a machine that is busy with other work.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
 def _run(study: Study, setup: Setup, out: Path) -> tuple[dict[str, Any], Path]:
+    one_thread()
     try:
         with Bars(Console(stderr=True)) as bars:
             sites = load_sites(study, setup, bars.reading)
@@ -142,6 +156,7 @@ def resume(path: Path) -> tuple[dict[str, Any], Path]:
     if (directory.path / "summary.json").exists():
         raise UsageError("this run is done", where=str(path), remedy="Start another with `gapweave simulate`")
     study, setup = directory.study(), Setup.load(directory)
+    one_thread()
     try:
         with Bars(Console(stderr=True)) as bars:
             sites = load_sites(study, setup, bars.reading)

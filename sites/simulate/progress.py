@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -66,31 +67,31 @@ class Bars:
 
 
 def result_table(summary: dict[str, Any]) -> Table:
-    """Sites by row; AUROC of each model, and what was spent."""
+    """Sites by row; AUROC of each model, and what was spent. It fits 80 columns with all baselines."""
     baselines = summary["baselines"]
-    table = Table(title=f"{summary['study']}: AUROC on held-out patients ({summary['metrics_are']})")
-    table.add_column("site")
-    table.add_column("modalities", max_width=40)
-    table.add_column("patients\ntrain/test", justify="right")
-    for name in baselines:
-        table.add_column(name.replace("_", " "), justify="right")
-    table.add_column("federated", justify="right", style="bold")
     fine_tuned = any(row["fine_tuned"] for row in summary["sites"].values())
-    if fine_tuned:
-        table.add_column("fine-tuned", justify="right")
+    models = [*baselines, "federated", *(["fine-tuned"] if fine_tuned else [])]
+    table = Table(
+        title=f"{summary['study']}: AUROC on held-out patients ({summary['metrics_are']})",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("site", overflow="fold")
+    table.add_column("train/test\npatients", justify="right")
+    for name in models:
+        table.add_column(name.replace("_", "\n"), justify="right", style="bold" if name == "federated" else "")
     table.add_column("epsilon\nspent/cap", justify="right")
     table.add_column("status")
     for site, row in summary["sites"].items():
-        cells = [_auroc(baselines[name]["sites"].get(site)) for name in baselines]
-        cells.append(_auroc(row["metrics"]))
-        if fine_tuned:
-            cells.append(_auroc(row["fine_tuned"]))
+        found = [*(baselines[name]["sites"].get(site) for name in baselines), row["metrics"], row["fine_tuned"]]
+        cells = [_auroc(metrics) for metrics in found[: len(models)]]
         patients = row["patients"]
         sizes = "-" if patients["train"] is None else f"{patients['train']}/{patients['test']}"
-        table.add_row(site, " ".join(row["modalities"]), sizes, *cells, _spent(row["privacy"]), row["status"])
-    means = [_auroc(baselines[name]["mean"]) for name in baselines]
+        table.add_row(site, sizes, *cells, _spent(row["privacy"]), row["status"])
     table.add_section()
-    table.add_row("mean", "", "", *means, _auroc(summary["mean"]), *([""] if fine_tuned else []), "", "")
+    means = [*(baselines[name]["mean"] for name in baselines), summary["mean"]]
+    table.add_row("mean", "", *[_auroc(metrics) for metrics in means])
     return table
 
 

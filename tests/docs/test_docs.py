@@ -1,0 +1,63 @@
+"""Every `sh` block of the documentation is run as it stands, page by page, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# The README begins with getting the source and ends with `make test`, which CI runs as itself.
+ELSEWHERE = re.compile(r"^(git clone .*|cd gapweave|make test)( .*)?$")
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def script(page: Path) -> str:
+    lines = [line for block in blocks(page) for line in block.splitlines() if not ELSEWHERE.match(line)]
+    return "\n".join(["set -euo pipefail", *lines, ""])
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    text = script(page)
+    if "GAPWEAVE_DATA" in text and not os.environ.get("GAPWEAVE_DATA"):
+        assert not os.environ.get("CI"), "CI must set GAPWEAVE_DATA"
+        pytest.skip("GAPWEAVE_DATA is not set: this page uses real data sets")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "GAPWEAVE": str(ROOT),
+    }
+    where = ROOT if page.name == "README.md" else tmp_path
+    done = subprocess.run(
+        ["bash", "-c", text],
+        cwd=where,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=840,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_reference_page_is_current() -> None:
+    from gapweave.shared.config.reference import markdown
+
+    assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8").strip() == markdown().strip()
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
