@@ -69,7 +69,7 @@ def expand(key: str, value: Any) -> dict[str, Any]:
         UsageError: for an unknown method.
     """
     if key == "method":
-        if value not in METHODS:
+        if not isinstance(value, str) or value not in METHODS:
             raise UsageError(f"no method is called {value!r}", where="--set", remedy=f"Known: {', '.join(METHODS)}")
         return METHODS[value]
     return {ALIASES.get(key, key): value}
