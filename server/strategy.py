@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 """Seconds between two looks for replies of sites in other processes."""
+NO_NODE = 0
+"""Node of a site that has not answered this process of the server."""
 
 
 class Observer(Protocol):
@@ -77,7 +79,7 @@ class Peer:
     """
 
     site: str
-    node: int = 0
+    node: int = NO_NODE
     status: str = "ok"
     reason: str = ""
     modalities: list[str] = field(default_factory=list)
@@ -115,6 +117,8 @@ class RoundLoop:
         saved = load_checkpoint(directory.checkpoint, study.sha256)
         self.state = saved or Checkpoint(run=run, study=study.sha256, round=0, groups=initial_groups(study))
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
+        for group in self.state.groups:
+            AGGREGATORS[study.aggregation.of(group)]  # an unknown rule is refused before any site pays for a round
         directory.keep_rounds(self.state.round)
 
     def run(self) -> dict[str, Peer]:
@@ -137,6 +141,9 @@ class RoundLoop:
     def _prepare(self) -> None:
         header = {"run": self.state.run, "study": self.study.canonical()}
         nodes = self._wait_for_nodes()
+        for peer in self.peers.values():
+            # Of an earlier process of the server: its node may be another site's by now.
+            peer.node, peer.status, peer.reason = NO_NODE, "late", "did not answer the handshake"
         for answer in self._ask(wire.PREPARE, {node: wire.pack(header, {}) for node in nodes}):
             self._register(answer)
         if not self.peers:
@@ -162,9 +169,12 @@ class RoundLoop:
             time.sleep(POLL_S)
 
     def _register(self, answer: Answer) -> None:
-        header = answer.header
+        header = answer.header if _well_formed(answer.header) else _malformed(answer.header)
         name = str(header.get("site") or f"node-{answer.node}")
         known = self.peers.get(name)
+        if known is not None and known.node != NO_NODE:
+            header = {"status": "failed", "text": f"another site has the name {name!r}"}
+            name, known = f"{name}, node-{answer.node}", None
         fields = {key: header[key] for key in ("modalities", "groups", "rounds", "plan") if key in header}
         peer = Peer(site=name, node=answer.node, status=header["status"], reason=header.get("text", ""), **fields)
         if known is not None:
@@ -254,7 +264,8 @@ class RoundLoop:
     def _finish(self) -> None:
         """Bring the final shared groups to every site that took part, and keep the model."""
         header = {"run": self.state.run, "study": self.study.sha256, "round": self.state.round}
-        by_node = {peer.node: peer for peer in self.peers.values() if peer.groups and peer.last_round > 0}
+        took_part = [peer for peer in self.peers.values() if peer.groups and peer.last_round > 0]
+        by_node = {peer.node: peer for peer in took_part if peer.node != NO_NODE}
         requests = {
             node: wire.pack(header, {group: self.state.groups[group] for group in peer.groups})
             for node, peer in by_node.items()
@@ -309,6 +320,20 @@ def _read(node: int, reply: Message) -> Answer:
     if header.get("status") not in ("ok", "refused", "failed"):
         header = {"status": "failed", "text": "an answer without a status"}
     return Answer(node=node, header=header, arrays=arrays)
+
+
+def _well_formed(header: dict[str, Any]) -> bool:
+    """Whether a handshake's fields have the types of a capability."""
+    names = [header.get("modalities", []), header.get("groups", [])]
+    return (
+        all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names)
+        and isinstance(header.get("rounds", 0), int)
+        and isinstance(header.get("plan", {}), dict)
+    )
+
+
+def _malformed(header: dict[str, Any]) -> dict[str, Any]:
+    return {"site": header.get("site"), "status": "failed", "text": "a handshake of another form"}
 
 
 class GroupAggregation:
