@@ -139,6 +139,8 @@ class RoundLoop:
         return self.peers
 
     def _prepare(self) -> None:
+        # Sites reserve budget under the run's id: it must outlive a crash in the handshake, or that budget is lost.
+        self._save()
         header = {"run": self.state.run, "study": self.study.canonical()}
         nodes = self._wait_for_nodes()
         for peer in self.peers.values():
