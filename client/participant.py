@@ -19,7 +19,7 @@ from gapweave.client.policy import check_policy, check_size
 from gapweave.client.state import Groups, RoundState, RunFolder, to_arrays, to_tensors
 from gapweave.client.training import Sgd, Step, build_engine, train
 from gapweave.shared.config import Site, Study
-from gapweave.shared.errors import RefusedError
+from gapweave.shared.errors import BudgetExhausted, RefusedError
 from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups, shared_groups
 from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws, discrete_laplace
 from gapweave.shared.privacy.events import PrivacyEvent
@@ -287,12 +287,15 @@ class Participant:
 
     def _finetune(self, ledger: Ledger, run: str, folder: RunFolder) -> None:
         """Train on from the final model; the copy is terminal, no release path opens it."""
+        if (folder.path / "finetuned.safetensors").exists():
+            return  # a repeated last message: training again would be a second release under one charge
         plan = self._plan(ledger, run)
         event = plan.event("fine-tuning", plan.finetune_steps)
         request = hashlib.sha256(f"{run}/fine-tuning".encode()).hexdigest()
-        if not ledger.allows([event], run):
+        try:
+            ledger.charge(run, self.study.sha256, request, event)
+        except BudgetExhausted:
             return
-        ledger.charge(run, self.study.sha256, request, event)
         self._steps(plan, self._draws("fine-tuning"), Sgd(self.study, {}), plan.finetune_steps)
         folder.save_model("finetuned", groups(self.model), self._card())
 

@@ -338,6 +338,14 @@ def test_fine_tuning_is_charged_within_the_target(study: Path, tmp_path: Path) -
     (tuned,) = run.glob("sites/alder/runs/*/finetuned.safetensors")
     assert tuned.read_bytes() != tuned.with_name("model.safetensors").read_bytes()
 
+    # Stopped just before the end, the run repeats its last message: that trains nobody again.
+    copy, before = tuned.read_bytes(), spent(run)
+    (run / "summary.json").unlink()
+    done("resume", run)
+    assert tuned.read_bytes() == copy
+    assert spent(run) == before
+    assert not [entry for entry in read_ledger(run / "sites" / "alder").entries if entry.kind == "recompute"]
+
 
 POLICIES = {
     "heads": {"fusion", "head"},
