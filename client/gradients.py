@@ -26,6 +26,10 @@ Gradient = dict[str, Tensor]
 """Gradient by parameter name."""
 
 
+COLUMNS = 2048
+"""Parameters that are converted to float64 at a time: a block that stays in the cache is several times faster."""
+
+
 class GradientEngine(Protocol):
     """Computes a mini-batch's sum of patients' gradients."""
 
@@ -104,35 +108,34 @@ class OpacusEngine:
             outputs = self.module(batch.inputs, batch.present, used)
             losses = record_losses(outputs, batch.target, batch.label_mask, self.kind)
             (torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum().backward()  # type: ignore[no-untyped-call]
-        per_patient = {name: self._fold(parameter, batch) for name, parameter in self.names.items()}
+        records = torch.cat([self._samples(parameter, len(batch)) for parameter in self.names.values()], dim=1)
         self.module.zero_grad(set_to_none=True)
-        return self._clipped(per_patient, batch)
+        patients = torch.zeros(batch.patients, records.shape[1], dtype=records.dtype, device=records.device)
+        return self._split(self._clipped_sum(patients.index_add_(0, batch.patient, records)))
 
-    def _fold(self, parameter: Tensor, batch: Batch) -> Tensor | None:
-        """[R, ...] gradients of records to [P, D] of patients; None for a parameter that nothing used."""
-        samples = getattr(parameter, "grad_sample", None)
+    def _samples(self, parameter: Tensor, records: int) -> Tensor:
+        """[R, numel] gradients of each record; zeros for a parameter that nothing used."""
+        samples: Tensor | None = getattr(parameter, "grad_sample", None)
         if samples is None:
-            return None
-        folded = torch.zeros(batch.patients, parameter.numel(), dtype=samples.dtype, device=samples.device)
-        return folded.index_add_(0, batch.patient, samples.reshape(len(batch), -1))
+            return torch.zeros(records, parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+        return samples.reshape(records, -1)
 
-    def _clipped(self, per_patient: dict[str, Tensor | None], batch: Batch) -> Gradient:
-        squares = torch.zeros(batch.patients, dtype=torch.float64, device=batch.weight.device)
-        for gradient in per_patient.values():
-            if gradient is not None:
-                squares += torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).square()
-        norms = squares.sqrt()
-        finite = torch.isfinite(norms)
-        factor = torch.where(finite, (self.bound / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-        result: Gradient = {}
-        for name, parameter in self.names.items():
-            gradient = per_patient[name]
-            if gradient is None:
-                result[name] = torch.zeros_like(parameter, dtype=torch.float64)
-                continue
-            # Selected, not multiplied away: zero times NaN is NaN.
-            result[name] = (factor[finite] @ gradient[finite].double()).view_as(parameter)
-        return result
+    def _clipped_sum(self, patients: Tensor) -> Tensor:
+        """[P, D] gradients to the float64 sum [D] of those that are finite, each scaled down to the bound."""
+        squares = torch.zeros(len(patients), dtype=torch.float64, device=patients.device)
+        for block in patients.split(COLUMNS, dim=1):
+            squares += torch.linalg.vector_norm(block.double(), dim=1).square()
+        # Selected, not multiplied away: zero times NaN is NaN.
+        finite = torch.isfinite(squares)
+        factor = (self.bound / squares[finite].sqrt().clamp(min=1e-12)).clamp(max=1.0)
+        kept = patients if bool(finite.all()) else patients[finite]
+        return torch.cat([factor @ block.double() for block in kept.split(COLUMNS, dim=1)])
+
+    def _split(self, total: Tensor) -> Gradient:
+        parts = total.split([parameter.numel() for parameter in self.names.values()])
+        return {
+            name: part.view_as(parameter) for (name, parameter), part in zip(self.names.items(), parts, strict=True)
+        }
 
 
 def _faulty_layer(model: nn.Module) -> tuple[str, nn.Module]:

@@ -43,15 +43,20 @@ class Step:
         chosen = torch.from_numpy(self.draws.uniform(data.patients) < plan.sample_rate).nonzero()[:, 0]
         batch = data.of_patients(chosen.to(data.patient.device))
         total = self.engine.sum(batch, self.used(batch))
-        noise = plan.noise_multiplier * plan.max_grad_norm
         size = plan.sample_rate * plan.n_hat
-        result = {}
-        for name, tensor in total.items():
-            if noise > 0:
-                drawn = torch.from_numpy(self.draws.normal(tensor.numel())).view(tensor.shape)
-                tensor = tensor.double() + noise * drawn.to(tensor.device)
-            result[name] = (tensor / size).float()
-        return result
+        return {name: (tensor / size).float() for name, tensor in self._noised(total).items()}
+
+    def _noised(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add noise of standard deviation sigma C to every tensor, also to those that no patient touched."""
+        scale = self.plan.noise_multiplier * self.plan.max_grad_norm
+        if scale == 0:
+            return total
+        sizes = [tensor.numel() for tensor in total.values()]
+        drawn = torch.from_numpy(self.draws.normal(sum(sizes))).split(sizes)
+        return {
+            name: tensor.double() + scale * part.view(tensor.shape).to(tensor.device)
+            for (name, tensor), part in zip(total.items(), drawn, strict=True)
+        }
 
     def used(self, batch: Batch) -> Tensor:
         """[R, M] bool: which modalities inform each record's prediction at this step."""
