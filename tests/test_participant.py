@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cohorts import Hospital
 from hospitals import KINDS, Wire, build, participant, plan_of, publish
 
 from gapweave.client import app as client_app
@@ -526,12 +527,19 @@ def test_a_run_id_cannot_name_another_folder(tmp_path: Path) -> None:
 
 
 CANARY = "zq77canary"
+ASKED = plan_of(private=True)
+
+
+def deployed(hospital: Hospital) -> Wire:
+    """A site that is no simulation, and approved the study."""
+    hospital.update("policy", studies=[ASKED.sha256])
+    return Wire([hospital], simulation=False)
 
 
 def plant_in_data(folder: Path, _: pytest.MonkeyPatch) -> Wire:
     hospital = build(folder, "north", patients=24)
     hospital.records(24, y=[CANARY] * 24)
-    return Wire([hospital])
+    return deployed(hospital)
 
 
 def plant_in_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Wire:
@@ -539,7 +547,7 @@ def plant_in_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Wire:
         raise ValueError(f"could not convert {CANARY} of {CANARY}")
 
     monkeypatch.setattr(participant_module, "load_cohort", explode)
-    return Wire([build(folder, "north")])
+    return deployed(build(folder, "north"))
 
 
 def plant_in_a_refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Wire:
@@ -547,13 +555,13 @@ def plant_in_a_refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Wire:
         raise DataError(f"{CANARY} is wrong", where=f"/home/{CANARY}.csv", remedy=CANARY)
 
     monkeypatch.setattr(participant_module, "load_cohort", refuse)
-    return Wire([build(folder, "north")])
+    return deployed(build(folder, "north"))
 
 
 def plant_in_the_paths(folder: Path, _: pytest.MonkeyPatch) -> Wire:
     hospital = build(folder / CANARY, "north")
     (hospital.folder / "records.csv").unlink()
-    return Wire([hospital])
+    return deployed(hospital)
 
 
 @pytest.mark.parametrize(
@@ -569,7 +577,7 @@ def test_an_error_reply_never_quotes_the_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Any, status: str, error: str
 ) -> None:
     grid = plant(tmp_path / "a", monkeypatch)
-    header = prepare(grid, plan_of(private=True))
+    header = prepare(grid, ASKED)
     assert (header["status"], header["error"], header["site"]) == (status, error, "north")
     fixed = header["text"] in FIXED_TEXTS.values()
     reference = header["text"].removeprefix("internal error at the site, reference ")
