@@ -107,7 +107,7 @@ class OpacusEngine:
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             outputs = self.module(batch.inputs, batch.present, used)
             losses = record_losses(outputs, batch.target, batch.label_mask, self.kind)
-            (torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum().backward()  # type: ignore[no-untyped-call]
+            (torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum().backward()
         records = torch.cat([self._samples(parameter, len(batch)) for parameter in self.names.values()], dim=1)
         self.module.zero_grad(set_to_none=True)
         patients = torch.zeros(batch.patients, records.shape[1], dtype=records.dtype, device=records.device)

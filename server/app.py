@@ -8,7 +8,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from gapweave.server.model_card import save_model
-from gapweave.server.strategy import Observer, Peer, RoundLoop
+from gapweave.server.peers import Peer
+from gapweave.server.strategy import Observer, RoundLoop
 from gapweave.shared.config.study import Study, study_from_json
 from gapweave.shared.rundir import RunDirectory
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gapweave.server.strategy import Peer
+from gapweave.server.peers import Peer
 from gapweave.shared import __version__, tensorfile
 from gapweave.shared.config.study import Study
 from gapweave.shared.rundir import RunDirectory

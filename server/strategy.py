@@ -6,96 +6,34 @@ Grid and Messages only (docs/decisions/0002).
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, replace
 
-from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.aggregators import AGGREGATORS
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from gapweave.server.screening import norm, reason_to_reject
+from gapweave.server.mail import POLL_S, Answer, ask
+from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable
-from gapweave.shared.model import MultimodalModel, groups, shared_groups
 from gapweave.shared.rundir import RunDirectory
-from gapweave.shared.tensorfile import Arrays
-
-log = logging.getLogger(__name__)
-
-POLL_S = 0.2
-"""Seconds between two looks for replies of sites in other processes."""
-NO_NODE = 0
-"""Node of a site that has not answered this process of the server."""
+from gapweave.shared.tensorfile import Arrays, size
 
 
-class Observer(Protocol):
-    """Who is told of a run's progress."""
+class Observer:
+    """Who is told of a run's progress; override what you want to hear."""
 
     def prepared(self, peers: dict[str, Peer]) -> None:
-        """After the handshake."""
-        ...
+        """The handshake is over."""
 
     def replied(self, number: int, site: str) -> None:
-        """After a site's answer of a round."""
-        ...
+        """A site answered in a round."""
 
     def round_done(self, number: int, current: Arrays) -> None:
-        """After the aggregation of a round."""
-        ...
-
-
-class Silent:
-    """An observer that does nothing."""
-
-    def prepared(self, peers: dict[str, Peer]) -> None:
-        """Nothing."""
-
-    def replied(self, number: int, site: str) -> None:
-        """Nothing."""
-
-    def round_done(self, number: int, current: Arrays) -> None:
-        """Nothing."""
-
-
-@dataclass(kw_only=True)
-class Peer:
-    """What the server knows of one site.
-
-    Attributes:
-        site: its name.
-        node: Flower's id of it, in this process of the server.
-        status: ok, refused, failed or late.
-        reason: the site's fixed text, when it is not ok.
-        modalities: that it declares.
-        groups: that it sends.
-        rounds: that its cap allows.
-        plan: its noise, sampling rate and n_hat.
-        last_round: the last round that it took part in.
-    """
-
-    site: str
-    node: int = NO_NODE
-    status: str = "ok"
-    reason: str = ""
-    modalities: list[str] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    rounds: int = 0
-    plan: dict[str, Any] = field(default_factory=dict)
-    last_round: int = 0
-
-
-@dataclass(kw_only=True)
-class Answer:
-    """One site's reply: a header with its status, and arrays."""
-
-    node: int
-    header: dict[str, Any]
-    arrays: Arrays
+        """A round was aggregated."""
 
 
 class RoundLoop:
@@ -107,13 +45,21 @@ class RoundLoop:
         directory: where the run is written; a checkpoint in it is continued.
         run: our own id of the run, unless a checkpoint has one.
         observer: who is told of progress.
+        deadline_s: seconds that a round waits, in place of the study's.
     """
 
     def __init__(
-        self, grid: Grid, study: Study, directory: RunDirectory, run: str, observer: Observer | None = None
+        self,
+        grid: Grid,
+        study: Study,
+        directory: RunDirectory,
+        run: str,
+        observer: Observer | None = None,
+        deadline_s: float | None = None,
     ) -> None:
         self.grid, self.study, self.directory = grid, study, directory
-        self.observer = observer or Silent()
+        self.observer = observer or Observer()
+        self.deadline_s = study.aggregation.deadline_s if deadline_s is None else deadline_s
         saved = load_checkpoint(directory.checkpoint, study.sha256)
         self.state = saved or Checkpoint(run=run, study=study.sha256, round=0, groups=initial_groups(study))
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
@@ -146,7 +92,7 @@ class RoundLoop:
         for peer in self.peers.values():
             # Of an earlier process of the server: its node may be another site's by now.
             peer.node, peer.status, peer.reason = NO_NODE, "late", "did not answer the handshake"
-        for answer in self._ask(wire.PREPARE, {node: wire.pack(header, {}) for node in nodes}):
+        for answer in ask(self.grid, wire.PREPARE, {node: wire.pack(header, {}) for node in nodes}, self.deadline_s):
             self._register(answer)
         if not self.peers:
             raise Unreachable(
@@ -163,7 +109,7 @@ class RoundLoop:
 
     def _wait_for_nodes(self) -> list[int]:
         """Nodes that are there, as soon as they are enough for the quorum, or at the deadline."""
-        deadline = time.monotonic() + self.study.aggregation.deadline_s
+        deadline = time.monotonic() + self.deadline_s
         while True:
             nodes = sorted(self.grid.get_node_ids())
             if len(nodes) >= self.study.aggregation.quorum or time.monotonic() > deadline:
@@ -171,7 +117,7 @@ class RoundLoop:
             time.sleep(POLL_S)
 
     def _register(self, answer: Answer) -> None:
-        header = answer.header if _well_formed(answer.header) else _malformed(answer.header)
+        header = answer.header if well_formed(answer.header) else malformed(answer.header)
         name = str(header.get("site") or f"node-{answer.node}")
         known = self.peers.get(name)
         if known is not None and known.node != NO_NODE:
@@ -213,11 +159,11 @@ class RoundLoop:
         requests = {}
         for peer in active:
             requests[peer.node] = wire.pack(header, {group: self.state.groups[group] for group in peer.groups})
-        down = sum(wire.size({group: self.state.groups[group] for group in peer.groups}) for peer in active)
+        down = sum(size({group: self.state.groups[group] for group in peer.groups}) for peer in active)
         by_node = {peer.node: peer for peer in active}
         combine = GroupAggregation(self.study, self.state.groups)
         answered = {}
-        for answer in self._ask(wire.TRAIN, requests):
+        for answer in ask(self.grid, wire.TRAIN, requests, self.deadline_s):
             peer = by_node.pop(answer.node)
             answered[peer.site] = self._take(number, peer, answer, combine)
             self.observer.replied(number, peer.site)
@@ -227,9 +173,8 @@ class RoundLoop:
         self._require_quorum(taken, f"answered in round {number}")
         current, log_lines = combine.finish()
         seconds = time.monotonic() - start
-        self.state = Checkpoint(
-            run=self.state.run,
-            study=self.state.study,
+        self.state = replace(
+            self.state,
             round=number,
             groups=current,
             bytes_up=self.state.bytes_up + combine.bytes,
@@ -272,7 +217,7 @@ class RoundLoop:
             node: wire.pack(header, {group: self.state.groups[group] for group in peer.groups})
             for node, peer in by_node.items()
         }
-        for answer in self._ask(wire.FINISH, requests):
+        for answer in ask(self.grid, wire.FINISH, requests, self.deadline_s):
             peer = by_node.pop(answer.node)
             if answer.header["status"] != "ok" and peer.status == "ok":
                 peer.status, peer.reason = "failed", str(answer.header.get("text", ""))
@@ -281,121 +226,5 @@ class RoundLoop:
         self._save()
 
     def _save(self) -> None:
-        peers = {name: asdict(peer) for name, peer in self.peers.items()}
-        self.state = Checkpoint(**{**self.state.__dict__, "peers": peers})
+        self.state = replace(self.state, peers={name: asdict(peer) for name, peer in self.peers.items()})
         save_checkpoint(self.directory.checkpoint, self.state)
-
-    def _ask(self, kind: str, requests: dict[int, RecordDict]) -> Iterator[Answer]:
-        """Send to each node and give answers as they come, until all are in or the deadline passes.
-
-        A reply is matched by the message that it answers: error replies of dead nodes carry another id.
-        """
-        seconds = self.study.aggregation.deadline_s
-        messages = [
-            Message(content, dst_node_id=node, message_type=kind, ttl=seconds + 60.0, group_id=kind)
-            for node, content in requests.items()
-        ]
-        pending = dict(zip(self.grid.push_messages(messages), requests, strict=True))
-        deadline = time.monotonic() + seconds
-        while pending and time.monotonic() < deadline:
-            replies = list(self.grid.pull_messages(list(pending)))
-            for reply in replies:
-                node = pending.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield _read(node, reply)
-            if pending and not replies:
-                time.sleep(POLL_S)
-
-
-def _read(node: int, reply: Message) -> Answer:
-    """A reply as status and arrays; what cannot be read is a failed site, not a failed run."""
-    if reply.has_error():
-        return Answer(
-            node=node,
-            header={"status": "failed", "text": f"error {reply.error.code} in transport"},
-            arrays={},
-        )
-    try:
-        header, arrays = wire.unpack(reply.content)
-    except wire.ProtocolError as error:
-        return Answer(node=node, header={"status": "failed", "text": str(error)}, arrays={})
-    if header.get("status") not in ("ok", "refused", "failed"):
-        header = {"status": "failed", "text": "an answer without a status"}
-    return Answer(node=node, header=header, arrays=arrays)
-
-
-def _well_formed(header: dict[str, Any]) -> bool:
-    """Whether a handshake's fields have the types of a capability."""
-    names = [header.get("modalities", []), header.get("groups", [])]
-    return (
-        all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names)
-        and isinstance(header.get("rounds", 0), int)
-        and isinstance(header.get("plan", {}), dict)
-    )
-
-
-def _malformed(header: dict[str, Any]) -> dict[str, Any]:
-    return {"site": header.get("site"), "status": "failed", "text": "a handshake of another form"}
-
-
-class GroupAggregation:
-    """One round's aggregation, group by group over the sites that hold it.
-
-    Args:
-        study: names the rules.
-        current: the shared groups before the round.
-    """
-
-    def __init__(self, study: Study, current: Arrays) -> None:
-        self.bytes = 0
-        self._study, self._current = study, current
-        self._updates: dict[str, dict[str, Any]] = {}
-        self._screened: dict[str, dict[str, str]] = {}
-
-    def add(self, site: str, arrays: Arrays) -> None:
-        """Take one site's groups; each is screened on its own."""
-        self.bytes += wire.size(arrays)
-        for group, update in arrays.items():
-            reason = reason_to_reject(update, self._current[group])
-            if reason is not None:
-                self._screened.setdefault(group, {})[site] = reason
-            else:
-                self._updates.setdefault(group, {})[site] = update
-
-    def finish(self) -> tuple[Arrays, dict[str, Any]]:
-        """The groups after the round, and a log line a group."""
-        result, lines = dict(self._current), {}
-        for group in sorted(self._updates.keys() | self._screened.keys()):
-            updates = dict(sorted(self._updates.get(group, {}).items()))
-            rule = self._study.aggregation.of(group)
-            line: dict[str, Any] = {
-                "rule": rule,
-                "holders": list(updates),
-                "norms": {site: norm(update) for site, update in updates.items()},
-                "screened": self._screened.get(group, {}),
-            }
-            lines[group] = line
-            try:
-                result[group] = self._combine(group, rule, updates)
-            except TooFewSites as error:
-                line["left_alone"] = error.what
-        return result, lines
-
-    def _combine(self, group: str, rule: str, updates: dict[str, Any]) -> dict[str, Any]:
-        if self._study.aggregation.strict and len(updates) < 3:
-            raise TooFewSites(f"{len(updates)} holders cannot protect each other, and the study is strict")
-        accumulator = AGGREGATORS[rule].start(group, len(updates))
-        for update in updates.values():
-            accumulator.add(update)
-        change = accumulator.finish()
-        return {name: value + change[name] for name, value in self._current[group].items()}
-
-
-def initial_groups(study: Study) -> Arrays:
-    """The public initial values of every group that the study shares."""
-    model = MultimodalModel(study, study.order)
-    all_groups = groups(model)
-    return {
-        group: {name: tensor.numpy().copy() for name, tensor in all_groups[group].items()}
-        for group in shared_groups(study, all_groups)
-    }

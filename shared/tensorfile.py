@@ -40,3 +40,8 @@ def parse(content: bytes) -> tuple[Arrays, dict[str, Any]]:
         group, name = key.split("|")
         arrays.setdefault(group, {})[name] = value
     return arrays, note
+
+
+def size(arrays: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> int:
+    """Bytes of the arrays."""
+    return sum(value.nbytes for tensors in arrays.values() for value in tensors.values())

@@ -79,8 +79,3 @@ def request_hash(header: Mapping[str, Any], arrays: Arrays) -> str:
             digest.update(f"\n{group}/{name}/{value.shape}\n".encode())
             digest.update(value.tobytes())
     return digest.hexdigest()
-
-
-def size(arrays: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> int:
-    """Bytes of the arrays."""
-    return sum(value.nbytes for tensors in arrays.values() for value in tensors.values())

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from loopback import hub_with, run_card
 
-from gapweave.server.strategy import initial_groups
+from gapweave.server.aggregation import initial_groups
 from gapweave.shared import tensorfile
 from gapweave.shared.cli import _run
 from gapweave.shared.config import load_study
 from gapweave.shared.tensorfile import Arrays
 from gapweave.sites.demo import write_demo
-from loopback import hub_with, run_card
 
 SETTINGS = {
     "privacy.enabled": False,

@@ -19,7 +19,7 @@ from gapweave.client import participant as participant_module
 from gapweave.client.app import FIXED_TEXTS
 from gapweave.client.participant import Participant
 from gapweave.client.state import RoundState, RunFolder
-from gapweave.server.strategy import GroupAggregation, initial_groups
+from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import BudgetExhausted, DataError, RefusedError

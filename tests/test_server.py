@@ -14,10 +14,11 @@ from flwr.app import Context, Message, RecordDict
 from hospitals import Wire, build, plan_of
 
 from gapweave.client import app as client_app
+from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.app import run_study
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.screening import norm, reason_to_reject
-from gapweave.server.strategy import GroupAggregation, RoundLoop, initial_groups
+from gapweave.server.strategy import RoundLoop
 from gapweave.shared import tensorfile, wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable, UsageError
@@ -490,7 +491,7 @@ def test_an_encoder_travels_among_its_holders_only(tmp_path: Path) -> None:
     assert line["groups"]["encoder/labs"]["holders"] == ["east", "north"]
     assert line["groups"]["imputer"]["holders"] == ["east", "north", "west"]
     sent = [wire.unpack(up)[1] for kind, _, _, up in grid.log if kind == wire.TRAIN]
-    assert line["bytes_up"] == sum(wire.size(arrays) for arrays in sent[:3]) > 0
+    assert line["bytes_up"] == sum(tensorfile.size(arrays) for arrays in sent[:3]) > 0
     assert {peer.status for peer in peers.values()} == {"ok"}
     kept, note = tensorfile.parse((tmp_path / "run" / "model" / "shared.safetensors").read_bytes())
     assert note["study"] == of.sha256

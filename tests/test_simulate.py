@@ -15,7 +15,7 @@ import pytest
 from commandline import DECLARED, OPEN, QUICK, done, edit, gapweave, hospitals, rounds_of, site_file, summary_of
 
 from gapweave.client.predict import load_site_model
-from gapweave.server.strategy import initial_groups
+from gapweave.server.aggregation import initial_groups
 from gapweave.shared import __version__, tensorfile
 from gapweave.shared.config import load_study
 from gapweave.shared.model import groups

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from gapweave.shared import PROTOCOL_VERSION, wire
+from gapweave.shared import PROTOCOL_VERSION, tensorfile
 from gapweave.shared.tensorfile import Arrays
 from gapweave.shared.wire import HEADER, ProtocolError, pack, request_hash, unpack
 
@@ -148,7 +148,7 @@ def test_any_change_of_a_request_changes_its_hash(change: str) -> None:
 
 
 def test_bytes_are_counted() -> None:
-    assert wire.size(some_arrays()) == 4 * (12 + 1 + 0 + 6 + 4)
+    assert tensorfile.size(some_arrays()) == 4 * (12 + 1 + 0 + 6 + 4)
 
 
 def test_the_header_is_plain_json() -> None:

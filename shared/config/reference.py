@@ -1,4 +1,4 @@
-"""docs/reference.md, generated from the models of study and site files: `python -m gapweave.shared.config.reference`."""
+"""docs/reference.md, generated from the models of study and site files (`make docs`)."""
 
 from __future__ import annotations
 
@@ -101,4 +101,4 @@ def _type(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown())  # noqa: T201 - this module is a generator of a page
+    print(markdown())

@@ -8,7 +8,6 @@ from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.encoders.widedeep import WideDeep
 from gapweave.shared.schema import Modality
 
-
 SCALE = 4.0
 
 

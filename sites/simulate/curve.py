@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from gapweave.client.participant import Participant
-from gapweave.server.strategy import Peer
+from gapweave.server.peers import Peer
+from gapweave.server.strategy import Observer
 from gapweave.shared.config import Study
 from gapweave.shared.rundir import RunDirectory
 from gapweave.shared.tensorfile import Arrays
@@ -37,7 +38,7 @@ class Watcher(Protocol):
         ...
 
 
-class Curve:
+class Curve(Observer):
     """An observer of the round loop that evaluates and writes RUN/curve.jsonl.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -188,7 +189,7 @@ def simulate(
     usable = {entry.site.name: entry.participant for entry in sites if entry.error is None}
     grid = InlineGrid(client_app.app, [entry.config for entry in sites if entry.error is None])
     curve = Curve(study, usable, directory, observer)
-    loop = RoundLoop(grid, study, directory, new_run_id(), curve)
+    loop = RoundLoop(grid, study, directory, new_run_id(), curve, deadline_s=math.inf)
     curve.run = loop.state.run
     loop.run()
     save_model(directory, study, loop.state.groups, loop.peers)

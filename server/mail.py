@@ -1,0 +1,74 @@
+"""Asking sites: messages out, answers as they come, until all are in or the deadline passes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from gapweave.shared import wire
+from gapweave.shared.tensorfile import Arrays
+
+POLL_S = 0.2
+"""Seconds between two looks for replies of sites in other processes."""
+GRACE_S = 60.0
+"""How much longer than the deadline a message may live: a retry then finds the stored reply."""
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """One site's reply: a header with its status, and arrays."""
+
+    node: int
+    header: dict[str, Any]
+    arrays: Arrays
+
+
+def ask(grid: Grid, kind: str, requests: Mapping[int, RecordDict], seconds: float) -> Iterator[Answer]:
+    """Send to each node and give answers as they come.
+
+    A reply is matched by the message that it answers: error replies of dead nodes carry another id.
+
+    Args:
+        grid: Flower's view of the sites.
+        kind: message type.
+        requests: content by node.
+        seconds: deadline; infinite where sites answer in turn.
+    """
+    lifetime = None if math.isinf(seconds) else seconds + GRACE_S
+    messages = [
+        Message(content, dst_node_id=node, message_type=kind, ttl=lifetime, group_id=kind)
+        for node, content in requests.items()
+    ]
+    pending = dict(zip(grid.push_messages(messages), requests, strict=True))
+    deadline = time.monotonic() + seconds
+    while pending and time.monotonic() < deadline:
+        replies = list(grid.pull_messages(list(pending)))
+        for reply in replies:
+            node = pending.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                yield _read(node, reply)
+        if pending and not replies:
+            time.sleep(POLL_S)
+
+
+def _read(node: int, reply: Message) -> Answer:
+    """A reply as status and arrays; what cannot be read is a failed site, not a failed run."""
+    if reply.has_error():
+        return Answer(
+            node=node,
+            header={"status": "failed", "text": f"error {reply.error.code} in transport"},
+            arrays={},
+        )
+    try:
+        header, arrays = wire.unpack(reply.content)
+    except wire.ProtocolError as error:
+        return Answer(node=node, header={"status": "failed", "text": str(error)}, arrays={})
+    if header.get("status") not in ("ok", "refused", "failed"):
+        header = {"status": "failed", "text": "an answer without a status"}
+    return Answer(node=node, header=header, arrays=arrays)

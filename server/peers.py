@@ -1,0 +1,51 @@
+"""What the server knows of the sites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+NO_NODE = 0
+"""Node of a site that has not answered this process of the server."""
+
+
+@dataclass(kw_only=True)
+class Peer:
+    """What the server knows of one site.
+
+    Attributes:
+        site: its name.
+        node: Flower's id of it, in this process of the server.
+        status: ok, refused, failed or late.
+        reason: the site's fixed text, when it is not ok.
+        modalities: that it declares.
+        groups: that it sends.
+        rounds: that its cap allows.
+        plan: its noise, sampling rate and n_hat.
+        last_round: the last round that it took part in.
+    """
+
+    site: str
+    node: int = NO_NODE
+    status: str = "ok"
+    reason: str = ""
+    modalities: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    rounds: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
+    last_round: int = 0
+
+
+def well_formed(header: dict[str, Any]) -> bool:
+    """Whether a handshake's fields have the types of a capability."""
+    names = [header.get("modalities", []), header.get("groups", [])]
+    return (
+        all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names)
+        and isinstance(header.get("rounds", 0), int)
+        and isinstance(header.get("plan", {}), dict)
+    )
+
+
+def malformed(header: dict[str, Any]) -> dict[str, Any]:
+    """A handshake that cannot be used, as one that failed."""
+    return {"site": header.get("site"), "status": "failed", "text": "a handshake of another form"}
