@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gapweave.server.aggregation import initial_groups
 from gapweave.server.aggregators import AGGREGATORS
-from gapweave.server.strategy import initial_groups
 from gapweave.shared.config import Study
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import UsageError
