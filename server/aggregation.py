@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gapweave.server.aggregators import AGGREGATORS
+from gapweave.server.aggregators import AGGREGATORS, resolve
 from gapweave.server.screening import norm, reason_to_reject
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
@@ -41,7 +41,7 @@ class GroupAggregation:
         result, lines = dict(self._current), {}
         for group in sorted(self._updates.keys() | self._screened.keys()):
             updates = dict(sorted(self._updates.get(group, {}).items()))
-            rule = self._study.aggregation.of(group)
+            rule = resolve(self._study.aggregation.of(group))
             line: dict[str, Any] = {
                 "rule": rule,
                 "holders": list(updates),

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from flwr.serverapp import Grid
 
 from gapweave.server.aggregation import GroupAggregation, initial_groups
-from gapweave.server.aggregators import AGGREGATORS
+from gapweave.server.aggregators import resolve
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.mail import POLL_S, Answer, ask
 from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
@@ -64,7 +64,7 @@ class RoundLoop:
         self.state = saved or Checkpoint(run=run, study=study.sha256, round=0, groups=initial_groups(study))
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
         for group in self.state.groups:
-            AGGREGATORS[study.aggregation.of(group)]  # an unknown rule is refused before any site pays for a round
+            resolve(study.aggregation.of(group))  # an unknown rule is refused before any site pays for a round
         directory.keep_rounds(self.state.round)
 
     def run(self) -> dict[str, Peer]:

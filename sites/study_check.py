@@ -23,12 +23,12 @@ def check_names(study: Study) -> None:
     Raises:
         UsageError: naming the key and the installed names.
     """
+    rules = {"default": study.aggregation.default, **study.aggregation.rules}
     named: list[tuple[str, str | None, Registry[Any]]] = [
         ("model.fusion", study.model.fusion, FUSIONS),
         ("model.imputer", study.model.imputer, IMPUTERS),
         ("scheme.name", study.scheme.name, SCHEMES),
-        ("aggregation.default", study.aggregation.default, AGGREGATORS),
-        *((f"aggregation.{key}", rule, AGGREGATORS) for key, rule in study.aggregation.rules.items()),
+        *((f"aggregation.{key}", rule, AGGREGATORS) for key, rule in rules.items() if rule != "auto"),
         *((f"modalities.{name}.encoder", spec.encoder, ENCODERS) for name, spec in study.modalities.items()),
     ]
     for key, name, registry in named:

@@ -42,3 +42,14 @@ class Aggregator(Protocol):
 
 
 AGGREGATORS: Registry[Aggregator] = Registry("aggregation rule", "gapweave.server.aggregators")
+
+
+def resolve(rule: str) -> str:
+    """The registered rule behind a name in the study: `auto` is the mean.
+
+    Raises:
+        UsageError: for a rule that is not installed.
+    """
+    name = "mean" if rule == "auto" else rule
+    AGGREGATORS[name]
+    return name

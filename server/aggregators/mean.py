@@ -49,4 +49,3 @@ class Mean:
 
 
 AGGREGATORS.register("mean")(Mean())
-AGGREGATORS.register("auto")(Mean())

@@ -89,6 +89,7 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         "reason": peer.reason,
         "modalities": participant.held,
         "patients": {"train": cohort.training().patients, "test": cohort.testing().patients},
+        "records": {"train": len(cohort.training()), "test": len(cohort.testing())},
         "rounds": peer.last_round,
         "metrics": evaluate(load_site_model(folder / "model.safetensors").model, cohort, study) if has_model else None,
         "fine_tuned": (
@@ -108,6 +109,7 @@ def _absent(held: list[str], status: str, reason: str) -> dict[str, Any]:
         "reason": reason,
         "modalities": held,
         "patients": {"train": None, "test": None},
+        "records": {"train": None, "test": None},
         "rounds": 0,
         **nothing,
     }
