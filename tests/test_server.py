@@ -150,14 +150,18 @@ def test_each_group_is_the_mean_over_those_who_hold_it(tmp_path: Path) -> None:
     }
 
 
+def wild(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of so many sizes that even a float64 sum depends on its order."""
+    return (generator.normal(size=shape) * 10.0 ** generator.integers(-5, 20, shape)).astype(np.float32)
+
+
 def test_the_order_of_answers_does_not_change_a_bit() -> None:
     of = study_of()
     start = initial_groups(of)
     generator = np.random.default_rng(0)
     updates = {
         name: {
-            group: {key: generator.normal(size=value.shape).astype(np.float32) for key, value in part.items()}
-            for group, part in start.items()
+            group: {key: wild(generator, value.shape) for key, value in part.items()} for group, part in start.items()
         }
         for name in "abcde"
     }
@@ -207,6 +211,9 @@ def test_an_update_that_is_not_finite_is_screened_by_group_and_named(tmp_path: P
         assert line["groups"]["head/labs"]["screened"] == {"b": "weight is not finite"}
         assert line["groups"]["head/labs"]["holders"] == ["a"]
         assert line["groups"]["head/note"]["screened"] == {}
+        size = 4 + 1
+        assert line["groups"]["head/note"]["norms"] == pytest.approx({"a": size**0.5, "b": 3 * size**0.5})
+        assert line["groups"]["head/labs"]["norms"].keys() == {"a"}
         assert line["sites"]["b"] == {"status": "ok"}
 
 
