@@ -183,14 +183,42 @@ def test_a_patient_with_a_broken_gradient_contributes_exactly_zero(fusion: str, 
             assert_equals_naive(of, bad)
 
 
-def test_a_patient_with_a_broken_label_contributes_exactly_zero() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_patient_with_a_broken_label_contributes_exactly_zero(value: float) -> None:
     of = four_kinds()
     batch = random_batch(of, [1, 1, 1])
     target = batch.target.clone()
-    target[1] = float("nan")
+    target[1] = value
     found = flat(OpacusEngine(random_model(of), "binary", BOUND).sum(replace(batch, target=target), batch.present))
     rest = batch.of_patients(torch.tensor([0, 2]))
     expected = flat(OpacusEngine(random_model(of), "binary", BOUND).sum(rest, rest.present))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_gradient_that_overflows_counts_as_broken() -> None:
+    """Its loss is finite, and nothing in it is NaN: scaled down to the bound, infinity would become NaN."""
+    of = four_kinds("late", "none")
+    present = torch.zeros(3, 4, dtype=torch.bool)
+    present[:, of.order.index("labs")] = True
+    batch = random_batch(of, [1, 1, 1], present=present)
+    batch.inputs["labs"][1] = 9.0
+    target = batch.target.clone()
+    target[1] = 1.2e38
+
+    def unsaturated() -> MultimodalModel:
+        model = random_model(of)
+        with torch.no_grad():
+            model.encoders["labs"].wide.weight.zero_()
+            model.encoders["labs"].deep.weight.zero_()
+        return model
+
+    bad = replace(batch, target=target)
+    gradient = one_patient(unsaturated(), of, bad, present, 1)
+    assert torch.isinf(gradient).any()
+    assert not torch.isnan(gradient).any()
+    rest = batch.of_patients(torch.tensor([0, 2]))
+    found = flat(OpacusEngine(unsaturated(), "binary", BOUND).sum(bad, present))
+    expected = flat(OpacusEngine(unsaturated(), "binary", BOUND).sum(rest, rest.present))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 

@@ -150,21 +150,23 @@ def test_each_group_is_the_mean_over_those_who_hold_it(tmp_path: Path) -> None:
     }
 
 
-def wild(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers of so many sizes that even a float64 sum depends on its order."""
-    return (generator.normal(size=shape) * 10.0 ** generator.integers(-5, 20, shape)).astype(np.float32)
-
-
 def test_the_order_of_answers_does_not_change_a_bit() -> None:
     of = study_of()
     start = initial_groups(of)
     generator = np.random.default_rng(0)
     updates = {
         name: {
-            group: {key: wild(generator, value.shape) for key, value in part.items()} for group, part in start.items()
+            group: {key: generator.normal(size=value.shape).astype(np.float32) for key, value in part.items()}
+            for group, part in start.items()
         }
-        for name in "abcde"
+        for name in "abcd"
     }
+    # Two that cancel, and are so large that even a float64 sum depends on its order.
+    huge = {
+        group: {key: value * np.float32(1e12) for key, value in part.items()} for group, part in updates["b"].items()
+    }
+    updates["a"] = huge
+    updates["e"] = {group: {key: -value for key, value in part.items()} for group, part in huge.items()}
     results = []
     for order in ("abcde", "edcba", "cadbe"):
         combine = GroupAggregation(of, start)
