@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from cohorts import study
 from torch import Tensor
@@ -127,7 +126,3 @@ def flat(gradient: dict[str, Tensor]) -> Tensor:
 
 def length(vector: Tensor) -> float:
     return float(vector.double().norm())
-
-
-def generator(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
