@@ -64,4 +64,4 @@ def test_four_hospitals_with_blocks_of_columns(real_data: Path, tmp_path: Path) 
     blocks = {"clinical", "vitals_labs", "exercise_ecg", "imaging"}
     assert all(set(row["modalities"]) == blocks for row in summary["sites"].values())
     assert summary["mean"]["auroc"] > 0.65
-    assert all(row["local_only"]["auroc"] is not None for row in summary["sites"].values())
+    assert all(row["local_only"]["brier"] is not None for row in summary["sites"].values())
