@@ -61,9 +61,7 @@ class Hub:
         home = folder / "flwr"
         home.mkdir(parents=True)
         connection = {"address": f"127.0.0.1:{self.port}", "insecure": True}
-        (home / "config.toml").write_text(
-            tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}})
-        )
+        (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
         self.environment = {
             **os.environ,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

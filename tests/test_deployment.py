@@ -73,5 +73,7 @@ def test_inline_twice_and_deployed_give_one_model(hospitals: Path, tmp_path: Pat
     for file in sorted((hospitals.parent / "sites").glob("*.yaml")):
         state = file.parent / yaml.safe_load(file.read_text())["state"]
         out = tmp_path / f"{file.stem}.csv"
-        assert _run(["predict", str(state / "runs" / "parity"), "--site", str(file), "--out", str(out)], debug=True) == 0
+        assert (
+            _run(["predict", str(state / "runs" / "parity"), "--site", str(file), "--out", str(out)], debug=True) == 0
+        )
         assert out.read_text().count("\n") > 100
