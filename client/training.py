@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gapweave.client.gradients import GradientEngine, OpacusEngine, PlainEngine
+from gapweave.client.gradients import GradientEngine
+from gapweave.client.gradients.fast import FastEngine
+from gapweave.client.gradients.opacus import OpacusEngine
+from gapweave.client.gradients.plain import PlainEngine
 from gapweave.shared.config.study import Study
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.privacy.draws import Draws
+from gapweave.shared.privacy.noise import on_grid
 from gapweave.shared.privacy.plan import Plan
 from gapweave.shared.schema import Batch
 from gapweave.shared.schemes import SCHEMES
@@ -21,7 +25,9 @@ def build_engine(model: MultimodalModel, study: Study) -> GradientEngine:
     """The gradient engine that the study's privacy asks for."""
     if not study.privacy.enabled:
         return PlainEngine(model, study.task.kind)
-    return OpacusEngine(model, study.task.kind, study.privacy.max_grad_norm)
+    if study.privacy.engine == "opacus":
+        return OpacusEngine(model, study.task.kind, study.privacy.max_grad_norm)
+    return FastEngine(model, study.task.kind, study.privacy.max_grad_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +54,13 @@ class Step:
 
     def _noised(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add noise of standard deviation sigma C to every tensor, also to those that no patient touched."""
-        scale = self.plan.noise_multiplier * self.plan.max_grad_norm
-        if scale == 0:
+        sd = self.plan.noise_multiplier * self.plan.max_grad_norm
+        if sd == 0:
             return total
-        sizes = [tensor.numel() for tensor in total.values()]
-        drawn = torch.from_numpy(self.draws.normal(sum(sizes))).split(sizes)
-        return {
-            name: tensor.double() + scale * part.view(tensor.shape).to(tensor.device)
-            for (name, tensor), part in zip(total.items(), drawn, strict=True)
-        }
+        vector = torch.cat([tensor.double().flatten() for tensor in total.values()])
+        noise = torch.from_numpy(self.draws.normal(len(vector))).to(vector.device)
+        parts = on_grid(vector, noise, sd).split([tensor.numel() for tensor in total.values()])
+        return {name: part.view(tensor.shape) for (name, tensor), part in zip(total.items(), parts, strict=True)}
 
     def used(self, batch: Batch) -> Tensor:
         """[R, M] bool: which modalities inform each record's prediction at this step."""

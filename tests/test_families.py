@@ -12,7 +12,8 @@ from batches import EVERY_KIND, flat, four_kinds, patterns, random_batch, random
 from cohorts import study
 from torch import nn
 
-from gapweave.client.gradients import OpacusEngine, PlainEngine
+from gapweave.client.gradients.opacus import OpacusEngine
+from gapweave.client.gradients.plain import PlainEngine
 from gapweave.client.state import to_arrays, to_tensors
 from gapweave.server.aggregators import AGGREGATORS, Update
 from gapweave.shared import tensorfile, wire

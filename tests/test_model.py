@@ -10,7 +10,9 @@ from batches import EVERY_KIND, blank, four_kinds, patterns, random_batch, rando
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapweave.client.gradients import GradientEngine, OpacusEngine, PlainEngine
+from gapweave.client.gradients import GradientEngine
+from gapweave.client.gradients.opacus import OpacusEngine
+from gapweave.client.gradients.plain import PlainEngine
 from gapweave.shared.config.study import Study
 from gapweave.shared.fusion import FUSIONS
 from gapweave.shared.imputers import IMPUTERS

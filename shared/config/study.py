@@ -286,7 +286,7 @@ class PrivacyConfig(StrictModel):
     epsilon: float = Field(8.0, gt=0, description="target epsilon of the study, at each site, for add/remove")
     delta: float = Field(1e-5, gt=0, lt=1, description="target delta; a site's smaller one wins")
     max_grad_norm: float = Field(1.0, gt=0, description="clipping bound of one patient's gradient")
-    engine: Literal["opacus"] = Field("opacus", description="per-patient gradient engine")
+    engine: Literal["fast", "opacus"] = Field("fast", description="per-patient gradient engine")
 
 
 class Evaluation(StrictModel):

@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gapweave.shared.privacy.noise import secret_normals
+
 
 class Draws(Protocol):
     """A source of random numbers."""
@@ -38,16 +40,8 @@ class SecretDraws:
         return numbers
 
     def normal(self, size: int) -> NDArray[np.float64]:
-        """Box-Muller in float64; the radius uses 53 bits below a uniform exponent, so tails reach 11 sigma.
-
-        Assumes the caller rounds or adds the result where float64 artefacts do not matter (see
-        docs/decisions/0005).
-        """
-        half = (size + 1) // 2
-        fine = self.uniform(half) + self.uniform(half) * 2.0**-53 + 2.0**-107
-        radius = np.sqrt(-2.0 * np.log(fine))
-        angle = 2.0 * np.pi * self.uniform(half)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]
+        """Under a key of their own (shared/privacy/noise.py)."""
+        return secret_normals(size)
 
 
 class SeededDraws:

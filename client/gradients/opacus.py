@@ -1,72 +1,20 @@
-"""The sum of clipped per-patient gradients of one mini-batch.
-
-Guarantee: the result changes by at most `bound` in L2 norm when one patient, with all records, is added to or
-removed from the mini-batch. A patient whose loss or gradient is not finite contributes exactly zero.
-
-Assumes: losses that are sums over a patient's own records (shared/objective.py), and a model whose layers do not
-mix rows; Opacus' validator refuses those that do.
-
-Edge cases: an empty mini-batch gives zeros; a parameter that no record uses gives zeros.
-"""
+"""Per-record gradients from Opacus' hooks: the oracle, and the fallback for layers that `fast` does not know."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gapweave.client.gradients import Gradient
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import TaskKind, record_losses
 from gapweave.shared.schema import Batch
 
-Gradient = dict[str, Tensor]
-"""Gradient by parameter name."""
-
-
 COLUMNS = 2048
 """Parameters that are converted to float64 at a time: a block that stays in the cache is several times faster."""
-
-
-class GradientEngine(Protocol):
-    """Computes a mini-batch's sum of patients' gradients."""
-
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
-        """Sum over the batch's patients.
-
-        Args:
-            batch: records of the sampled patients.
-            used: [R, M] bool, modalities that inform the prediction.
-        """
-        ...
-
-
-class PlainEngine:
-    """Without clipping, for runs without privacy.
-
-    Args:
-        model: updated in place by the caller between calls.
-        kind: of the task.
-    """
-
-    def __init__(self, model: MultimodalModel, kind: TaskKind) -> None:
-        self.model = model
-        self.kind = kind
-
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
-        """The plain sum of gradients."""
-        names = dict(self.model.named_parameters())
-        if len(batch) == 0:
-            return {name: torch.zeros_like(parameter) for name, parameter in names.items()}
-        outputs = self.model(batch.inputs, batch.present, used)
-        losses = record_losses(outputs, batch.target, batch.label_mask, self.kind) * batch.weight
-        gradients = torch.autograd.grad(losses.sum(), list(names.values()), allow_unused=True)
-        return {
-            name: torch.zeros_like(parameter) if gradient is None else gradient
-            for (name, parameter), gradient in zip(names.items(), gradients, strict=True)
-        }
 
 
 class OpacusEngine:
@@ -93,7 +41,7 @@ class OpacusEngine:
                 remedy="Use GroupNorm or LayerNorm for normalisation, and layers that Opacus supports",
             )
         self.kind = kind
-        self.bound = bound
+        self.bound = self.sensitivity = bound
         self.module = GradSampleModule(model, batch_first=True, loss_reduction="sum")
         self.names = dict(model.named_parameters())
 

@@ -1,0 +1,122 @@
+"""Gaussian noise that can be defended: its bits, its transform, and the coarse grid that it is released on.
+
+Guarantee: with a standard normal Z, a release is round((sum + sd Z) / g) g. Rounding is post-processing, so it
+costs no privacy; and because g is thousands of times coarser than the resolution of the float64 sampler, every
+grid point gets its probability up to a relative `CELL_ERROR`, which `numerical_epsilon` turns into what a report
+adds to epsilon and delta. Bits come from AES-256 in counter mode under a key from the operating system, made for
+one call and dropped after it: neither a fork, a restart nor a restored snapshot can repeat a release.
+
+Assumes: the operating system's random numbers are secret, and AES is a pseudo-random function. Sampling time does
+not depend on what is released.
+
+Edge cases: the smallest radius is 0 and the largest 13.4; no bits give an infinite or undefined number.
+
+Reference: Box and Muller 1958; Mironov 2012 (why un-rounded float noise is no mechanism); Balle and Wang 2018,
+arXiv 1805.06530 (the exact cost of Z itself); docs/decisions/0007.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+from torch import Tensor
+
+FINENESS = 2.0**-12
+"""Grid width as a share of the noise's standard deviation, before it is rounded down to a power of two."""
+CELL_ERROR = 2.0**-32
+"""Bound of the relative error of any grid point's probability, for radii below 10.8 (docs/decisions/0007)."""
+FAR = 2.0**-84
+"""Probability of a radius of 10.8 or more, where `CELL_ERROR` is not claimed."""
+WORDS = 3
+"""64-bit words for two normal numbers: 128 bits of radius and 53 bits of angle."""
+
+
+class Numerics(NamedTuple):
+    """What finite precision adds to a guarantee."""
+
+    epsilon: float
+    delta: float
+
+
+def secret_normals(size: int) -> NDArray[np.float64]:
+    """Independent standard normal numbers, [size], from a key that lives for this call only."""
+    pairs = (size + 1) // 2
+    return normals(np.frombuffer(_secret_bytes(8 * WORDS * pairs), np.uint64))[:size]
+
+
+def _secret_bytes(size: int) -> memoryview:
+    """Bytes of AES-256-CTR under a fresh key: 15 times faster than asking the operating system for all of them."""
+    encryptor = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
+    buffer = bytearray(size + 15)  # update_into wants room for one more block, less a byte
+    encryptor.update_into(bytes(size), buffer)
+    return memoryview(buffer)[:size]
+
+
+def normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Random bits to standard normal numbers, by Box and Muller in float64.
+
+    Args:
+        words: [3 P] random 64-bit words: P high and P low words of the radii, P words of the angles.
+
+    Returns:
+        [2 P]: the cosines, then the sines.
+    """
+    high, low, turn = np.split(words, WORDS)
+    # Uniform in (0, 1] in steps of 2^-128, of which a small number keeps all: that is where the tail comes from.
+    uniform = (low + 0.5) * 2.0**-64
+    uniform += high
+    uniform *= 2.0**-64
+    radius = np.sqrt(np.abs(2.0 * np.log(uniform)))
+    angle = (turn >> np.uint64(11)) * (2.0**-53 * 2.0 * np.pi)
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+
+
+def grid_of(sd: float) -> float:
+    """Width of the grid of noise of this standard deviation: a power of two, so that scaling by it is exact."""
+    return math.ldexp(1.0, math.frexp(FINENESS * sd)[1] - 1)
+
+
+def on_grid(total: Tensor, noise: Tensor, sd: float) -> Tensor:
+    """Add noise and round to the grid.
+
+    Args:
+        total: [D] what is to be released; finite.
+        noise: [D] standard normal numbers, float64.
+        sd: standard deviation of the noise, sigma times the sensitivity.
+
+    Returns:
+        [D] float64, whole multiples of `grid_of(sd)`.
+    """
+    grid = grid_of(sd)
+    cells = total.double() / grid
+    # Whole cells are exact integers; only the rest meets the noise, so a large sum costs the noise no digits.
+    whole = cells.floor()
+    steps = cells.sub_(whole).add_(noise, alpha=sd / grid).round_().long().add_(whole.long())
+    return steps.double().mul_(grid)
+
+
+def numerical_epsilon(coordinates: int, steps: int, slack: float = 1e-10) -> Numerics:
+    """What the sampler's finite precision adds to epsilon and delta, for reports.
+
+    Each released coordinate's law differs from the ideal one by a factor within exp(+-CELL_ERROR); by advanced
+    composition over all of them, on both sides of the comparison, epsilon grows by
+    2 (eta sqrt(2 d T ln(1/slack)) + d T eta^2).
+
+    Args:
+        coordinates: d, numbers in one release.
+        steps: T, releases.
+        slack: delta of the composition.
+
+    Returns:
+        Both terms; delta is the slack and the probability that some radius lies in the far tail, on both sides.
+
+    Reference: Dwork and Roth 2014, theorem 3.20.
+    """
+    count = coordinates * steps
+    spread = CELL_ERROR * math.sqrt(2.0 * count * math.log(1.0 / slack))
+    return Numerics(epsilon=2.0 * (spread + count * CELL_ERROR**2), delta=2.0 * (slack + count * FAR))
