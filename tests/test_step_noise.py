@@ -17,7 +17,6 @@ from scipy import stats
 from torch import Tensor
 
 from gapweave.client.gradients import Gradient
-from gapweave.client.gradients.opacus import OpacusEngine
 from gapweave.client.training import Step, build_engine
 from gapweave.shared.model import group_of
 from gapweave.shared.privacy.draws import SecretDraws, SeededDraws
@@ -88,7 +87,7 @@ def test_every_tensor_of_every_group_is_noised_whoever_is_in_the_batch(lacking: 
 def test_an_empty_sample_is_an_ordinary_noised_step() -> None:
     """False alarms: 1e-6."""
     of = four_kinds()
-    engine = OpacusEngine(random_model(of), "binary", 0.7)
+    engine = build_engine(random_model(of), of)
     step = Step(study=of, plan=plan(SIGMA), engine=engine, draws=SecretDraws())
     empty = random_batch(of).of_patients(torch.zeros(0, dtype=torch.int64))
     assert sd_is(np.concatenate([flat(step.gradient(empty)).numpy() for _ in range(4)]), EXPECTED)
@@ -111,7 +110,7 @@ def test_steps_restarts_and_tensors_share_no_noise() -> None:
 def test_without_noise_a_step_is_the_clipped_mean_over_n_hat() -> None:
     of = four_kinds()
     data = random_batch(of, [1, 2, 1])
-    engine = OpacusEngine(random_model(of), "binary", 0.7)
+    engine = build_engine(random_model(of), of)
     step = Step(study=of, plan=plan(0.0, rate=1.0, n_hat=40), engine=engine, draws=SeededDraws(1))
     model_scheme = replace(step, study=of.model_copy(update={"model": of.model.model_copy(update={"imputer": "none"})}))
     expected = flat(engine.sum(data, data.present)) / 40
