@@ -16,7 +16,6 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.privacy.draws import Draws
 from gapweave.shared.privacy.noise import on_grid
-from gapweave.shared.privacy.noise import on_grid
 from gapweave.shared.privacy.plan import Plan
 from gapweave.shared.schema import Batch
 from gapweave.shared.schemes import SCHEMES
