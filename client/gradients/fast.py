@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gapweave.client.gradients import Gradient
+from gapweave.client.gradients.composite import COMPOSITES, Product
 from gapweave.client.gradients.layers import RULES, Part, Patients, Use
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
@@ -49,10 +50,12 @@ class FastEngine:
         self.model, self.kind, self.bound = model, kind, bound
         self.sensitivity = bound * (1 + SLACK)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        self._tape: list[tuple[nn.Module, Tensor, int, Tensor, int]] | None = None
-        self._layers = _known_layers(model)
-        for layer in self._layers:
-            layer.register_forward_hook(self._record)
+        self._tape: Recording | None = None
+        for layer in _known_layers(model):
+            if type(layer) in COMPOSITES:
+                self._replace_forward(layer)
+            else:
+                layer.register_forward_hook(self._record)
         for parameter in self._names:
             parameter.requires_grad_(False)
         self._probed = False
@@ -65,49 +68,38 @@ class FastEngine:
             probe_independence(self.model, self.kind, batch)
             self._probed = True
         patients = Patients(batch.patient, batch.patients)
-        with torch.enable_grad(), self._recording() as tape:
+        with torch.enable_grad(), self._recording() as tape, _naming_edits():
             losses = self._losses(batch, used)
-            uses = self._differentiate((torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum(), tape)
-        parts = [RULES[type(layer)](layer, layer_uses, patients) for layer, layer_uses in uses.items()]
-        return self._combine(parts, patients.count)
+            uses = tape.differentiate((torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum())
+        return self._combine([_part(key, found, patients) for key, found in uses.items()], patients.count)
 
     def _losses(self, batch: Batch, used: Tensor) -> Tensor:
         outputs = self.model(batch.inputs, batch.present, used)
         return record_losses(outputs, batch.target, batch.label_mask, self.kind)
 
     @contextmanager
-    def _recording(self) -> Iterator[list[Any]]:
-        self._tape = []
+    def _recording(self) -> Iterator[Recording]:
+        self._tape = Recording()
         try:
             yield self._tape
         finally:
             self._tape = None
 
     def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """Forward hook: remember one use; make the first layers' outputs differentiable."""
-        if self._tape is None:
-            return None
-        if not output.requires_grad:
-            output = output.detach().requires_grad_(True)
-        kept = inputs[0].detach()
-        self._tape.append((layer, kept, kept._version, output, output._version))
-        return output
+        """Forward hook of a layer with a rule."""
+        return None if self._tape is None else self._tape.use(layer, inputs[0], output)
 
-    def _differentiate(self, loss: Tensor, tape: list[Any]) -> dict[nn.Module, list[Use]]:
-        """Gradients of the loss in every recorded output; a use that does not reach the loss has none."""
-        outputs = [output for _, _, _, output, _ in tape]
-        gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
-        uses: dict[nn.Module, list[Use]] = {}
-        for (layer, kept, before, output, after), gradient in zip(tape, gradients, strict=True):
-            if kept._version != before or output._version != after:
-                raise UsageError(
-                    f"an input or output of {type(layer).__name__} is changed in place",
-                    where="study:model",
-                    remedy="Use the form that returns a new tensor, or privacy.engine: opacus",
-                )
-            if gradient is not None:
-                uses.setdefault(layer, []).append((kept, gradient))
-        return uses
+    def _replace_forward(self, layer: nn.Module) -> None:
+        """While recording, a composite layer runs as products that can be recorded."""
+        prepare, forward = COMPOSITES[type(layer)]
+        products, plain = prepare(layer), layer.forward
+
+        def either(*arguments: Any, **keywords: Any) -> Any:
+            if self._tape is None:
+                return plain(*arguments, **keywords)
+            return forward(layer, self._tape, products, *arguments, **keywords)
+
+        layer.forward = either
 
     def _combine(self, parts: list[Part], patients: int) -> Gradient:
         result = {name: torch.zeros_like(parameter) for parameter, name in self._names.items()}
@@ -122,8 +114,72 @@ class FastEngine:
         factor = (self.bound / kept.clamp(min=1e-12)).clamp(max=1.0)
         for part in parts:
             for parameter, value in part.weighted(factor, keep).items():
-                result[self._names[parameter]] = value
+                # Packed projections come as slices of one parameter.
+                result[self._names[parameter]] += value
         return result
+
+
+class Recording:
+    """The uses of one forward pass, and their output gradients."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[nn.Module | Product, Tensor, int, Tensor, int]] = []
+        self._done: dict[nn.Module | Product, list[Use]] = {}
+
+    def use(self, key: nn.Module | Product, inputs: Tensor, output: Tensor) -> Tensor:
+        """Remember one use; outputs of the first layers are made differentiable."""
+        if not output.requires_grad:
+            output = output.detach().requires_grad_(True)
+        kept = inputs.detach()
+        self._open.append((key, kept, kept._version, output, output._version))
+        return output
+
+    def product(self, key: Product, inputs: Tensor) -> Tensor:
+        """W x + b inside a composite layer, recorded."""
+        return self.use(key, inputs, key(inputs))
+
+    def past(self, key: Product, inputs: Tensor, gradients: Tensor) -> None:
+        """A use that a composite layer differentiated itself."""
+        self._done.setdefault(key, []).append((inputs, gradients))
+
+    def differentiate(self, loss: Tensor) -> dict[nn.Module | Product, list[Use]]:
+        """Gradients of the loss in every recorded output; a use that does not reach the loss has none.
+
+        Raises:
+            UsageError: when a recorded tensor was changed in place, so that its record is wrong.
+        """
+        gradients = torch.autograd.grad(loss, [use[3] for use in self._open], allow_unused=True)
+        for (key, kept, before, output, after), gradient in zip(self._open, gradients, strict=True):
+            if kept._version != before or output._version != after:
+                raise _edited(type(key).__name__)
+            if gradient is not None:
+                self._done.setdefault(key, []).append((kept, gradient))
+        return self._done
+
+
+@contextmanager
+def _naming_edits() -> Iterator[None]:
+    """Turn torch's own complaint about an edit in place into ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "in-place" in str(error) or "inplace" in str(error):
+            raise _edited("a layer") from None
+        raise
+
+
+def _edited(layer: str) -> UsageError:
+    return UsageError(
+        f"an input or output of {layer} is changed in place",
+        where="study:model",
+        remedy="Use the form that returns a new tensor, or privacy.engine: opacus",
+    )
+
+
+def _part(key: nn.Module | Product, uses: list[Use], patients: Patients) -> Part:
+    if isinstance(key, Product):
+        return key.part(uses, patients)
+    return RULES[type(key)](key, uses, patients)
 
 
 def _known_layers(model: nn.Module) -> list[nn.Module]:
@@ -134,13 +190,16 @@ def _known_layers(model: nn.Module) -> list[nn.Module]:
     """
     layers: list[nn.Module] = []
     owners: dict[Tensor, nn.Module] = {}
+    inside = {child for module in model.modules() if type(module) in COMPOSITES for child in module.children()}
     for name, module in model.named_modules():
+        if module in inside:
+            continue
         own = list(module.parameters(recurse=False))
         if isinstance(module, nn.modules.batchnorm._NormBase):
             raise _unknown(name, module, "mixes patients", "Use GroupNorm or LayerNorm")
         if not own:
             continue
-        if type(module) not in RULES:
+        if type(module) not in RULES and type(module) not in COMPOSITES:
             raise _unknown(
                 name, module, "has no book-keeping rule", "Use layers that it knows, or privacy.engine: opacus"
             )

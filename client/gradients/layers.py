@@ -139,11 +139,11 @@ def matrix(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradients: Tenso
 
 def linear(layer: nn.Linear, uses: Sequence[Use], patients: Patients) -> Part:
     """nn.Linear over any number of leading axes after the record's."""
-    inputs, gradients = _sequences(uses, patients)
+    inputs, gradients = sequences(uses, patients)
     return matrix(layer.weight, layer.bias, inputs, gradients)
 
 
-def _sequences(uses: Sequence[Use], patients: Patients) -> tuple[Tensor, Tensor]:
+def sequences(uses: Sequence[Use], patients: Patients) -> tuple[Tensor, Tensor]:
     """All uses one after the other: [P, S, d] and [P, S, p]."""
     inputs = [patients.sequence(x.reshape(len(x), -1, x.shape[-1])) for x, _ in uses]
     gradients = [patients.sequence(g.reshape(len(g), -1, g.shape[-1])) for _, g in uses]
