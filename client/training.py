@@ -53,10 +53,10 @@ class Step:
         return {name: (tensor / size).float() for name, tensor in self._noised(total).items()}
 
     def _noised(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add noise of standard deviation sigma C to every tensor, also to those that no patient touched."""
-        sd = self.plan.noise_multiplier * self.plan.max_grad_norm
-        if sd == 0:
+        """Add noise of sigma times the engine's sensitivity to every tensor, also to those that no patient touched."""
+        if self.plan.noise_multiplier == 0:
             return total
+        sd = self.plan.noise_multiplier * self.engine.sensitivity
         vector = torch.cat([tensor.double().flatten() for tensor in total.values()])
         noise = torch.from_numpy(self.draws.normal(len(vector))).to(vector.device)
         parts = on_grid(vector, noise, sd).split([tensor.numel() for tensor in total.values()])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gapweave.client.gradients import Gradient
 from gapweave.client.training import Step, build_engine
+from gapweave.shared.config.study import Study
 from gapweave.shared.model import group_of
 from gapweave.shared.privacy.draws import SecretDraws, SeededDraws
 from gapweave.shared.privacy.noise import grid_of
@@ -39,6 +40,10 @@ def plan(sigma: float, rate: float = 0.5, n_hat: int = 40, bound: float = 0.7) -
     )
 
 
+def clipped(fusion: str = "late") -> Study:
+    return four_kinds(fusion, privacy={"max_grad_norm": 0.7})
+
+
 def unlabelled(batch: Batch) -> Batch:
     """The same patients, of whom nothing can be learned: their gradient is exactly zero."""
     return replace(batch, label_mask=torch.zeros_like(batch.label_mask), weight=torch.zeros_like(batch.weight))
@@ -58,7 +63,7 @@ EXPECTED = SIGMA * 0.7 / (0.5 * 40)
 
 def test_the_noise_of_a_step_is_sigma_c_over_q_n_hat() -> None:
     """With 50 times as many patients as n_hat says: the true number enters nothing. False alarms: 2e-6."""
-    of = four_kinds("concat")
+    of = clipped("concat")
     for patients in (3, 2000):
         noise = np.concatenate(list(noise_of(SIGMA, of, random_batch(of, [1] * patients), repeats=6).values()))
         assert len(noise) > 10_000
@@ -70,7 +75,7 @@ def test_the_noise_of_a_step_is_sigma_c_over_q_n_hat() -> None:
 @pytest.mark.parametrize("lacking", [None, "cxr", "labs", "note", "vitals"])
 def test_every_tensor_of_every_group_is_noised_whoever_is_in_the_batch(lacking: str | None) -> None:
     """Also when no patient has the modality. False alarms: 1e-6 a tensor, 6e-5 in all."""
-    of = four_kinds("concat")
+    of = clipped("concat")
     present = torch.ones(6, 4, dtype=torch.bool)
     if lacking is not None:
         present[:, of.order.index(lacking)] = False
@@ -86,7 +91,7 @@ def test_every_tensor_of_every_group_is_noised_whoever_is_in_the_batch(lacking: 
 
 def test_an_empty_sample_is_an_ordinary_noised_step() -> None:
     """False alarms: 1e-6."""
-    of = four_kinds()
+    of = clipped()
     engine = build_engine(random_model(of), of)
     step = Step(study=of, plan=plan(SIGMA), engine=engine, draws=SecretDraws())
     empty = random_batch(of).of_patients(torch.zeros(0, dtype=torch.int64))
@@ -95,7 +100,7 @@ def test_an_empty_sample_is_an_ordinary_noised_step() -> None:
 
 def test_steps_restarts_and_tensors_share_no_noise() -> None:
     """False alarms: 3 correlations, 3e-6."""
-    of = four_kinds()
+    of = clipped()
     data = random_batch(of)
     first, second = noise_of(SIGMA, of, data, repeats=4), noise_of(SIGMA, of, data, repeats=4)
     one, other = (np.concatenate(list(noise.values())) / EXPECTED for noise in (first, second))
@@ -108,7 +113,7 @@ def test_steps_restarts_and_tensors_share_no_noise() -> None:
 
 
 def test_without_noise_a_step_is_the_clipped_mean_over_n_hat() -> None:
-    of = four_kinds()
+    of = clipped()
     data = random_batch(of, [1, 2, 1])
     engine = build_engine(random_model(of), of)
     step = Step(study=of, plan=plan(0.0, rate=1.0, n_hat=40), engine=engine, draws=SeededDraws(1))
@@ -119,7 +124,7 @@ def test_without_noise_a_step_is_the_clipped_mean_over_n_hat() -> None:
 
 def test_a_step_releases_points_of_the_grid() -> None:
     """q n_hat is a power of two here, so that the division shows the grid as it is."""
-    of = four_kinds()
+    of = clipped()
     step = Step(study=of, plan=plan(SIGMA, n_hat=32), engine=build_engine(random_model(of), of), draws=SecretDraws())
     for tensor in step.gradient(random_batch(of)).values():
         cells = tensor.double() * 16 / grid_of(SIGMA * 0.7)
@@ -135,6 +140,7 @@ class Witness:
     """An engine that only remembers who was in each mini-batch; patients are told apart by their target."""
 
     seen: list[list[int]]
+    sensitivity: float = 1.0
 
     def sum(self, batch: Batch, used: Tensor) -> Gradient:
         self.seen.append(batch.target[:, 0].int().tolist())
@@ -144,7 +150,7 @@ class Witness:
 def test_patients_enter_a_step_independently_with_probability_q() -> None:
     """False alarms: 40 inclusion rates, the sizes' mean and variance, one correlation: 5e-5."""
     patients, steps, rate = 40, 3000, 0.3
-    of = four_kinds()
+    of = clipped()
     data = random_batch(of, [1] * patients)
     data = replace(data, target=torch.arange(patients).float().unsqueeze(1))
     witness = Witness([])
@@ -167,7 +173,7 @@ def test_patients_enter_a_step_independently_with_probability_q() -> None:
 
 
 def test_all_records_of_a_sampled_patient_come_along() -> None:
-    of = four_kinds()
+    of = clipped()
     data = random_batch(of, [3, 1, 5, 2])
     data = replace(data, target=data.patient.float().unsqueeze(1))
     witness = Witness([])
