@@ -55,9 +55,17 @@ def check(
     """
     from gapweave.client import checks
     from gapweave.shared.config import load_site, load_study
-    from gapweave.shared.errors import DataError
+    from gapweave.shared.errors import DataError, UsageError
 
-    findings = checks.check_site(load_study(study) if study else None, load_site(path), path, data)
+    try:
+        findings = checks.check_site(load_study(study) if study else None, load_site(path), path, data)
+    except UsageError as error:
+        if as_json:
+            problem = checks.Finding(
+                id="file", status="problem", where=error.where or str(path), message=error.what, remedy=error.remedy
+            )
+            typer.echo(json.dumps(checks.as_json([problem]), indent=1))
+        raise
     if as_json:
         typer.echo(json.dumps(checks.as_json(findings), indent=1))
     else:

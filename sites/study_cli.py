@@ -65,18 +65,26 @@ def check(
     Example: gapweave study check study.yaml
     """
     from gapweave.shared.config import load_study
+    from gapweave.shared.errors import UsageError
     from gapweave.sites.simulate.commands import read_assignments
     from gapweave.sites.study_check import check_names, describe
 
-    study = load_study(path, read_assignments(assignments or []))
-    check_names(study)
+    try:
+        study = load_study(path, read_assignments(assignments or []))
+        check_names(study)
+    except UsageError as error:
+        if as_json:
+            problem = {"id": "study", "status": "problem", "where": error.where or str(path)}
+            _print_json([{**problem, "message": error.what, "remedy": error.remedy}])
+        raise
     lines = describe(study)
     if as_json:
-        checks = [
-            {"id": name, "status": "ok", "where": str(path), "message": text, "remedy": ""}
-            for name, text in lines.items()
-        ]
-        typer.echo(json.dumps({"ok": True, "checks": checks}, indent=1))
+        ok = {"status": "ok", "where": str(path), "remedy": ""}
+        _print_json([{"id": name, **ok, "message": text} for name, text in lines.items()])
         return
     for name, text in lines.items():
         typer.echo(f"ok       {name}: {text}")
+
+
+def _print_json(checks: list[dict[str, str]]) -> None:
+    typer.echo(json.dumps({"ok": all(check["status"] == "ok" for check in checks), "checks": checks}, indent=1))

@@ -72,10 +72,9 @@ def test_study_check_says_what_leaves(study: Path) -> None:
 
 def test_a_bad_study_does_not_pass(study: Path) -> None:
     edit(study, model={"fusion": "lat"})
-    for words in ([], ["--json"]):
-        outcome = gapweave("study", "check", study, *words)
-        assert outcome.code == 2
-        assert "did you mean 'late'" in outcome.error
+    outcome = gapweave("study", "check", study)
+    assert outcome.code == 2
+    assert "did you mean 'late'" in outcome.error
 
 
 def test_a_new_site_file_fits_its_study(study: Path, tmp_path: Path) -> None:
@@ -144,3 +143,17 @@ def test_no_site_file(tmp_path: Path) -> None:
     outcome = gapweave("site", "check", tmp_path / "nothing.yaml")
     assert outcome.code == 2
     assert "there is no site file" in outcome.error
+
+
+@pytest.mark.parametrize("command", ["study", "site"])
+def test_a_wrong_file_is_json_too(command: str, tmp_path: Path) -> None:
+    """A program that reads the checks gets them also when the file itself is wrong."""
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("version: 1\nnam: x\n")
+    outcome = gapweave(command, "check", wrong, "--json")
+    assert outcome.code == 2
+    content = json.loads(outcome.out)
+    assert content["ok"] is False
+    assert [check["status"] for check in content["checks"]] == ["problem"]
+    assert "'name'" in content["checks"][0]["message"]
+    assert content["checks"][0]["message"] in outcome.err
