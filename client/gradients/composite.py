@@ -75,77 +75,81 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, gates: Tensor, start: Tensor, cell: Any, key: Product, tape: Tape) -> Tensor:
         states, saved = cell.run(gates, start, key)
         ctx.states, ctx.saved, ctx.cell, ctx.key, ctx.tape = states, saved, cell, key, tape
-        return torch.stack(states[1:], 1)
+        outputs: Tensor = states[1:].transpose(0, 1)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         into_gates, into_products = ctx.cell.back(gradients[0], ctx.states, ctx.saved, ctx.key)
-        ctx.tape.past(ctx.key, torch.stack(ctx.states[:-1], 1), into_products)
-        return into_gates, None, None, None, None
+        ctx.tape.past(ctx.key, ctx.states[:-1].transpose(0, 1), into_products.transpose(0, 1))
+        return into_gates.transpose(0, 1), None, None, None, None
 
 
 class GruCell:
     """h' = (1 - z) n + z h with n = tanh(x_n + r (W h + b)_n) (torch.nn.GRU)."""
 
     @staticmethod
-    def run(gates: Tensor, start: Tensor, key: Product) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """[R, T, 3H] input products to T + 1 states and what the backward needs."""
-        states, size = [start], start.shape[1]
-        saved: list[tuple[Tensor, ...]] = []
-        for step in gates.unbind(1):
-            product = key(states[-1])
+    def run(gates: Tensor, start: Tensor, key: Product) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """[R, T, 3H] input products to states [T + 1, R, H] and what the backward needs."""
+        size, saved = start.shape[1], []
+        states = start.new_empty(gates.shape[1] + 1, *start.shape)
+        states[0] = start
+        for at, step in enumerate(gates.transpose(0, 1).contiguous()):
+            product = key(states[at])
             both = torch.sigmoid(step[:, : 2 * size] + product[:, : 2 * size])
-            reset, update = both.chunk(2, 1)
             inner = product[:, 2 * size :]
-            new = torch.tanh(torch.addcmul(step[:, 2 * size :], reset, inner))
-            states.append(torch.lerp(new, states[-1], update))
+            new = torch.tanh(torch.addcmul(step[:, 2 * size :], both[:, :size], inner))
+            torch.lerp(new, states[at], both[:, size:], out=states[at + 1])
             saved.append((both, inner, new))
         return states, saved
 
     @staticmethod
-    def back(
-        outer: Tensor, states: list[Tensor], saved: list[tuple[Tensor, ...]], key: Product
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients in the input products and in the state products, [R, T, 3H] each."""
+    def back(outer: Tensor, states: Tensor, saved: list[tuple[Tensor, ...]], key: Product) -> tuple[Tensor, Tensor]:
+        """Gradients in the input products and in the state products, [T, R, 3H] each."""
         size, weight = outer.shape[2], key.weight[key.rows]
-        into_gates, into_products, carried = [], [], torch.zeros_like(outer[:, 0])
+        into_gates = outer.new_empty(len(saved), len(outer), 3 * size)
+        into_products = torch.empty_like(into_gates)
+        carried = torch.zeros_like(outer[:, 0])
         for at in range(len(saved) - 1, -1, -1):
             both, inner, new = saved[at]
-            reset, update = both.chunk(2, 1)
+            reset, update = both[:, :size], both[:, size:]
             total = outer[:, at] + carried
+            gate, product = into_gates[at], into_products[at]
             candidate = total * (1 - update) * (1 - new * new)
-            raw = torch.cat([candidate * inner, total * (states[at] - new)], 1) * both * (1 - both)
-            into_gates.append(torch.cat([raw, candidate], 1))
-            into_products.append(torch.cat([raw, candidate * reset], 1))
-            carried = torch.addmm(total * update, into_products[-1], weight)
-        assert size * 3 == into_gates[0].shape[1]
-        return torch.stack(into_gates[::-1], 1), torch.stack(into_products[::-1], 1)
+            gate[:, 2 * size :] = candidate
+            gate[:, :size] = candidate * inner
+            gate[:, size : 2 * size] = total * (states[at] - new)
+            gate[:, : 2 * size] *= both * (1 - both)
+            product[:, : 2 * size] = gate[:, : 2 * size]
+            product[:, 2 * size :] = candidate * reset
+            carried = torch.addmm(total * update, product, weight)
+        return into_gates, into_products
 
 
 class LstmCell:
     """c' = f c + i g, h' = o tanh(c') (torch.nn.LSTM); states carry h, and c is kept beside."""
 
     @staticmethod
-    def run(gates: Tensor, start: Tensor, key: Product) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """[R, T, 4H] input products to T + 1 states and what the backward needs."""
-        states, cell = [start], torch.zeros_like(start)
-        saved: list[tuple[Tensor, ...]] = []
-        for step in gates.unbind(1):
-            enter, forget, inner, leave = (step + key(states[-1])).chunk(4, 1)
+    def run(gates: Tensor, start: Tensor, key: Product) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """[R, T, 4H] input products to states [T + 1, R, H] and what the backward needs."""
+        cell, saved = torch.zeros_like(start), []
+        states = start.new_empty(gates.shape[1] + 1, *start.shape)
+        states[0] = start
+        for at, step in enumerate(gates.transpose(0, 1).contiguous()):
+            enter, forget, inner, leave = (step + key(states[at])).chunk(4, 1)
             enter, forget, leave = torch.sigmoid(enter), torch.sigmoid(forget), torch.sigmoid(leave)
             inner = torch.tanh(inner)
             before, cell = cell, forget * cell + enter * inner
             squashed = torch.tanh(cell)
-            states.append(leave * squashed)
+            torch.mul(leave, squashed, out=states[at + 1])
             saved.append((enter, forget, inner, leave, before, squashed))
         return states, saved
 
     @staticmethod
-    def back(
-        outer: Tensor, states: list[Tensor], saved: list[tuple[Tensor, ...]], key: Product
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients in both kinds of products, which are equal, [R, T, 4H]."""
-        weight, found = key.weight[key.rows], []
+    def back(outer: Tensor, states: Tensor, saved: list[tuple[Tensor, ...]], key: Product) -> tuple[Tensor, Tensor]:
+        """Gradients in both kinds of products, which are equal, [T, R, 4H]."""
+        weight = key.weight[key.rows]
+        found = outer.new_empty(len(saved), len(outer), 4 * outer.shape[2])
         carried = torch.zeros_like(outer[:, 0])
         of_cell = torch.zeros_like(carried)
         for at in range(len(saved) - 1, -1, -1):
@@ -158,11 +162,10 @@ class LstmCell:
                 of_cell * enter * (1 - inner * inner),
                 total * squashed * leave * (1 - leave),
             ]
-            found.append(torch.cat(raw, 1))
-            carried = found[-1] @ weight
+            torch.cat(raw, 1, out=found[at])
+            carried = found[at] @ weight
             of_cell = of_cell * forget
-        stacked = torch.stack(found[::-1], 1)
-        return stacked, stacked
+        return found, found
 
 
 def recurrent(cell: Any) -> Callable[..., Any]:

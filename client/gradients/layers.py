@@ -115,26 +115,28 @@ def matrix(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradients: Tenso
             values[bias] = gradients.sum(1)
         return instantiated(values)
     offset = 0.0 if bias is None else 1.0
-    exact_inputs, exact_gradients = inputs.double(), gradients.double()
-    sizes = exact_inputs.square().sum(2) + offset
-    heights = exact_gradients.square().sum(2)
-    if steps == 1:
-        squares = (sizes * heights)[:, 0]
-        scale = torch.zeros_like(squares)
-    else:
-        gram = torch.bmm(exact_inputs, exact_inputs.transpose(1, 2)) + offset
-        squares = (gram * torch.bmm(exact_gradients, exact_gradients.transpose(1, 2))).sum((1, 2)).clamp(min=0)
-        scale = (sizes * heights).sqrt().sum(1)
+    gram = _gram(inputs) + offset
+    heights = _gram(gradients)
+    squares = (gram * heights).sum((1, 2)).clamp(min=0)
+    scale = (gram.diagonal(dim1=1, dim2=2) * heights.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
 
     def weighted(factor: Tensor, keep: Tensor | None) -> Gradients:
-        scaled = _kept(gradients, keep) * factor.to(gradients.dtype).view(-1, 1, 1)
-        rows = scaled.flatten(0, 1)
-        result = {weight: (rows.t() @ _kept(inputs, keep).flatten(0, 1)).view_as(weight)}
+        each = factor.to(gradients.dtype).view(-1, 1, 1)
+        x, g = _kept(inputs, keep), _kept(gradients, keep)
+        # The factor goes to the narrower of the two.
+        left, right = (g * each, x) if tall <= wide else (g, x * each)
+        result = {weight: (left.flatten(0, 1).t() @ right.flatten(0, 1)).view_as(weight)}
         if bias is not None:
-            result[bias] = rows.sum(0)
+            result[bias] = each.flatten() @ g.sum(1)
         return result
 
     return Part(squares=squares, scale=scale, weighted=weighted)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """[P, S, d] to [P, S, S] inner products in float64."""
+    exact = rows.double()
+    return torch.bmm(exact, exact.transpose(1, 2))
 
 
 def linear(layer: nn.Linear, uses: Sequence[Use], patients: Patients) -> Part:
