@@ -1,0 +1,123 @@
+"""Part (a) of an audit: adding a patient, however strange, changes a release by at most the clipping bound.
+
+The step is the site's own; the only seam is `Silent`, which adds no noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gapweave.client.audit_site import Finding, Scene, Scripted, finding, joined, nobody, scaled
+from gapweave.client.gradients import Gradient
+from gapweave.client.training import Step, build_engine
+from gapweave.shared.model import MultimodalModel
+from gapweave.shared.schema import Batch
+
+SLACK = 1e-3
+"""Share by which a measured sensitivity may exceed the declared bound: rounding, part of what engines declare."""
+STRONG = 1e4
+"""Scale of inputs at which every patient's gradient is far above the clipping bound."""
+ORDINARY = 0.3
+"""Scale of random weights."""
+FAINT = 0.1 / STRONG
+"""Scale of encoder weights at which such inputs saturate nothing."""
+
+
+class Silent(Step):
+    """The site's step without its noise: a seam of the audit only, no configuration reaches it."""
+
+    def _noised(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
+        return total
+
+
+def flat(gradient: Gradient) -> NDArray[np.float64]:
+    """All tensors of a release in one vector."""
+    return np.concatenate([part.detach().cpu().double().numpy().ravel() for part in gradient.values()])
+
+
+def scaled_model(scene: Scene, encoders: float) -> MultimodalModel:
+    """A model of the site away from its initial values: every parameter random; encoders of the given size."""
+    model = MultimodalModel(scene.study, scene.held).to(scene.patients.present.device)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = encoders if name.startswith("encoders.") else ORDINARY
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def silent_step(scene: Scene, model: MultimodalModel) -> Silent:
+    """A step on a model, without noise and with everyone sampled."""
+    return Silent(study=scene.study, plan=scene.plan, engine=build_engine(model, scene.study), draws=Scripted())
+
+
+def sensitivity(scene: Scene) -> Finding:
+    """Adding any patient changes what is released by at most the clipping bound of the event."""
+    bound, size = scene.plan.max_grad_norm, scene.plan.sample_rate * scene.plan.n_hat
+    worst, faults = 0.0, []
+    for scale in (ORDINARY, FAINT, 0.0):
+        step = silent_step(scene, scaled_model(scene, scale))
+        for name, without, added in neighbours(scene):
+            difference = flat(step.gradient(joined(without, added))) - flat(step.gradient(without))
+            change = float(np.linalg.norm(difference)) * size
+            worst = max(worst, change) if math.isfinite(change) else math.inf
+            if not change <= bound * (1 + SLACK):
+                faults.append(f"{name}: one patient changes a release by {change / bound:.3g} times the bound")
+    return finding("sensitivity", faults, {"worst": worst, "bound": bound})
+
+
+def neighbours(scene: Scene) -> Iterator[tuple[str, Batch, Batch]]:
+    """(name, patients of one data set, the patient that the other has more)."""
+    base = scene.canaries((1, 2, 1, 3), seed=11)
+    for context, without in (("nobody else", nobody(base)), ("others", base), ("strong others", scaled(base, STRONG))):
+        for name, added in strange_patients(scene):
+            yield f"{name} with {context}", without, added
+    one = scaled(base.of_patients(torch.tensor([0])), 30.0)
+    yield "opposite", one, replace(scaled(one, 30.0), target=1 - one.target)
+    for at, name in enumerate(scene.study.order):
+        if name in scene.held:
+            column = torch.zeros(len(scene.study.order), dtype=torch.bool, device=base.present.device)
+            column[at] = True
+            rare = replace(base, present=base.present & ~column)
+            only = base.of_patients(torch.tensor([3]))
+            yield f"only holder of {name}", rare, replace(only, present=column.expand(len(only), -1))
+
+
+def strange_patients(scene: Scene) -> Iterator[tuple[str, Batch]]:
+    """Patients who try what a clip may not withstand."""
+    one = scene.canaries((1,), seed=12)
+    many = scene.canaries((40,), seed=13)
+    yield "ordinary", one
+    for factor in (STRONG, 1e8, 1e30):
+        yield f"inputs x {factor:g}", scaled(one, factor)
+    for value in (math.nan, math.inf):
+        yield f"inputs of {value}", replace(one, inputs={name: rows * 0 + value for name, rows in one.inputs.items()})
+    yield "target of nan", replace(one, target=one.target * math.nan)
+    yield "no modality", replace(one, present=one.present & False)
+    yield "no label", replace(one, label_mask=one.label_mask & False)
+    yield "many records", many
+    yield "many records of full weight", replace(scaled(many, STRONG), weight=torch.ones_like(many.weight))
+    for name in scene.held:
+        for factor in (STRONG, 1e8):
+            yield f"cancelling {name} x {factor:g}", cancelling(scene, scaled(many, factor), name)
+
+
+def cancelling(scene: Scene, batch: Batch, name: str) -> Batch:
+    """Records of one patient whose gradients add up to almost nothing, when encoders are at zero.
+
+    Their inputs in one modality add up to zero, and nothing else tells them apart. A float32 norm of such a sum can
+    be far below what float32 arithmetic makes of the sum itself.
+    """
+    rows = batch.inputs[name]
+    inputs = {**batch.inputs, name: torch.cat([rows[:-1], -rows[:-1].sum(0, keepdim=True)])}
+    present = batch.present & False
+    present[:, scene.study.order.index(name)] = True
+    target, weight = batch.target[:1].expand_as(batch.target), torch.ones_like(batch.weight)
+    return replace(batch, inputs=inputs, target=target, present=present, weight=weight)
