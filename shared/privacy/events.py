@@ -7,11 +7,15 @@ adding or removing all records of one patient.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gapweave.shared.errors import GapweaveError
 
-Kind = Literal["dp_sgd", "noisy_count", "unnoised"]
+Kind = Literal["dp_sgd", "noisy_count", "unnoised", "count_table", "noisy_statistic", "noisy_max"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""All kinds that this version can account for."""
+PURE: frozenset[Kind] = frozenset({"noisy_count", "count_table", "noisy_max"})
+"""Kinds whose cost is a pure epsilon a step, 1 / noise_multiplier; sampling is not credited."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +24,17 @@ class PrivacyEvent:
 
     Attributes:
         kind: `dp_sgd`: `steps` Poisson-sampled Gaussian mechanisms; `noisy_count`: a count with discrete
-            Laplace noise; `unnoised`: a release without noise, whose epsilon is infinite.
+            Laplace noise; `unnoised`: a release without noise, whose epsilon is infinite; `count_table`: `steps`
+            tables of counts in each of which one patient changes one cell by 1, all cells with discrete Laplace
+            noise; `noisy_statistic`: `steps` vectors over all patients with Gaussian noise; `noisy_max`: `steps`
+            choices of the largest of several scores with Gumbel noise, where one patient moves all scores in one
+            direction and by at most 1.
         released: what left, in words ("update of round 3").
-        noise_multiplier: sd of the noise over `max_grad_norm` (dp_sgd), or the scale of the Laplace noise
-            (noisy_count); 0 for unnoised.
-        sample_rate: probability with which a patient enters a step; 1 for noisy_count.
+        noise_multiplier: sd of the noise over `max_grad_norm` (dp_sgd, noisy_statistic), or the scale of the
+            Laplace or Gumbel noise (noisy_count, count_table, noisy_max); 0 for unnoised.
+        sample_rate: probability with which a patient enters a step; 1 for all kinds but dp_sgd.
         steps: number of noised steps.
-        max_grad_norm: clipping bound; 1, the sensitivity of a count.
+        max_grad_norm: clipping bound, or the L2 sensitivity of a statistic; 1, the sensitivity of a count.
         n_hat: public number of training patients that denominators use; None before it is known.
         unit: what is protected.
         neighbours: the neighbouring relation.
@@ -53,7 +61,7 @@ class PrivacyEvent:
         Raises:
             GapweaveError: for an event of a kind, unit or relation that this version does not know.
         """
-        known = {"kind": ("dp_sgd", "noisy_count", "unnoised"), "unit": ("patient",), "neighbours": ("add_remove",)}
+        known = {"kind": KINDS, "unit": ("patient",), "neighbours": ("add_remove",)}
         strange = [f"{key} {content.get(key)!r}" for key, values in known.items() if content.get(key) not in values]
         if strange:
             raise GapweaveError(
