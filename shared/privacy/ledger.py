@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gapweave.shared.errors import RefusedError, UsageError
-from gapweave.shared.privacy.accountant import epsilon
+from gapweave.shared.privacy.accountant import epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PrivacyEvent
 
 LEDGER_FILE = "ledger.sqlite"
@@ -102,14 +102,20 @@ class LedgerView:
         """Epsilon of everything charged; infinite after a release without noise."""
         return epsilon(self.events(), self.delta)
 
+    def spent_renyi(self) -> float:
+        """The same by Renyi composition, at the order that the ledger's delta and its first cap fix."""
+        first = next(entry.body for entry in self.entries if entry.kind == "open")
+        return renyi_epsilon(self.events(), self.delta, renyi_order(self.delta, first["cap"]))
+
     def summary(self) -> dict[str, Any]:
         """What `gapweave privacy verify --json` prints."""
-        opening, spent = self.opening, self.spent()
+        opening, spent, renyi = self.opening, self.spent(), self.spent_renyi()
         return {
             "site": opening.get("site"),
             "cohort": opening.get("cohort"),
             "unit": opening.get("unit"),
             "epsilon": spent if math.isfinite(spent) else None,
+            "epsilon_filter": renyi if math.isfinite(renyi) else None,
             "delta": self.delta,
             "cap": opening.get("cap"),
             "releases": folded(self.events()),
