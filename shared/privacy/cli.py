@@ -1,4 +1,4 @@
-"""`gapweave privacy verify | report`: read a site's ledger, check it, and say what was spent."""
+"""`gapweave privacy plan | verify | report`: what a study would cost, and what a site's ledger says was spent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Report and verify what a site's ledger says was spent.",
+    help="Plan a study's privacy; report and verify what a site's ledger says was spent.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -21,6 +21,32 @@ PathArgument = Annotated[
 ]
 NOT_INTACT = 3
 """Exit code for a ledger that was changed."""
+
+
+@app.command()
+def plan(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")],
+    patients: Annotated[int, typer.Option("--patients", min=1, help="Training patients of a site.")],
+    epsilon: Annotated[float | None, typer.Option("--epsilon", help="Target in place of the study's.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Rounds in place of the study's.")] = None,
+    delta: Annotated[float | None, typer.Option("--delta", help="Delta in place of the study's.")] = None,
+    cap: Annotated[float | None, typer.Option("--cap", help="The site's cap (default: a site file's, 10).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Say what noise a study needs at a site, what it costs, and what other schedules would.
+
+    Example: gapweave privacy plan study.yaml --patients 1300 --epsilon 3
+    """
+    from gapweave.shared.config.study import load_study
+    from gapweave.shared.privacy.plan_report import DEFAULT_CAP, plan_lines, plan_report
+
+    given = {"privacy.epsilon": epsilon, "privacy.delta": delta, "training.rounds": rounds}
+    chosen = load_study(study, {key: value for key, value in given.items() if value is not None})
+    found = plan_report(chosen, patients, DEFAULT_CAP if cap is None else cap)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+        return
+    typer.echo("\n".join(plan_lines(found)))
 
 
 @app.command()

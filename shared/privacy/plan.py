@@ -12,6 +12,8 @@ from gapweave.shared.privacy.events import PrivacyEvent
 
 COUNT_SHARE = 0.05
 """Share of the target epsilon that the once-only noisy number of training patients may cost."""
+SMALLEST_NOISE = 0.3
+"""Noise multiplier below which less noise gains nothing."""
 LARGEST_NOISE = 1e4
 """Noise multiplier above which a target is called unreachable."""
 
@@ -109,17 +111,20 @@ def _calibrate(target: float, delta: float, rate: float, steps: int, preparation
         )
         return epsilon([*preparation, event], delta) - target
 
-    low, high = math.log(0.3), math.log(2.0)
+    high = math.log(2.0)
     while excess(high) > 0:
-        low, high = high, high + 1.5
+        high += 1.5
         if high > math.log(LARGEST_NOISE):
             raise UsageError(
                 f"epsilon {target:g} cannot be reached with {steps} steps at sampling rate {rate:.3g}",
                 where="study:privacy.epsilon",
                 remedy="Raise epsilon, or plan fewer rounds",
             )
-    if excess(low) <= 0:
-        return _round_up(math.exp(low))
+    low = high - 1.5
+    while excess(low) <= 0:
+        low, high = low - 1.5, low
+        if high <= math.log(SMALLEST_NOISE):
+            return SMALLEST_NOISE
     return _round_up(math.exp(brentq(excess, low, high, xtol=1e-3) + 1e-3))
 
 

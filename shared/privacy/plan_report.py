@@ -1,0 +1,190 @@
+"""What a plan costs, in numbers and in plain words, beside other plans of the same target."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gapweave.shared.config.site import Policy
+from gapweave.shared.config.study import Study
+from gapweave.shared.errors import UsageError
+from gapweave.shared.privacy.accountant import epsilon, renyi_epsilon, renyi_order
+from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.ledger import folded
+from gapweave.shared.privacy.plan import COUNT_SHARE, Plan, make_plan
+
+DEFAULT_CAP = float(Policy.model_fields["epsilon"].default)
+"""Cap of a site whose file sets none."""
+
+FEW_PATIENTS = 500
+"""Below it, sharing noised parameters did not pay in our trials."""
+FEW_AT_SMALL_EPSILON = 1300
+"""The same for an epsilon of at most `SMALL_EPSILON`."""
+SMALL_EPSILON = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """A plan, what a site's cap makes of it, and its alternatives.
+
+    Attributes:
+        study: what is planned.
+        plan: as a site with so many patients makes it.
+        cap: of the site.
+        epsilon_filter: the plan's epsilon by Renyi composition, at the order that delta and cap fix.
+        rounds_allowed: rounds that the cap has room for, on an empty ledger.
+        alternatives: plans of other schedules for the same target, with what differs.
+    """
+
+    study: Study
+    plan: Plan
+    cap: float
+    epsilon_filter: float
+    rounds_allowed: int
+    alternatives: tuple[tuple[str, Plan], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `gapweave privacy plan --json` prints it."""
+        return {
+            "study": self.study.name,
+            "patients": self.plan.n_hat,
+            **_figures(self.plan),
+            "delta": self.plan.delta,
+            "cap": self.cap,
+            "epsilon_filter": self.epsilon_filter,
+            "rounds_allowed": self.rounds_allowed,
+            "releases": folded(schedule(self.plan)),
+            "warnings": list(self.warnings()),
+            "alternatives": [{"change": change, **_figures(plan)} for change, plan in self.alternatives],
+        }
+
+    def warnings(self) -> Iterator[str]:
+        """What a person should know before choosing this plan."""
+        if self.rounds_allowed < self.plan.rounds:
+            yield (
+                f"A cap of {self.cap:g} has room for {self.rounds_allowed} of the {self.plan.rounds} rounds: "
+                "the site leaves the study after them."
+            )
+        few = self.plan.n_hat < FEW_PATIENTS
+        if few or (self.plan.n_hat <= FEW_AT_SMALL_EPSILON and self.study.privacy.epsilon <= SMALL_EPSILON):
+            bound = f"{FEW_PATIENTS} patients" if few else f"{FEW_AT_SMALL_EPSILON} patients at epsilon 1"
+            yield (
+                f"With fewer than about {bound} a site, sharing parameters with noise of each site's own does not "
+                "pay: expect a model no better than the site's own. Consider a public score with a local model."
+            )
+
+
+def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP) -> PlanReport:
+    """Plan a study as a site does that declares its number of patients.
+
+    Args:
+        study: target and schedule.
+        patients: public number of training patients.
+        cap: of the site.
+
+    Raises:
+        UsageError: for a study without privacy, a cap of nothing, or a target that no noise reaches.
+    """
+    if cap <= 0:
+        raise UsageError(f"a cap of {cap:g} has room for nothing", where="--cap", remedy="Give a positive epsilon")
+    if not study.privacy.enabled:
+        raise UsageError(
+            "the study has no privacy to plan", where="study:privacy.enabled", remedy="Set privacy.enabled to true"
+        )
+    plan = _plan(study, patients)
+    others = tuple((change, _plan(other, patients)) for change, other in _others(study, patients))
+    return PlanReport(
+        study=study,
+        plan=plan,
+        cap=cap,
+        epsilon_filter=renyi_epsilon(schedule(plan), plan.delta, renyi_order(plan.delta, cap)),
+        rounds_allowed=_rounds_allowed(plan, cap),
+        alternatives=others,
+    )
+
+
+def _plan(study: Study, patients: int) -> Plan:
+    return make_plan(study, patients, study.privacy.delta)
+
+
+def schedule(plan: Plan) -> list[PrivacyEvent]:
+    """The events that a site reserves for a plan."""
+    rounds = [plan.event(f"update of round {number}") for number in range(1, plan.rounds + 1)]
+    return [*rounds, plan.event("fine-tuning", plan.finetune_steps)] if plan.finetune_steps else rounds
+
+
+def _rounds_allowed(plan: Plan, cap: float) -> int:
+    """The longest prefix of the rounds that a cap has room for."""
+    events = schedule(plan)
+    low, high, middle = 0, len(events), len(events)
+    while low < high:
+        low, high = (middle, high) if epsilon(events[:middle], plan.delta) <= cap else (low, middle - 1)
+        middle = (low + high + 1) // 2
+    return min(low, plan.rounds)
+
+
+def _others(study: Study, patients: int) -> Iterator[tuple[str, Study]]:
+    """Schedules with less noise a step, or with fewer steps to add noise in."""
+    rounds, batch = study.training.rounds, study.training.batch
+    if rounds > 1:
+        yield "half the rounds", _changed(study, rounds=rounds // 2)
+    if 2 * batch < patients:
+        yield "twice the batch", _changed(study, batch=2 * batch)
+    if batch < patients:
+        yield "full batch", _changed(study, batch=patients)
+
+
+def _changed(study: Study, **training: int) -> Study:
+    return study.model_copy(update={"training": study.training.model_copy(update=training)})
+
+
+def noise(plan: Plan) -> float:
+    """The noise's sd in each coordinate of a step's mean gradient, sigma C / (q n_hat)."""
+    return plan.noise_multiplier * plan.max_grad_norm / (plan.sample_rate * plan.n_hat)
+
+
+def _figures(plan: Plan) -> dict[str, Any]:
+    return {
+        "sigma": plan.noise_multiplier,
+        "rounds": plan.rounds,
+        "steps": plan.rounds * plan.steps + plan.finetune_steps,
+        "batch": plan.sample_rate * plan.n_hat,
+        "sample_rate": plan.sample_rate,
+        "noise": noise(plan),
+        "epsilon": plan.epsilon,
+    }
+
+
+def plan_lines(report: PlanReport) -> list[str]:
+    """The report as text of at most 80 columns."""
+    plan, study = report.plan, report.study
+    figures = _figures(plan)
+    share = figures["epsilon"] / report.cap
+    mean = noise(plan) / plan.max_grad_norm
+    return [
+        f"{study.name}: {plan.n_hat} patients, target epsilon {study.privacy.epsilon:g} at delta {plan.delta:g}",
+        "",
+        f"  sigma          {plan.noise_multiplier:.4g}  (sd of the noise over the clipping bound)",
+        f"  steps          {figures['steps']}  ({plan.rounds} rounds of {plan.steps}"
+        + (f", fine-tuning {plan.finetune_steps})" if plan.finetune_steps else ")"),
+        f"  sampling rate  {plan.sample_rate:.4g}  ({figures['batch']:.4g} patients expected in a step)",
+        f"  epsilon        {figures['epsilon']:.2f}  ({share:.0%} of a cap of {report.cap:g})",
+        f"  Renyi epsilon  {report.epsilon_filter:.2f}  ({report.cap - report.epsilon_filter:.2f} left of the cap)",
+        "",
+        f"Each coordinate of a step's mean gradient, whose norm is at most {plan.max_grad_norm:g},",
+        f"gets noise of sd {noise(plan):.3g}: {mean:.2%} of the largest signal, in every coordinate.",
+        f"A site that does not declare its number of patients spends {COUNT_SHARE:.0%} of epsilon on it.",
+        "",
+        f"{'':<16}{'rounds':>7}{'batch':>8}{'sigma':>9}{'steps':>7}{'noise sd':>11}{'epsilon':>9}",
+        *(_row(change, _figures(other)) for change, other in [("this plan", plan), *report.alternatives]),
+        *(line for warning in report.warnings() for line in ("", *textwrap.wrap(f"Warning: {warning}", 80))),
+    ]
+
+
+def _row(change: str, figures: dict[str, Any]) -> str:
+    return (
+        f"{change:<16}{figures['rounds']:>7}{figures['batch']:>8.4g}{figures['sigma']:>9.4g}{figures['steps']:>7}"
+        f"{figures['noise']:>11.3g}{figures['epsilon']:>9.2f}"
+    )
