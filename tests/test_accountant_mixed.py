@@ -58,6 +58,15 @@ def test_small_deltas_too(delta: float) -> None:
     assert epsilon(events, delta) == pytest.approx(by_dp_accounting(events, delta, FINE, pessimistic=True), abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps"), [(0.5, 0.001, 2000), (0.3, 0.1, 150), (1.0, 0.01, 10_000), (50.0, 0.001, 10_000)]
+)
+def test_rare_large_losses_and_many_tiny_ones(sigma: float, rate: float, steps: int) -> None:
+    """Regression: the window of a sum with a heavy tail once held the whole support, and all memory."""
+    events = [event("dp_sgd", sigma, rate, steps)]
+    assert epsilon(events, DELTA) == pytest.approx(by_dp_accounting(events, DELTA, FINE, pessimistic=True), abs=0.01)
+
+
 GOLDEN = [
     ([("noisy_max", 2.0, 1.0, 1)], 1e-12, 0.5),
     ([("count_table", 10.0, 1.0, 1)], 1e-12, 0.1),

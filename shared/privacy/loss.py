@@ -184,22 +184,29 @@ def _power(values: NDArray[np.complex128], exponent: int) -> NDArray[np.complex1
 
 
 def _window(parts: Sequence[tuple[LossDistribution, int]]) -> tuple[int, int]:
-    """Indices between which all but `TAIL` of the sum lies, by Chernoff bounds of a few orders."""
+    """Indices between which all but `TAIL` of the sum lies, by Chernoff bounds."""
     interval = parts[0][0].interval
     low = sum(part.start * count for part, count in parts)
     high = low + sum((len(part.masses) - 1) * count for part, count in parts)
     spread = math.sqrt(max(sum(count * _variance(part) for part, count in parts), interval**2))
-    # The best order of a Gaussian sum, and others around it for sums with one heavy tail.
     best = math.sqrt(2 * math.log(2 / TAIL)) / spread
-    for factor in (0.3, 0.55, 1.0):
-        for order in (factor * best, -factor * best):
-            total = sum(count * _log_moment(part, order) for part, count in parts)
-            bound = (total + math.log(2 / TAIL)) / order / interval
-            if order > 0:
-                high = min(high, math.ceil(bound))
-            else:
-                low = max(low, math.floor(bound))
-    return low, high
+    low = max(low, math.floor(_chernoff(parts, -best) / interval))
+    return low, min(high, math.ceil(_chernoff(parts, best) / interval))
+
+
+def _chernoff(parts: Sequence[tuple[LossDistribution, int]], order: float) -> float:
+    """A loss beyond which half of `TAIL` lies: above for a positive order, below for a negative one.
+
+    The given order is the best one for a Gaussian sum; a sum with a heavy tail has a smaller one, which is searched
+    for as long as the bound gets tighter.
+    """
+    found = math.inf
+    while True:
+        total = sum(count * _log_moment(part, order) for part, count in parts)
+        distance = (total + math.log(2 / TAIL)) / abs(order)
+        if distance >= found:
+            return found if order > 0 else -found
+        found, order = distance, 0.6 * order
 
 
 def _variance(part: LossDistribution) -> float:
