@@ -82,6 +82,12 @@ def test_alternatives_that_change_nothing_are_left_out(study: Path) -> None:
     ]
 
 
+def test_alternatives_that_cannot_reach_the_target_are_left_out(study: Path) -> None:
+    found = planned(study, "--patients", 640, "--epsilon", 0.005)
+    assert found["epsilon"] <= 0.005
+    assert [other["change"] for other in found["alternatives"]] == ["half the rounds"]
+
+
 @pytest.mark.parametrize(
     ("patients", "target", "warned"), [(499, 8, True), (500, 8, False), (1300, 1, True), (1301, 1, False)]
 )
@@ -107,7 +113,7 @@ def test_the_text_says_the_same_in_eighty_columns(study: Path) -> None:
     assert max(map(len, out.splitlines())) <= 80
     for text in (
         f"sigma          {figures.plan.noise_multiplier:.4g} ",
-        f"({figures.plan.epsilon / 9:.0%} of a cap of 9)",
+        f"({figures.plan.epsilon / 9:.1%} of a cap of 9)",
         f"noise of sd {noise(figures.plan):.3g}",
         f"({9 - figures.epsilon_filter:.2f} left of the cap)",
         "full batch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +68,12 @@ class PlanReport:
                 f"A cap of {self.cap:g} has room for {self.rounds_allowed} of the {self.plan.rounds} rounds: "
                 "the site leaves the study after them."
             )
-        few = self.plan.n_hat < FEW_PATIENTS
-        if few or (self.plan.n_hat <= FEW_AT_SMALL_EPSILON and self.study.privacy.epsilon <= SMALL_EPSILON):
-            bound = f"{FEW_PATIENTS} patients" if few else f"{FEW_AT_SMALL_EPSILON} patients at epsilon 1"
+        small = self.study.privacy.epsilon <= SMALL_EPSILON
+        if self.plan.n_hat < FEW_PATIENTS or (small and self.plan.n_hat <= FEW_AT_SMALL_EPSILON):
             yield (
-                f"With fewer than about {bound} a site, sharing parameters with noise of each site's own does not "
-                "pay: expect a model no better than the site's own. Consider a public score with a local model."
+                f"With fewer than about {FEW_PATIENTS} patients at a site, or {FEW_AT_SMALL_EPSILON} at epsilon "
+                f"{SMALL_EPSILON:g}, sharing parameters with noise of each site's own does not pay: expect a model no "
+                "better than the site's own. Consider a public score with a local model."
             )
 
 
@@ -94,14 +95,13 @@ def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP) -> PlanRe
             "the study has no privacy to plan", where="study:privacy.enabled", remedy="Set privacy.enabled to true"
         )
     plan = _plan(study, patients)
-    others = tuple((change, _plan(other, patients)) for change, other in _others(study, patients))
     return PlanReport(
         study=study,
         plan=plan,
         cap=cap,
         epsilon_filter=renyi_epsilon(schedule(plan), plan.delta, renyi_order(plan.delta, cap)),
         rounds_allowed=_rounds_allowed(plan, cap),
-        alternatives=others,
+        alternatives=tuple(_alternatives(study, patients)),
     )
 
 
@@ -123,6 +123,13 @@ def _rounds_allowed(plan: Plan, cap: float) -> int:
         low, high = (middle, high) if epsilon(events[:middle], plan.delta) <= cap else (low, middle - 1)
         middle = (low + high + 1) // 2
     return min(low, plan.rounds)
+
+
+def _alternatives(study: Study, patients: int) -> Iterator[tuple[str, Plan]]:
+    """Plans of other schedules, where the target can be reached at all."""
+    for change, other in _others(study, patients):
+        with suppress(UsageError):
+            yield change, _plan(other, patients)
 
 
 def _others(study: Study, patients: int) -> Iterator[tuple[str, Study]]:
@@ -170,7 +177,7 @@ def plan_lines(report: PlanReport) -> list[str]:
         f"  steps          {figures['steps']}  ({plan.rounds} rounds of {plan.steps}"
         + (f", fine-tuning {plan.finetune_steps})" if plan.finetune_steps else ")"),
         f"  sampling rate  {plan.sample_rate:.4g}  ({figures['batch']:.4g} patients expected in a step)",
-        f"  epsilon        {figures['epsilon']:.2f}  ({share:.0%} of a cap of {report.cap:g})",
+        f"  epsilon        {figures['epsilon']:.3g}  ({share:.1%} of a cap of {report.cap:g})",
         f"  Renyi epsilon  {report.epsilon_filter:.2f}  ({report.cap - report.epsilon_filter:.2f} left of the cap)",
         "",
         f"Each coordinate of a step's mean gradient, whose norm is at most {plan.max_grad_norm:g},",
@@ -186,5 +193,5 @@ def plan_lines(report: PlanReport) -> list[str]:
 def _row(change: str, figures: dict[str, Any]) -> str:
     return (
         f"{change:<16}{figures['rounds']:>7}{figures['batch']:>8.4g}{figures['sigma']:>9.4g}{figures['steps']:>7}"
-        f"{figures['noise']:>11.3g}{figures['epsilon']:>9.2f}"
+        f"{figures['noise']:>11.3g}{figures['epsilon']:>9.3g}"
     )
