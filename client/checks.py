@@ -103,7 +103,7 @@ class _Check:
 
     def _openable(self, source: Source, records: Records | None) -> str:
         if isinstance(source, ImageSource):
-            self.files.find(source.folder)
+            self.files.find_folder(source.folder)
             if records is not None:
                 records.table.column(source.column)
             return "the folder is there"

@@ -100,7 +100,12 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
     "records file is a folder": (
         part("records", file="images"),
         DataError,
-        "no reader for files of the type",
+        "images: this is a folder, not a file",
+    ),
+    "image folder is a file": (
+        source("cxr", folder="labs.csv", column="image"),
+        DataError,
+        "labs.csv: this is a file, not a folder",
     ),
     "unknown extension": (
         both(raw("a.xlsx", b""), part("records", file="a.xlsx")),
@@ -112,6 +117,24 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         DataError,
         "not UTF-8",
     ),
+    "UTF-16": (raw("records.csv", HEADER.decode().encode("utf-16")), DataError, "is not UTF-8 text. Save it as UTF-8"),
+    "UTF-32": (raw("records.csv", HEADER.decode().encode("utf-32")), DataError, "is not UTF-8 text. Save it as UTF-8"),
+    "UTF-16 without a mark": (raw("records.csv", HEADER.decode().encode("utf-16-le")), DataError, "not UTF-8 text"),
+    "no header": (
+        raw("records.csv", f"{SECRET}-1,{SECRET},2024-12-03 10:00,PNE\n{SECRET}-2,{SECRET},,PNE\n".encode()),
+        DataError,
+        "no column 'id'. It has 4 columns; has the file a header line?",
+    ),
+    "no header, near a name": (
+        raw("records.csv", f"idd,{SECRET}\n1,2\n".encode()),
+        DataError,
+        "has the file a header line?",
+    ),
+    "no header, a name by chance": (
+        raw("records.csv", f"patient,2024-12-03,{SECRET}\n1,2,3\n".encode()),
+        DataError,
+        "has the file a header line?",
+    ),
     "too many cells": (
         raw("records.csv", HEADER + f"{SECRET},a,1,,1,120,9,9\n".encode()),
         DataError,
@@ -122,7 +145,7 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
     "no Parquet": (
         both(raw("a.parquet", SECRET.encode()), part("records", file="a.parquet")),
         DataError,
-        "damaged",
+        "damaged or no parquet. Copy or export it again",
     ),
     "no gzip": (
         both(raw("a.csv.gz", SECRET.encode()), part("records", file="a.csv.gz")),
@@ -132,7 +155,7 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
     "cut gzip": (
         both(raw("a.csv.gz", gzip.compress(HEADER * 99)[:-20]), part("records", file="a.csv.gz")),
         DataError,
-        "damaged",
+        "the compressed file is damaged or incomplete. Copy it again",
     ),
     "cut Parquet": (
         both(
@@ -143,7 +166,8 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         DataError,
         "damaged",
     ),
-    "semicolons": (raw("records.csv", b"id;patient;y\n1;2;3\n"), DataError, "separate cells by commas"),
+    "semicolons": (raw("records.csv", b"id;patient;y\n1;2,5;3\n"), DataError, "separated by semicolons, not commas"),
+    "tabs": (raw("records.csv", b"id\tpatient\n1\t2\n"), DataError, "separated by tabs, not commas"),
     "no id column": (part("records", id="idd"), DataError, "no column 'idd'. Did you mean 'id'?"),
     "no patient column": (without("patient"), DataError, "no column 'patient'"),
     "no label column": (without("y"), DataError, "records.csv:y"),
@@ -309,6 +333,21 @@ def test_the_check_without_a_study_never_fails(tmp_path: Path, name: str) -> Non
     BAD[name][0](hospital)
     for finding in check_site(None, hospital.site, hospital.site_file):
         assert SECRET not in f"{finding.where} {finding.message} {finding.remedy}".replace(str(tmp_path), "")
+
+
+def test_a_long_name_is_not_shown(tmp_path: Path) -> None:
+    hospital = good(tmp_path)
+    (tmp_path / "records.csv").write_text(f"id,{SECRET * 20},sex\n1,2,3\n")
+    with pytest.raises(DataError, match=r"Its columns are: id, sex$"):
+        hospital.load(study(EVERYTHING))
+
+
+def test_where_was_looked_is_written_plainly(tmp_path: Path) -> None:
+    hospital = good(tmp_path)
+    hospital.update("records", file="../other/nothing.csv")
+    with pytest.raises(DataError) as caught:
+        hospital.load(study(EVERYTHING))
+    assert f"looked in {tmp_path.parent / 'other'}" in str(caught.value)
 
 
 def test_images_of_all_kinds_are_read(tmp_path: Path) -> None:

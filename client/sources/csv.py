@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import polars as pl
 
 from gapweave.client.sources import SOURCES
+from gapweave.shared.errors import DataError
+
+START = 1024
+"""Bytes of a file that are looked at for another encoding."""
 
 
 class Separated:
@@ -20,15 +25,44 @@ class Separated:
         self._separator = separator
 
     def names(self, path: Path) -> list[str]:
-        """See `TableFormat`."""
-        header = pl.read_csv(path, separator=self._separator, infer_schema=False, n_rows=0, glob=False)
-        return header.columns
+        """See `TableFormat`.
+
+        Raises:
+            DataError: for another encoding or separator. Neither is left to fail later: the message would show
+                the first line, which is a patient's where the header is missing.
+        """
+        _refuse_utf16(path)
+        header = pl.read_csv(path, separator=self._separator, infer_schema=False, n_rows=0, glob=False).columns
+        if len(header) == 1:
+            self._refuse_separators(path, header[0])
+        return header
+
+    def _refuse_separators(self, path: Path, line: str) -> None:
+        known = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+        for sign, name in known.items():
+            if sign in line:
+                raise DataError(
+                    f"the file has a single column: its cells are separated by {name}, not {known[self._separator]}",
+                    where=str(path),
+                    remedy="Separate cells by commas (.csv) or tabs (.tsv), and write decimals with a point",
+                )
 
     def read(self, path: Path, columns: list[str]) -> pl.DataFrame:
         """See `TableFormat`."""
         # All columns are parsed: with fewer, polars does not notice a row whose cells have shifted.
         frame = pl.read_csv(path, separator=self._separator, infer_schema=False, glob=False)
         return frame.select(columns)
+
+
+def _refuse_utf16(path: Path) -> None:
+    """Refuse text with two or four bytes a character: such a file has zero bytes, UTF-8 text has none."""
+    with path.open("rb") as file:
+        start = file.read(START)
+    if start.startswith(b"\x1f\x8b"):
+        with gzip.open(path) as packed:
+            start = packed.read(START)
+    if b"\0" in start or start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError("the file is not UTF-8 text", where=str(path), remedy="Save it as UTF-8")
 
 
 SOURCES.register("csv")(Separated(","))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import gzip
+import os
+import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +17,12 @@ from polars.exceptions import NoDataError, PolarsError
 
 from gapweave.client.sources import SOURCES
 from gapweave.shared.errors import DataError
+
+LONGEST_NAME = 40
+"""Longer column names are not shown: they may be a note in a file without a header."""
+
+_VALUE = re.compile(r"^[-+]?[\d.,]|\d{1,4}[-./]\d{1,2}[-./]\d{1,4}")
+"""What a number, a date or a code that starts with a digit looks like, and the name of a column seldom does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +53,23 @@ class Files:
         for candidate in candidates:
             if candidate.exists():
                 return candidate
-        folders = " and ".join(str(candidate.parent) for candidate in candidates)
+        folders = " and ".join(os.path.normpath(candidate.parent) for candidate in candidates)
         raise DataError(
             f"there is no {path}; looked in {folders}",
             where=str(self.site_file),
             remedy="Correct the path in the site file, or say with --data where the data sets are",
         )
+
+    def find_folder(self, path: str) -> Path:
+        """As `find`, for a folder.
+
+        Raises:
+            DataError: when there is none, or it is a file.
+        """
+        found = self.find(path)
+        if not found.is_dir():
+            raise DataError("this is a file, not a folder", where=str(found), remedy="Name the folder of the images")
+        return found
 
     def key(self, key: str) -> str:
         """A key of the site file, for messages."""
@@ -62,11 +83,13 @@ class Table:
     Attributes:
         path: the file.
         names: all columns that the file has.
+        wanted: those that were asked for.
         frame: those that were asked for and exist.
     """
 
     path: Path
     names: tuple[str, ...]
+    wanted: frozenset[str]
     frame: pl.DataFrame
 
     def where(self, column: str) -> str:
@@ -80,9 +103,7 @@ class Table:
             DataError: when the file lacks it, or it holds neither text, numbers nor times.
         """
         if name not in self.names:
-            raise DataError(
-                f"the file has no column {name!r}", where=self.where(name), remedy=_nearest(name, self.names)
-            )
+            raise DataError(f"the file has no column {name!r}", where=self.where(name), remedy=self._instead_of(name))
         series = self.frame[name]
         if series.dtype.is_nested() or series.dtype in (pl.Binary, pl.Object):
             raise DataError(
@@ -96,15 +117,22 @@ class Table:
         """The given rows (positions), in the given order."""
         return replace(self, frame=self.frame[rows])
 
+    def _instead_of(self, name: str) -> str:
+        """What to do about a column that is not there."""
+        if not _trusted(self.names, self.wanted):
+            count = "1 column" if len(self.names) == 1 else f"{len(self.names)} columns"
+            return f"It has {count}; has the file a header line?"
+        known = [one for one in self.names if one.strip() and len(one) <= LONGEST_NAME]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        if close:
+            return f"Did you mean {close[0]!r}?"
+        return f"Its columns are: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
 
-def _nearest(name: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {close[0]!r}?"
-    if len(known) == 1:
-        return "It has a single column: separate cells by commas (.csv) or tabs (.tsv)"
-    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-    return f"Its columns are: {shown}"
+
+def _trusted(names: Iterable[str], wanted: frozenset[str]) -> bool:
+    """Whether a file's first line is a header, so that showing it shows no patient's row."""
+    filled = [name.strip() for name in names if name.strip()]
+    return any(name in wanted for name in filled) and not any(_VALUE.search(name) for name in filled)
 
 
 def read_table(path: Path, wanted: Iterable[str]) -> Table:
@@ -114,8 +142,11 @@ def read_table(path: Path, wanted: Iterable[str]) -> Table:
     name all of them.
 
     Raises:
-        DataError: for an unknown extension, or a file that cannot be read.
+        DataError: for a folder, an unknown extension, or a file that cannot be read.
     """
+    if path.is_dir():
+        raise DataError("this is a folder, not a file", where=str(path), remedy="Name a file in it")
+    asked = frozenset(wanted)
     suffixes = [suffix.lower().lstrip(".") for suffix in path.suffixes]
     extension = next((suffix for suffix in reversed(suffixes) if suffix != "gz"), "")
     if extension not in set(SOURCES):
@@ -127,10 +158,10 @@ def read_table(path: Path, wanted: Iterable[str]) -> Table:
     source = SOURCES[extension]
     try:
         names = tuple(source.names(path))
-        frame = source.read(path, [name for name in names if name in set(wanted)])
+        frame = source.read(path, list(dict.fromkeys(name for name in names if name in asked)))
     except (PolarsError, OSError, EOFError, ValueError) as error:
         raise _unreadable(path, error) from None
-    return Table(path=path, names=names, frame=frame)
+    return Table(path=path, names=names, wanted=asked, frame=frame)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
@@ -140,10 +171,29 @@ def _unreadable(path: Path, error: Exception) -> DataError:
         return DataError("the file is not UTF-8 text", where=str(path), remedy="Save it as UTF-8")
     if isinstance(error, NoDataError):
         return DataError("the file is empty", where=str(path), remedy="Write a header line and one row a record")
-    if isinstance(error, PermissionError | IsADirectoryError):
-        return DataError("the file cannot be opened", where=str(path), remedy="Check that it is a readable file")
+    if isinstance(error, PermissionError):
+        return DataError("the file cannot be opened", where=str(path), remedy="Check that it may be read")
+    if _cut_gzip(path):
+        return DataError("the compressed file is damaged or incomplete", where=str(path), remedy="Copy it again")
+    if path.suffix.lower() not in (".csv", ".tsv", ".gz"):
+        kind = path.suffix.lower().lstrip(".")
+        return DataError(f"the file is damaged or no {kind}", where=str(path), remedy="Copy or export it again")
     return DataError(
         "the file is damaged or malformed",
         where=str(path),
         remedy="Check that every row has as many cells as the header, and that the file is complete",
     )
+
+
+def _cut_gzip(path: Path) -> bool:
+    """Whether a file is compressed and cannot be decompressed."""
+    try:
+        with path.open("rb") as file:
+            if file.read(2) != b"\x1f\x8b":
+                return False
+        with gzip.open(path) as packed:
+            while packed.read(1 << 20):
+                pass
+    except (OSError, EOFError, zlib.error):
+        return True
+    return False

@@ -25,10 +25,10 @@ def read(spec: ImageModality, source: ImageSource, reading: Reading) -> tuple[ND
         inputs [R, C, H, W] in [-1, 1], 0 where absent; present [R].
 
     Raises:
-        DataError: for files that are missing or cannot be decoded: how many, and the row of the first. File
-            names are not told: they often hold a patient's id.
+        DataError: for a folder that is none, and for files that are missing or cannot be decoded: how many, and
+            the row of the first. File names are not told: they often hold a patient's id.
     """
-    folder = reading.files.find(source.folder)
+    folder = reading.files.find_folder(source.folder)
     records = reading.records
     names = records.table.column(source.column).cast(str)
     present: NDArray[np.bool_] = ~missing(names).to_numpy()
