@@ -94,15 +94,20 @@ def _repeats(scene: Scene) -> list[str]:
         "a fork": _in_fork(scene, draws),
         "the fork's parent": _noise(scene, draws),
     }
-    faults = []
+    faults = [f"{name} has no noise" for name, vector in vectors.items() if not vector.any()]
+    if faults:
+        return faults
     for one, other in itertools.combinations(vectors, 2):
-        left, right = vectors[one], vectors[other]
-        if not abs(float(left @ right)) / math.sqrt(float(left @ left) * float(right @ right)) < CORRELATED:
+        if not abs(_correlation(vectors[one], vectors[other])) < CORRELATED:
             faults.append(f"the noise of {one} comes again in {other}")
     for name, vector in vectors.items():
-        if not abs(float(vector[1:] @ vector[:-1]) / float(vector @ vector)) < CORRELATED:
+        if not abs(_correlation(vector[1:], vector[:-1])) < CORRELATED:
             faults.append(f"neighbouring numbers of {name} are correlated")
     return faults
+
+
+def _correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
+    return float(left @ right) / math.sqrt(float(left @ left) * float(right @ right))
 
 
 def _noise(scene: Scene, draws: Draws) -> NDArray[np.float64]:

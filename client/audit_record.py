@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor
 
 from gapweave.client.audit_noise import ALPHA
@@ -39,8 +39,6 @@ from gapweave.shared.schema import Batch
 
 SAMPLES = 1500
 """Steps over which inclusion is counted."""
-FAR = 6.0
-"""Standard deviations that a sum of thousands of bounded terms leaves with probability below 1e-8."""
 REPLAY = 0.01
 """Share of one step's noise by which a recomputed parameter may differ: rounding is a 4000th, no noise is 1."""
 
@@ -229,14 +227,33 @@ def inclusion_faults(entered: NDArray[np.float64], rate: float) -> Iterator[str]
     one = rate * (1 - rate)
     if one == 0:
         return
-    spread = patients * one
-    fourth = spread * (1 + 3 * (patients - 2) * one)
-    ratio = float(np.square(entered.sum(1) - patients * rate).mean()) / spread
-    if not abs(ratio - 1) < FAR * np.sqrt((fourth / spread**2 - 1) / steps):
-        yield f"the variance of batch sizes is {ratio:.3g} of that of Poisson sampling"
-    product = float(((entered[1:] - rate) * (entered[:-1] - rate)).mean()) / one
-    if not abs(product) < FAR / np.sqrt((steps - 1) * patients):
-        yield "who enters a step depends on the step before"
+    low, high = size_spread(patients, rate, steps)
+    squares = float(np.square(entered.sum(1) - patients * rate).sum())
+    if not low <= squares <= high:
+        yield f"the variance of batch sizes is {squares / steps / patients / one:.3g} of that of Poisson sampling"
+    # Of disjoint pairs of steps, who entered both is a binomial count; odd and even pairs are one count each.
+    for first in (0, 1):
+        pairs = (steps - first) // 2
+        here, there = entered[first : first + 2 * pairs : 2], entered[first + 1 : first + 2 * pairs : 2]
+        low, high = stats.binom.ppf([ALPHA / 4, 1 - ALPHA / 4], pairs * patients, rate**2)
+        if not low <= float((here * there).sum()) <= high:
+            yield "who enters a step depends on the step before"
+            return
+
+
+def size_spread(patients: int, rate: float, steps: int) -> tuple[float, float]:
+    """Bounds that the summed squared deviations of batch sizes leave with probability below `ALPHA`.
+
+    Chernoff's bound with the exact law of one size: at small rates a normal approximation fails by far.
+    """
+    sizes = np.arange(patients + 1)
+    mass = stats.binom.logpmf(sizes, patients, rate)
+    squares = np.square(sizes - patients * rate)
+    tilts = np.logspace(-4, 1, 200) / (patients * rate * (1 - rate) + 1)
+    need = np.log(2 / ALPHA)
+    high = min((steps * special.logsumexp(mass + tilt * squares) + need) / tilt for tilt in tilts)
+    low = max((-steps * special.logsumexp(mass - tilt * squares) - need) / tilt for tilt in tilts)
+    return float(low), float(high)
 
 
 def _public_numbers(scene: Scene) -> Iterator[str]:
