@@ -161,12 +161,9 @@ class _Check:
 
     def _share(self, reading: Reading, present: NDArray[np.bool_]) -> None:
         count = int(present.sum())
-        message = f"{count} of {len(present)} records have it ({count / len(present):.0%})"
         if count:
+            message = f"{count} of {len(present)} records have it ({count / len(present):.0%})"
             self._add("modality", "ok", reading.key(), message)
-        else:
-            remedy = "Compare ids, times and columns with the file, or remove the modality"
-            self._add("modality", "warning", reading.key(), message, remedy)
 
     def _unused(self, study: Study) -> None:
         lacking = [name for name in study.order if not self.site.holds(name)]

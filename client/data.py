@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def no_modality(study: Study, files: Files) -> DataError:
 
 
 def read_modality(study: Study, site: Site, reading: Reading) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Read one modality that site and study have.
+    """Read one modality that site and study have; what is odd in it is noted in ``reading``.
 
     Returns:
         inputs [R, ...]; present [R].
@@ -187,15 +188,29 @@ def read_modality(study: Study, site: Site, reading: Reading) -> tuple[NDArray[n
         UsageError: when the site's entry does not fit the study's modality.
         DataError: for a problem in its files.
     """
+    inputs, present = _reader(study, site, reading)(reading)
+    if not present.any():
+        reading.warn(
+            "modality",
+            reading.key(),
+            f"none of the site's {len(present)} records has {reading.modality!r}, which the site file declares",
+            "Compare ids, times and columns with the file, or remove the modality",
+        )
+    return inputs, present
+
+
+def _reader(
+    study: Study, site: Site, reading: Reading
+) -> Callable[[Reading], tuple[NDArray[np.float32], NDArray[np.bool_]]]:
     spec, source = study.modalities[reading.modality], site.data.modalities[reading.modality]
     if isinstance(spec, TableModality) and isinstance(source, ColumnsSource):
-        return table.read(spec, source, reading)
+        return partial(table.read, spec, source)
     if isinstance(spec, SeriesModality) and isinstance(source, ColumnsSource):
-        return series.read(spec, source, reading)
+        return partial(series.read, spec, source)
     if isinstance(spec, TextModality) and isinstance(source, TextSource):
-        return text.read(spec, source, reading)
+        return partial(text.read, spec, source)
     if isinstance(spec, ImageModality) and isinstance(source, ImageSource):
-        return images.read(spec, source, reading)
+        return partial(images.read, spec, source)
     form = {"text": "file and a list of columns", "image": "folder and column"}
     raise UsageError(
         f"the study's {reading.modality!r} is of the kind {spec.kind}, the site's entry is not",

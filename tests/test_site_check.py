@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cohorts import LABS, VITALS, Hospital, study
+from cohorts import LABS, NOTE, VITALS, Hospital, study
 
 from gapweave.client.checks import Finding, as_json, check_site
 from gapweave.shared.config.study import Study
@@ -114,6 +114,61 @@ def test_text_in_numbers(hospital: Hospital) -> None:
     assert finding.message == "2 of 40 cells are not numbers and count as missing"
 
 
+def test_no_cell_is_a_number(hospital: Hospital) -> None:
+    hospital.labs(40, na=["", *["140,5"] * 39], sex=["m"] * 40)
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "sex"})
+    numbers, codes = by_id(check(hospital), "numbers"), by_id(check(hospital), "codes")
+    assert (numbers.status, codes.status) == ("problem", "problem")
+    assert numbers.message == "all 39 cells that are filled in are not numbers"
+    assert "no comma" in numbers.remedy
+
+
+def long_form(hospital: Hospital, **items: int) -> None:
+    """Rows of the values, so many records of each item."""
+    rows = [(f"r{row}", item) for item, count in items.items() for row in range(count)]
+    columns = {"id": [row[0] for row in rows], "item": [row[1] for row in rows], "value": ["3"] * len(rows)}
+    hospital.write("long.csv", columns)
+    hospital.add("labs", file="long.csv", item="item", value="value", columns={"sodium": "NA+", "glucose": "GLU"})
+
+
+def test_an_item_that_no_row_has_is_a_problem(hospital: Hospital) -> None:
+    """A mistyped code was believed to be a variable that was never measured."""
+    long_form(hospital, **{"NA+": 40, "GLUC": 40})
+    finding = by_id(check(hospital), "absent_item")
+    assert finding.status == "problem"
+    assert finding.message == "no row has item 'GLU'"
+    assert finding.where.endswith("site.yaml:data.labs.columns.glucose")
+    assert finding in hospital.findings(study({"labs": LABS}))
+
+
+def test_an_item_that_only_others_have_is_none(hospital: Hospital) -> None:
+    long_form(hospital, **{"NA+": 40, "GLU": 41})
+    hospital.records(40, id=[*[f"r{row}" for row in range(1, 40)], "r99"])
+    rows = {"id": ["r1", "other"], "item": ["NA+", "GLU"], "value": ["140", "5"]}
+    hospital.write("long.csv", rows)
+    assert "absent_item" not in {finding.id for finding in check(hospital)}
+
+
+def test_an_empty_column_is_a_warning(hospital: Hospital) -> None:
+    hospital.labs(40, sex=["", "NA"] * 20, note=[None] * 40, text=["cough"] * 40)
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "sex"})
+    hospital.add("note", file="labs.csv", columns=["note", "text"])
+    found = [one for one in check(hospital, study({"labs": LABS, "note": NOTE})) if one.id == "empty"]
+    assert [one.status for one in found] == ["warning", "warning"]
+    assert [one.where.rsplit(":", 1)[1] for one in found] == ["sex", "note"]
+    assert found[0].message == "'sex' is empty in all 40 rows of the site's records"
+
+
+def test_a_variable_that_hardly_any_record_has(hospital: Hospital) -> None:
+    hospital.labs(40, sex=[1, *[None] * 39])
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "sex"})
+    finding = by_id(check(hospital), "rare")
+    assert (finding.status, finding.message) == ("warning", "1 of 40 records with 'labs' have 'sex'")
+    hospital.labs(40, sex=[1, 0, *[None] * 38])
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "sex"})
+    assert "rare" not in {one.id for one in check(hospital)}
+
+
 def test_unlabelled_records(hospital: Hospital) -> None:
     hospital.records(40, y=[None, *[0, 1] * 19, 0])
     assert by_id(check(hospital), "unlabelled").message == "1 of 40 records have no label and are not trained on"
@@ -146,4 +201,5 @@ def test_a_modality_without_any_record_is_a_warning(hospital: Hospital) -> None:
     findings = check(hospital)
     assert by_id(findings, "ids").status == "warning"
     assert by_id(findings, "modality").status == "warning"
+    assert by_id(findings, "modality").message.startswith("none of the site's 40 records has 'labs'")
     assert by_id(findings, "classes").status == "problem"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,3 +26,8 @@ class Finding:
     where: str
     message: str
     remedy: str = ""
+
+
+def warnings_of(findings: Iterable[Finding]) -> list[Finding]:
+    """Those that a person should look at, problems first."""
+    return sorted((one for one in findings if one.status != "ok"), key=lambda one: one.status != "problem")

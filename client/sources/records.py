@@ -77,6 +77,10 @@ class Reading:
         """Note something that a person should look at, and that does not stop training."""
         self.findings.append(Finding(id=check, status="warning", where=where, message=message, remedy=remedy))
 
+    def problem(self, check: str, where: str, message: str, remedy: str) -> None:
+        """Note that the site file is very probably wrong; reading goes on: a few new patients may look like it."""
+        self.findings.append(Finding(id=check, status="problem", where=where, message=message, remedy=remedy))
+
 
 def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
     """Read the records file: filter its rows, check its ids, cap the records of a patient, group by patient.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapweave.client.sources.records import Reading
-from gapweave.client.sources.values import numeric, read_cells
+from gapweave.client.sources.values import note_presence, numeric, read_cells
 from gapweave.shared.config.site import ColumnsSource
 from gapweave.shared.config.study import SeriesModality
 from gapweave.shared.errors import UsageError
@@ -33,9 +33,11 @@ def read(
             remedy="Name the column with hours, or the timestamps and their `index`",
         )
     events = {}
-    for name, cells in read_cells(source, list(spec.columns), spec.hours, reading).items():
+    found = read_cells(source, list(spec.columns), spec.hours, reading)
+    for name, cells in found.items():
         value = numeric(cells, name, source.columns[name], spec.columns[name], reading)
         hour = cells.rows.hour
         assert hour is not None
         events[name] = features.Events(record=cells.rows.record, hour=hour, value=value)
+    note_presence(found, {name: np.isfinite(event.value) for name, event in events.items()}, reading)
     return features.encode(spec.columns, spec.hours, events, len(reading.records))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapweave.client.sources.records import Reading
-from gapweave.client.sources.values import Cells, Rows, categorical, numeric, read_cells
+from gapweave.client.sources.values import Cells, Rows, categorical, note_presence, numeric, read_cells
 from gapweave.shared.config.site import ColumnsSource
 from gapweave.shared.config.study import Categories, TableModality
 from gapweave.shared.features import table as features
@@ -30,15 +30,19 @@ def read(spec: TableModality, source: ColumnsSource, reading: Reading) -> tuple[
     cells = read_cells(source, list(spec.columns), spec.hours, reading)
     _note_repeats(cells, source, reading)
     records = len(reading.records)
-    values = {}
+    values: dict[str, NDArray[Any]] = {}
+    seen: dict[str, NDArray[np.bool_]] = {}
     for name, raw in cells.items():
         column, card = source.columns[name], spec.columns[name]
         if isinstance(card, Categories):
             codes = categorical(raw, column, card, reading)
-            values[name] = _one_each(codes, codes.astype(np.bool_), raw.rows, np.full(records, None, object))
+            seen[name] = codes.astype(np.bool_)
+            values[name] = _one_each(codes, seen[name], raw.rows, np.full(records, None, object))
         else:
             found = numeric(raw, name, column, card, reading)
-            values[name] = _one_each(found, np.isfinite(found), raw.rows, np.full(records, np.nan))
+            seen[name] = np.isfinite(found)
+            values[name] = _one_each(found, seen[name], raw.rows, np.full(records, np.nan))
+    note_presence(cells, seen, reading)
     return features.encode(spec.columns, values, records)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from gapweave.client.sources.cells import missing
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.values import read_rows
 from gapweave.shared.config.site import TextSource
@@ -27,6 +28,14 @@ def read(spec: TextModality, source: TextSource, reading: Reading) -> tuple[NDAr
     columns = [
         rows.table.column(name).cast(pl.String).fill_null("").alias(str(at)) for at, name in enumerate(source.columns)
     ]
+    for name in source.columns:
+        if len(rows.record) and missing(rows.table.column(name).cast(pl.String)).all():
+            reading.warn(
+                "empty",
+                rows.table.where(name),
+                f"the column is empty in all {len(rows.record)} rows of the site's records",
+                "Correct the column, or remove it if the site does not have it",
+            )
     joined = pl.DataFrame(columns).select(text=pl.concat_str(pl.all(), separator=" "))["text"]
     frame = pl.DataFrame({"record": rows.record, "text": joined})
     if rows.hour is not None:

@@ -23,6 +23,9 @@ from gapweave.shared.features.ranges import implausible
 SUSPICIOUS = 0.2
 """A larger share of a variable's values outside the public range looks like another unit."""
 
+RARE = 0.05
+"""A variable that a smaller share of the modality's records has is noted."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -138,7 +141,53 @@ def _long(source: ColumnsSource, item: str, value: str, hours: int | None, readi
         chosen = rows.only((items == category_code(column.column)).fill_null(False).to_numpy())
         where = f"{rows.table.where(value)}[{name}]"
         result[name] = Cells(where=where, rows=chosen, raw=chosen.table.column(value))
+    _note_absent([name for name, cells in result.items() if cells.raw.is_empty()], source, item, reading)
     return result
+
+
+def _note_absent(names: list[str], source: ColumnsSource, item: str, reading: Reading) -> None:
+    """Note the variables, of those without a row of the site's, whose item has no row of anybody's."""
+    if not names:
+        return
+    table = read_table(reading.files.find(source.file), [item])
+    known = set(code_text(table.column(item)).unique().to_list())
+    for name in names:
+        code = source.columns[name].column
+        if category_code(code) not in known:
+            reading.problem(
+                "absent_item",
+                reading.key(f".columns.{name}"),
+                f"no row has item {code!r}",
+                f"Write the item's code as the column {item!r} does, or remove the variable",
+            )
+
+
+def note_presence(cells: dict[str, Cells], seen: dict[str, NDArray[np.bool_]], reading: Reading) -> None:
+    """Note variables that no or hardly any record has.
+
+    Args:
+        cells: of each variable.
+        seen: which of its cells [E] hold a value.
+        reading: the modality.
+    """
+    having = {name: np.unique(cells[name].rows.record[seen[name]]) for name in cells}
+    anything = len(np.unique(np.concatenate(list(having.values()))))
+    for name, records in having.items():
+        filled = int((~missing(cells[name].raw.cast(pl.String))).sum())
+        if not filled and len(cells[name].raw):
+            reading.warn(
+                "empty",
+                cells[name].where,
+                f"{name!r} is empty in all {len(cells[name].raw)} rows of the site's records",
+                "Correct the column, or remove the variable if the site does not have it",
+            )
+        elif 0 < len(records) < RARE * anything:
+            reading.warn(
+                "rare",
+                cells[name].where,
+                f"{len(records)} of {anything} records with {reading.modality!r} have {name!r}",
+                "Check the column, the ids and the times if that is fewer than the hospital measures",
+            )
 
 
 def numeric(cells: Cells, name: str, column: ValueColumn, card: Range, reading: Reading) -> NDArray[np.float64]:
@@ -152,15 +201,18 @@ def numeric(cells: Cells, name: str, column: ValueColumn, card: Range, reading: 
     raw = _without_missing(cells.raw, column)
     local, unreadable = numbers(recode(code_text(raw), column.codes) if column.codes else raw)
     values = to_study_unit(local, column, card, reading.key(f".columns.{name}.unit"))
-    if unreadable:
-        reading.warn(
-            "numbers",
-            cells.where,
-            f"{unreadable} of {len(raw)} cells are not numbers and count as missing",
-            "Write plain numbers with a decimal point, or map codes by `codes`",
-        )
+    remedy = "Write plain numbers with a decimal point (no comma), or map codes by `codes`"
+    if unreadable and np.isnan(local).all():
+        reading.problem("numbers", cells.where, f"{_all(unreadable)} not numbers", remedy)
+    elif unreadable:
+        message = f"{unreadable} of {len(raw)} cells are not numbers and count as missing"
+        reading.warn("numbers", cells.where, message, remedy)
     _check_range(values, cells.where, card, reading)
     return values
+
+
+def _all(cells: int) -> str:
+    return f"all {cells} cells that are filled in are"
 
 
 def _without_missing(raw: pl.Series, column: ValueColumn) -> pl.Series:
@@ -187,12 +239,11 @@ def categorical(cells: Cells, column: ValueColumn, card: Categories, reading: Re
     codes = recode(code_text(_without_missing(cells.raw, column)), column.codes)
     known = codes.is_in(card.categories).fill_null(False)
     unknown = int((~known & ~missing(codes)).sum())
-    if unknown:
-        reading.warn(
-            "codes",
-            cells.where,
-            f"{unknown} of {len(codes)} cells hold a code that the study does not know, and count as missing",
-            f"Map them by `codes`; the study knows {', '.join(card.categories)}",
-        )
+    remedy = f"Map them by `codes`; the study knows {', '.join(card.categories)}"
+    if unknown and not known.any():
+        reading.problem("codes", cells.where, f"{_all(unknown)} codes that the study does not know", remedy)
+    elif unknown:
+        message = f"{unknown} of {len(codes)} cells hold a code that the study does not know, and count as missing"
+        reading.warn("codes", cells.where, message, remedy)
     result: NDArray[Any] = codes.set(~known, None).to_numpy(allow_copy=True).astype(object)
     return result
