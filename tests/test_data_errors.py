@@ -135,6 +135,8 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         DataError,
         "has the file a header line?",
     ),
+    "label twice": (raw("records.csv", b"id,patient,y,y\n1,2,1,0\n"), DataError, "the column 'y' occurs twice"),
+    "value three times": (raw("labs.csv", b"id,na,na,text,na\n1,2,1,0,7\n"), DataError, "'na' occurs 3 times"),
     "too many cells": (
         raw("records.csv", HEADER + f"{SECRET},a,1,,1,120,9,9\n".encode()),
         DataError,
@@ -333,6 +335,13 @@ def test_the_check_without_a_study_never_fails(tmp_path: Path, name: str) -> Non
     BAD[name][0](hospital)
     for finding in check_site(None, hospital.site, hospital.site_file):
         assert SECRET not in f"{finding.where} {finding.message} {finding.remedy}".replace(str(tmp_path), "")
+
+
+def test_a_column_that_nobody_needs_may_occur_twice(tmp_path: Path) -> None:
+    hospital = good(tmp_path)
+    rows = [f"{name},{at},x,y" for at, name in enumerate(ids(), 140)]
+    (tmp_path / "labs.csv").write_text("\n".join(["id,na,comment,comment", *rows]))
+    assert hospital.load(study({"labs": LABS})).batch.present.all()
 
 
 def test_a_long_name_is_not_shown(tmp_path: Path) -> None:

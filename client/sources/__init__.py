@@ -19,7 +19,7 @@ class TableFormat(Protocol):
     """A file format of tables. Either method may raise polars' errors or `OSError` for a damaged file."""
 
     def names(self, path: Path) -> list[str]:
-        """Names of all columns, in the file's order; the values are not read."""
+        """Names of all columns, in the file's order, one as often as it occurs; the values are not read."""
         ...
 
     def read(self, path: Path, columns: list[str]) -> pl.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import polars as pl
@@ -35,7 +36,7 @@ class Separated:
         header = pl.read_csv(path, separator=self._separator, infer_schema=False, n_rows=0, glob=False).columns
         if len(header) == 1:
             self._refuse_separators(path, header[0])
-        return header
+        return [_as_written(name, header) for name in header]
 
     def _refuse_separators(self, path: Path, line: str) -> None:
         known = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -52,6 +53,12 @@ class Separated:
         # All columns are parsed: with fewer, polars does not notice a row whose cells have shifted.
         frame = pl.read_csv(path, separator=self._separator, infer_schema=False, glob=False)
         return frame.select(columns)
+
+
+def _as_written(name: str, header: list[str]) -> str:
+    """The name in the file: polars gives a column's second occurrence one of its own."""
+    written = re.sub(r"_duplicated_\d+$", "", name)
+    return written if written in header else name
 
 
 def _refuse_utf16(path: Path) -> None:

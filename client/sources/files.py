@@ -100,10 +100,17 @@ class Table:
         """One column.
 
         Raises:
-            DataError: when the file lacks it, or it holds neither text, numbers nor times.
+            DataError: when the file lacks it or has it twice, or it holds neither text, numbers nor times.
         """
         if name not in self.names:
             raise DataError(f"the file has no column {name!r}", where=self.where(name), remedy=self._instead_of(name))
+        if self.names.count(name) > 1:
+            times = "twice" if self.names.count(name) == 2 else f"{self.names.count(name)} times"
+            raise DataError(
+                f"the column {name!r} occurs {times}",
+                where=self.where(name),
+                remedy="Rename or remove the ones that are not meant",
+            )
         series = self.frame[name]
         if series.dtype.is_nested() or series.dtype in (pl.Binary, pl.Object):
             raise DataError(
