@@ -245,6 +245,18 @@ def test_a_merge_key_is_no_key_given_twice(tmp_path: Path) -> None:
     assert read_yaml(file, "study")["other"] == {"low": 1, "high": 3}
 
 
+def test_only_true_and_false_are_booleans(tmp_path: Path) -> None:
+    """In YAML 1.1 `codes: {yes: 1, no: 0}` mapped the codes True and False, and no cell matched."""
+    file = tmp_path / "site.yaml"
+    file.write_text("codes: {yes: 1, no: 0}\ncolumn: NO\nflags: [on, Off, true, FALSE, y]\n", encoding="utf-8")
+    content = read_yaml(file, "site")
+    assert content["codes"] == {"yes": 1, "no": 0}
+    assert content["column"] == "NO"
+    assert content["flags"] == ["on", "Off", True, False, "y"]
+    file.write_text(yaml.safe_dump({**STUDY, "privacy": {"enabled": "no"}}).replace("'no'", "no"), encoding="utf-8")
+    assert load_study(file).privacy.enabled is False
+
+
 # What is the same study.
 
 
