@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +15,7 @@ from gapweave.client.data import label_where, no_modality, read_modality, read_s
 from gapweave.client.sources.files import Files, read_table
 from gapweave.client.sources.findings import Finding, Status
 from gapweave.client.sources.labels import Targets, check_classes, read_targets
+from gapweave.client.sources.oddities import declared, unused, without_label
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.shared.config.site import ColumnsSource, ImageSource, Site, Source
 from gapweave.shared.config.study import Study
@@ -124,7 +124,7 @@ class _Check:
             message = f"{int(held_out.sum())} of {len(held_out)} patients are held out"
             self._add("split", "ok", self.files.key("split"), message)
         present = self._modalities(study, records)
-        self._unused(study)
+        self.findings += unused(study, self.site, self.files)
         if targets is not None and held_out is not None and present is not None:
             usable = np.logical_and(targets.known.any(axis=1), present.any(axis=1))
             training = usable & ~held_out[records.patient]
@@ -132,11 +132,8 @@ class _Check:
 
     def _labels(self, study: Study, records: Records, targets: Targets) -> None:
         where, known = label_where(study, self.site, records), targets.known.any(axis=1)
-        missing = int((~known).sum())
         self._add("labels", "ok", where, f"{int(known.sum())} records have a label")
-        if missing:
-            message = f"{missing} of {len(records)} records have no label and are not trained on"
-            self._add("unlabelled", "warning", where, message, "Fill in the labels if they are known")
+        self.findings += without_label(targets, where)
 
     def _modalities(self, study: Study, records: Records) -> NDArray[np.bool_] | None:
         """Which record has which modality, [R, M]; None when one could not be read."""
@@ -165,15 +162,6 @@ class _Check:
             message = f"{count} of {len(present)} records have it ({count / len(present):.0%})"
             self._add("modality", "ok", reading.key(), message)
 
-    def _unused(self, study: Study) -> None:
-        lacking = [name for name in study.order if not self.site.holds(name)]
-        for name in self.site.data.modalities:
-            if name not in study.modalities:
-                close = difflib.get_close_matches(name, lacking, n=1)
-                remedy = f"Did you mean {close[0]!r}?" if close else ""
-                status: Status = "warning" if close else "ok"
-                self._add("unused", status, self.files.key(f"data.{name}"), "the study does not use it", remedy)
-
     def _cohort(self, study: Study, records: Records, targets: Targets, training: NDArray[np.bool_]) -> None:
         where = label_where(study, self.site, records)
         self._attempt("classes", lambda: check_classes(study.task, targets, training, where))
@@ -184,6 +172,7 @@ class _Check:
             self._add("cohort", "problem", key, message, "Lower the limit only if the hospital agrees")
         else:
             self._add("cohort", "ok", key, f"{patients} training patients")
+        self.findings += declared(self.site, patients, self.files)
 
 
 def _columns_of(source: Any, record_id: str) -> list[str]:

@@ -18,6 +18,7 @@ from gapweave.client.sources.cells import code_text, missing
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.labels import Targets, check_classes, read_targets, unlabelled
+from gapweave.client.sources.oddities import declared, unused, without_label
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.client.sources.split import test_patients
 from gapweave.shared.config.site import ColumnsSource, ImageSource, Site, TextSource
@@ -91,7 +92,8 @@ def load_cohort(
         data_dir: folder of data sets, searched first.
         labels: False for prediction: no label or split column is needed, every record counts, and nothing is
             hidden.
-        findings: oddities that do not stop training are appended here.
+        findings: what does not stop training is appended here, and is what `site check` says of it
+            (`findings.warnings_of`).
 
     Raises:
         DataError: for a problem in the site's data.
@@ -104,14 +106,18 @@ def load_cohort(
     targets = read_targets(study.task, site, files, records) if labels else unlabelled(study.task, len(records))
     held_out = split_patients(study, site, records, labels=labels)
     inputs, present = _read_modalities(study, site, files, records, findings)
+    findings += unused(study, site, files)
     if labels:
+        findings += without_label(targets, label_where(study, site, records))
         present = hide(present, study, site.name, records, targets)
     for name, rows in inputs.items():
         rows[~present[:, study.order.index(name)]] = 0
     usable = np.ones(len(records), np.bool_)
     if labels:
         usable = np.logical_and(targets.known.any(axis=1), present.any(axis=1))
-        check_classes(study.task, targets, usable & ~held_out[records.patient], label_where(study, site, records))
+        training = usable & ~held_out[records.patient]
+        check_classes(study.task, targets, training, label_where(study, site, records))
+        findings += declared(site, len(np.unique(records.patient[training])), files)
     return Cohort(
         site=site.name,
         batch=_batch(records, inputs, present, targets, usable),

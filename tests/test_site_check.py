@@ -11,6 +11,7 @@ import pytest
 from cohorts import LABS, NOTE, VITALS, Hospital, study
 
 from gapweave.client.checks import Finding, as_json, check_site
+from gapweave.client.sources.findings import warnings_of
 from gapweave.shared.config.study import Study
 
 
@@ -179,6 +180,35 @@ def test_too_few_patients(hospital: Hospital) -> None:
     finding = by_id(check(hospital), "cohort")
     assert finding.status == "problem"
     assert "fewer than policy.min_patients=39" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("public", "text"),
+    [(1000, "patients.declared=1000 is over 2 times the number"), (3, "patients.declared=3 is less than 1/2 of")],
+)
+def test_a_declared_number_that_is_far_off(hospital: Hospital, public: int, text: str) -> None:
+    hospital.update("patients", declared=public)
+    finding = by_id(check(hospital), "declared")
+    assert finding.status == "warning"
+    assert finding.message.startswith(text)
+    hospital.update("patients", declared=40)
+    assert "declared" not in {finding.id for finding in check(hospital)}
+
+
+def test_a_run_is_warned_as_the_check_is(hospital: Hospital) -> None:
+    """The loader was believed to say all; some warnings came from the check alone."""
+    hospital.records(40, y=[None, *[0, 1] * 19, 0], patient=["a"] * 10 + [f"p{row}" for row in range(30)])
+    hospital.labs(40, na=[3.2] * 9 + [999.0] + ["high"] + ["140"] * 29, sex=[None] * 40)
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "sex"})
+    hospital.add("vital", file="labs.csv", time="id", columns={"bp": "na"})
+    hospital.add("note", file="labs.csv", id="sex", columns=["id"])
+    hospital.update("patients", declared=1000)
+    of = study({"labs": LABS, "vitals": VITALS, "note": NOTE})
+    one, other = warnings_of(check(hospital, of)), warnings_of(hospital.findings(of))
+    assert {finding.id for finding in one} == {
+        *("record_cap", "unlabelled", "numbers", "unit", "empty", "ids", "modality", "unused", "declared")
+    }
+    assert set(one) == set(other)
 
 
 def test_record_cap(hospital: Hospital) -> None:

@@ -1,0 +1,52 @@
+"""What is odd about a site as a whole and does not stop training: noted by `site check` and by every run."""
+
+from __future__ import annotations
+
+import difflib
+
+from gapweave.client.sources.files import Files
+from gapweave.client.sources.findings import Finding
+from gapweave.client.sources.labels import Targets
+from gapweave.shared.config.site import Site
+from gapweave.shared.config.study import Study
+
+FAR = 2
+"""A declared number of patients that is off by a larger factor is noted."""
+
+
+def without_label(targets: Targets, where: str) -> list[Finding]:
+    """Records that are not trained on, because nobody knows their label."""
+    count = int((~targets.known.any(axis=1)).sum())
+    if not count:
+        return []
+    message = f"{count} of {len(targets.known)} records have no label and are not trained on"
+    return [_warning("unlabelled", where, message, "Fill in the labels if they are known")]
+
+
+def unused(study: Study, site: Site, files: Files) -> list[Finding]:
+    """Modalities of the site that the study does not use: a warning where the name looks mistyped, else ok."""
+    lacking = [name for name in study.order if not site.holds(name)]
+    found = []
+    for name in site.data.modalities:
+        if name not in study.modalities:
+            where, close = files.key(f"data.{name}"), difflib.get_close_matches(name, lacking, n=1)
+            if close:
+                found.append(_warning("unused", where, "the study does not use it", f"Did you mean {close[0]!r}?"))
+            else:
+                found.append(Finding(id="unused", status="ok", where=where, message="the study does not use it"))
+    return found
+
+
+def declared(site: Site, patients: int, files: Files) -> list[Finding]:
+    """A declared number of training patients that is far from the true one, which the message does not tell."""
+    public = site.patients.declared
+    if public is None or patients / FAR <= public <= patients * FAR:
+        return []
+    relation = f"over {FAR} times" if public > patients else f"less than 1/{FAR} of"
+    message = f"patients.declared={public} is {relation} the number of training patients"
+    remedy = "Declare their order of magnitude: sampling rate and noise follow from it"
+    return [_warning("declared", files.key("patients.declared"), message, remedy)]
+
+
+def _warning(check: str, where: str, message: str, remedy: str) -> Finding:
+    return Finding(id=check, status="warning", where=where, message=message, remedy=remedy)
