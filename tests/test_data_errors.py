@@ -283,6 +283,21 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         "none of the study's modalities",
     ),
     "other kind": (source("cxr", file="labs.csv", columns=["na"]), UsageError, "of the kind image"),
+    "label code mapped to nothing known": (
+        part("records", label={"y": {"column": "y", "codes": {"PNE": "pneumnia"}}}),
+        UsageError,
+        "label.y.codes.PNE: the code 'PNE' is mapped to 'pneumnia', which is none of the study's. Map it to one of 0, 1",
+    ),
+    "code mapped to nothing known": (
+        source("labs", file="labs.csv", columns={"sex": {"column": "na", "codes": {"f": "01x"}}}),
+        UsageError,
+        "data.labs.columns.sex.codes.f: the code 'f' is mapped to '01x'",
+    ),
+    "code mapped to no number": (
+        source("labs", file="labs.csv", columns={"sodium": {"column": "na", "codes": {"low": "few"}}}),
+        UsageError,
+        "mapped to 'few', which is no number. Map it to a number, or to '' for missing",
+    ),
     "label not mapped": (part("records", label={}), UsageError, "maps no column to the study's label 'y'"),
 }
 
@@ -349,6 +364,14 @@ def test_a_long_name_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / "records.csv").write_text(f"id,{SECRET * 20},sex\n1,2,3\n")
     with pytest.raises(DataError, match=r"Its columns are: id, sex$"):
         hospital.load(study(EVERYTHING))
+
+
+def test_the_nearest_class_is_named(tmp_path: Path) -> None:
+    hospital = good(tmp_path)
+    part("records", label={"y": {"column": "y", "codes": {"PNE": "pneumnia", "x": ""}}})(hospital)
+    task = {"kind": "multiclass", "label": "y", "classes": ["normal", "pneumonia"]}
+    with pytest.raises(UsageError, match="Did you mean 'pneumonia'"):
+        hospital.load(study({"labs": LABS}, task=task))
 
 
 def test_where_was_looked_is_written_plainly(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from gapweave.shared.config.study import category_code
+from gapweave.shared.errors import UsageError
 
 MISSING = ("", "na", "n/a", "#n/a", "nan", "null", "none", "?", ".")
 """Texts, in lower case, that stand for an empty cell."""
@@ -72,3 +75,38 @@ def numbers(series: pl.Series) -> tuple[NDArray[np.float64], int]:
         unreadable = int((values.is_null() & ~missing(text)).sum())
     result: NDArray[np.float64] = values.fill_null(float("nan")).to_numpy()
     return result, unreadable
+
+
+def refuse_codes(mapping: dict[str, str] | None, allowed: list[str] | None, where: str) -> None:
+    """Refuse a mapping of local codes to something that the study does not know.
+
+    Args:
+        mapping: local code -> the study's; one that stands for an empty cell is allowed.
+        allowed: the study's codes; None: numbers.
+        where: key of the mapping in the site file.
+
+    Raises:
+        UsageError: naming the key, and the nearest of the study's codes.
+    """
+    for local, code in (mapping or {}).items():
+        if code.strip().lower() in MISSING or (_is_number(code) if allowed is None else code in allowed):
+            continue
+        close = difflib.get_close_matches(code, allowed or [], n=1, cutoff=0.5)
+        raise UsageError(
+            f"the code {local!r} is mapped to {code!r}, which is "
+            + ("no number" if allowed is None else "none of the study's"),
+            where=f"{where}.{local}",
+            remedy=f"Did you mean {close[0]!r}?" if close else f"Map it to {_choice(allowed)}, or to '' for missing",
+        )
+
+
+def _choice(allowed: list[str] | None) -> str:
+    return "a number" if allowed is None else f"one of {', '.join(allowed)}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

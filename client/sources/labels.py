@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gapweave.client.sources.cells import code_text, missing, recode
+from gapweave.client.sources.cells import code_text, missing, recode, refuse_codes
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.records import Records
 from gapweave.shared.config.site import Site
@@ -38,7 +38,7 @@ def read_targets(task: Task, site: Site, files: Files, records: Records) -> Targ
     """Read the study's labels; an empty cell is an unknown label.
 
     Raises:
-        UsageError: when the site file maps no column to a label.
+        UsageError: when the site file maps no column to a label, or a code to none of the study's.
         DataError: for a missing column, or a value that is none of the study's codes.
     """
     allowed = task.class_names if task.kind == "multiclass" else ["0", "1"]
@@ -62,6 +62,7 @@ def _codes(label: str, allowed: list[str], site: Site, files: Files, records: Re
             where=files.key("data.records.label"),
             remedy=f"Add `{label}: <column>`",
         )
+    refuse_codes(column.codes, allowed, files.key(f"data.records.label.{label}.codes"))
     codes = recode(code_text(records.table.column(column.column)), column.codes)
     result = np.full(len(codes), -1, np.int64)
     for at, code in enumerate(allowed):

@@ -35,7 +35,7 @@ def read(spec: TableModality, source: ColumnsSource, reading: Reading) -> tuple[
     for name, raw in cells.items():
         column, card = source.columns[name], spec.columns[name]
         if isinstance(card, Categories):
-            codes = categorical(raw, column, card, reading)
+            codes = categorical(raw, name, column, card, reading)
             seen[name] = codes.astype(np.bool_)
             values[name] = _one_each(codes, seen[name], raw.rows, np.full(records, None, object))
         else:

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from gapweave.client.sources.cells import code_text, missing, numbers, recode
+from gapweave.client.sources.cells import code_text, missing, numbers, recode, refuse_codes
 from gapweave.client.sources.files import Table, read_table
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.times import hours_of
@@ -196,8 +196,9 @@ def numeric(cells: Cells, name: str, column: ValueColumn, card: Range, reading: 
     The cells that are not numbers, and the values outside the public range, are counted in the findings.
 
     Raises:
-        UsageError: for a unit that cannot be converted.
+        UsageError: for a unit that cannot be converted, or codes that are not mapped to numbers.
     """
+    refuse_codes(column.codes, None, reading.key(f".columns.{name}.codes"))
     raw = _without_missing(cells.raw, column)
     local, unreadable = numbers(recode(code_text(raw), column.codes) if column.codes else raw)
     values = to_study_unit(local, column, card, reading.key(f".columns.{name}.unit"))
@@ -234,8 +235,13 @@ def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: 
         reading.warn("range", where, f"{text} and are clipped", "Look at these rows; infinite ones count as missing")
 
 
-def categorical(cells: Cells, column: ValueColumn, card: Categories, reading: Reading) -> NDArray[Any]:
-    """Cells as the study's codes, None where missing; codes that the study lacks are counted."""
+def categorical(cells: Cells, name: str, column: ValueColumn, card: Categories, reading: Reading) -> NDArray[Any]:
+    """Cells as the study's codes, None where missing; codes that the study lacks are counted.
+
+    Raises:
+        UsageError: for codes that are mapped to a category that the study lacks.
+    """
+    refuse_codes(column.codes, card.categories, reading.key(f".columns.{name}.codes"))
     codes = recode(code_text(_without_missing(cells.raw, column)), column.codes)
     known = codes.is_in(card.categories).fill_null(False)
     unknown = int((~known & ~missing(codes)).sum())
