@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 app = ClientApp()
 
+details: dict[str, str] = {}
+"""The last error of each site of this process in full: for simulations, which may show everything; never sent."""
+
 FIXED_TEXTS: dict[type[Exception], str] = {
     BudgetExhausted: "the site's privacy budget does not allow it",
     RefusedError: "the site's policy does not allow it",
@@ -79,7 +82,9 @@ def _reply(message: Message, context: Context, work: Callable[[dict[str, Any], A
         answer, reply = work(header, arrays)
         return Message(pack({"status": "ok", **answer}, reply), reply_to=message)
     except Exception as error:
-        return Message(pack({**_status(error), "site": _name(context)}, {}), reply_to=message)
+        name = _name(context)
+        details[name] = str(error)
+        return Message(pack({**_status(error), "site": name}, {}), reply_to=message)
 
 
 def _status(error: Exception) -> dict[str, str]:
@@ -150,3 +155,4 @@ def _cached(file: Path, changed: int, state: Path, data: Path | None, simulation
 def forget() -> None:
     """Drop the participants of finished simulations."""
     _cached.cache_clear()
+    details.clear()

@@ -137,8 +137,11 @@ class Ledger:
         """Whether the cap leaves room for further events, beside what is spent and reserved by other runs."""
         if all(event.kind == "unnoised" for event in events):
             return True
-        total = [*self.view.events(), *self.view.outstanding(run), *events]
-        return bool(epsilon(total, self.view.delta) <= self.view.opening["cap"])
+        return self._with(events, run) <= float(self.view.opening["cap"])
+
+    def _with(self, events: Sequence[PrivacyEvent], run: str | None = None) -> float:
+        """Epsilon of what is spent, reserved by other runs, and asked."""
+        return epsilon([*self.view.events(), *self.view.outstanding(run), *events], self.view.delta)
 
     def reserve(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> int:
         """Set aside the longest prefix of a run's events that the cap allows.
@@ -159,10 +162,12 @@ class Ledger:
             low, high = (middle, high) if self.allows(events[:middle], run) else (low, middle - 1)
             middle = (low + high + 1) // 2
         if low == 0:
+            spent, asked, cap = self.view.spent(), self._with(events, run), self.view.opening["cap"]
             raise BudgetExhausted(
-                "the site's cap leaves no room for this study",
+                f"not one round fits: epsilon {spent:.2f} is spent, {asked:.2f} would be after the study, "
+                f"the cap is {cap:g}",
                 where=self._where,
-                remedy="Ask for less epsilon or fewer rounds; `gapweave privacy report` shows what was spent",
+                remedy="Lower the study's epsilon or its rounds, or raise policy.epsilon",
             )
         planned = [event.to_dict() for event in events[:low]]
         self._append("reserve", {"run": run, "study": study, "events": planned})

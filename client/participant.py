@@ -15,7 +15,8 @@ import torch
 
 from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.ledger import Ledger
-from gapweave.client.policy import check_policy, check_size
+from gapweave.client.policy import check_guarantee, check_policy, check_size
+from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, to_arrays, to_tensors
 from gapweave.client.training import Sgd, Step, build_engine, train
 from gapweave.shared.config import Site, Study
@@ -72,13 +73,16 @@ class Participant:
         self.study, self.site = study, site
         self._site_file, self.state, self._data_dir = site_file, state, data_dir
         self._simulation = simulation
+        self.findings: list[Finding] = []
         self.held = [name for name in study.order if site.holds(name)]
         self.device = _device(site.device)
 
     @cached_property
     def cohort(self) -> Cohort:
-        """The site's records."""
-        return load_cohort(self.study, self.site, site_file=self._site_file, data_dir=self._data_dir)
+        """The site's records; what is odd about them goes to `findings`."""
+        return load_cohort(
+            self.study, self.site, site_file=self._site_file, data_dir=self._data_dir, findings=self.findings
+        )
 
     @cached_property
     def training(self) -> Batch:
@@ -111,6 +115,7 @@ class Participant:
         check_policy(self.study, self.site, simulation=self._simulation)
         with Ledger(self.state, self.site) as ledger:
             by = "simulation" if self._simulation else "policy.studies"
+            check_guarantee(self.study, self.site, ledger.view)
             ledger.approve(self.study.sha256, self.study.name, by)
             plan = self._plan(ledger, run)
             reserved = ledger.reserve(run, self.study.sha256, self._schedule(plan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gapweave.shared.config import Site, Study
 from gapweave.shared.errors import RefusedError
+from gapweave.shared.privacy.ledger import LedgerView
 
 
 def check_policy(study: Study, site: Site, *, simulation: bool) -> None:
@@ -34,6 +35,23 @@ def check_policy(study: Study, site: Site, *, simulation: bool) -> None:
     if "update" not in policy.releases:
         raise RefusedError(
             "the site releases no model updates", where=f"{site.name}:policy.releases", remedy="Add `update`"
+        )
+
+
+def check_guarantee(study: Study, site: Site, ledger: LedgerView) -> None:
+    """Refuse to end the guarantee of a ledger that has noised releases, unless the hospital allows just that.
+
+    A simulation may train its own study without noise, but not on a ledger that other runs rely on.
+
+    Raises:
+        RefusedError: naming the way out.
+    """
+    noised = any(event.kind != "unnoised" for event in ledger.events())
+    if not study.privacy.enabled and noised and site.policy.unnoised != "allow":
+        raise RefusedError(
+            "training without noise would end the guarantee of a ledger with private releases",
+            where=f"{site.name}:policy.unnoised",
+            remedy="Use another --state, or a state folder of its own for tests",
         )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gapweave.client.data import Cohort, load_cohort
+from gapweave.client.sources.findings import Finding
 from gapweave.client.state import read_model
 from gapweave.shared.config import Site, Study
 from gapweave.shared.config.base import parse
@@ -129,8 +130,12 @@ def find_model(run: Path, site: str, name: str) -> Path:
     return found[-1]
 
 
-def predict_file(kept: SiteModel, site: Site, site_file: Path, data_dir: Path | None, out: Path) -> int:
+def predict_file(
+    kept: SiteModel, site: Site, site_file: Path, data_dir: Path | None, out: Path, findings: list[Finding]
+) -> int:
     """Write predictions.csv for all records of a site file; labels are not needed.
+
+    What is odd about the data, a wrong unit say, is appended to `findings`.
 
     Returns:
         The number of records.
@@ -143,7 +148,7 @@ def predict_file(kept: SiteModel, site: Site, site_file: Path, data_dir: Path | 
         raise UsageError("the output file exists", where=str(out), remedy="Give another --out")
     if not out.parent.is_dir():
         raise UsageError("there is no such folder", where=str(out.parent), remedy="Create it, or give another --out")
-    cohort = load_cohort(kept.study, site, site_file=site_file, data_dir=data_dir, labels=False)
+    cohort = load_cohort(kept.study, site, site_file=site_file, data_dir=data_dir, labels=False, findings=findings)
     held = torch.tensor([name in kept.card["modalities"] for name in kept.study.order])
     batch = cohort.batch
     usable = Batch(**{**batch.__dict__, "present": batch.present & held})

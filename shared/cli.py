@@ -7,9 +7,13 @@ import sys
 from typing import Any
 
 import typer
+import typer.core
 from typer.core import TyperGroup
 
 from gapweave.shared import __version__
+
+# With rich, typer escapes brackets in plain help and leaves stray backslashes there.
+typer.core.HAS_RICH = False
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("gapweave.sites.simulate.cli:simulate", "Run a study on one machine; without STUDY, the demo."),
@@ -138,6 +142,11 @@ def _run(arguments: list[str], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; `gapweave resume` continues a run", err=True)
         return INTERRUPTED
+    except OSError as error:
+        if debug or not error.filename:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}. Check the path and its permissions", err=True)
+        return 2
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help; older clicks have no such class

@@ -33,7 +33,9 @@ class RunDirectory:
         Raises:
             UsageError: when it exists and is not empty.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not path.is_dir():
+            raise UsageError("this is a file", where=str(path), remedy="Give a folder that does not exist yet")
+        if path.exists() and any(path.iterdir()):
             raise UsageError("the output folder exists", where=str(path), remedy="Give another --out, or resume it")
 
     @classmethod

@@ -126,7 +126,13 @@ def status(entry: DataSet, folder: Path) -> str:
     return "verified"
 
 
-app = typer.Typer(no_args_is_help=True, help="The data sets of the example studies.")
+app = typer.Typer(
+    help="The data sets of the example studies.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 _Data = Annotated[
     Path | None,

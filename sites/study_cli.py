@@ -25,7 +25,7 @@ modalities:
     kind: table
     columns:                               # public plausible ranges, the same at every site
       sodium: {low: 100, high: 180, center: 140, scale: 5, unit: mmol/L}
-      lactate: {low: 0.2, high: 30, center: 1.5, scale: 0.5, log: true, unit: mmol/L}
+      lactate: {low: 0.2, high: 30, center: 1.5, scale: 0.5, log: true, unit: mmol/L, molar_mass: 90.08}
       sex: {categories: [0, 1]}
   vitals:
     kind: series

@@ -91,7 +91,8 @@ class GruCell:
     @staticmethod
     def run(gates: Tensor, start: Tensor, key: Product) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """[R, T, 3H] input products to states [T + 1, R, H] and what the backward needs."""
-        size, saved = start.shape[1], []
+        size = start.shape[1]
+        saved: list[tuple[Tensor, ...]] = []
         states = start.new_empty(gates.shape[1] + 1, *start.shape)
         states[0] = start
         for at, step in enumerate(gates.transpose(0, 1).contiguous()):
@@ -132,7 +133,8 @@ class LstmCell:
     @staticmethod
     def run(gates: Tensor, start: Tensor, key: Product) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """[R, T, 4H] input products to states [T + 1, R, H] and what the backward needs."""
-        cell, saved = torch.zeros_like(start), []
+        cell = torch.zeros_like(start)
+        saved: list[tuple[Tensor, ...]] = []
         states = start.new_empty(gates.shape[1] + 1, *start.shape)
         states[0] = start
         for at, step in enumerate(gates.transpose(0, 1).contiguous()):

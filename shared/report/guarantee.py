@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gapweave.shared.report.wording import short
+from gapweave.shared.report.wording import rounded_up, short
 
 COVERED = (
     "Whoever sees everything that a site ever released learns almost the same whether any one patient's records were "
@@ -52,7 +52,7 @@ def meaning(epsilon: float | None) -> str:
         epsilon: to put a number on it; None for none.
     """
     if epsilon is None:
-        return COVERED.format(factor="")
+        return "Nothing: a release without noise protects no patient, and what was noised beside it cannot mend that."
     factor = math.exp(min(epsilon, 700.0))
     return COVERED.format(factor=f" ({factor:,.2g} here)" if factor < 10 or factor >= 1e6 else f" ({factor:,.0f} here)")
 
@@ -92,6 +92,6 @@ def guarantee_sentence(summary: Mapping[str, Any]) -> tuple[bool, str]:
         return False, "None at every site: at least one of the ledgers holds a release without noise."
     delta = max(ledger["delta"] for ledger in ledgers)
     return True, (
-        f"Each patient of each site is protected with epsilon at most {epsilon:.2f} (delta {short(delta)}), "
-        "over everything that the site's ledger records."
+        f"Each patient of each site is protected with epsilon at most {rounded_up(epsilon):.2f} "
+        f"(delta {short(delta)}), over everything that the site's ledger records."
     )

@@ -27,6 +27,15 @@ def short(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.4g}".replace("e-0", "e-")
 
 
+def rounded_up(epsilon: float) -> float:
+    """To two digits, never below: a budget may not look smaller than it is.
+
+    >>> rounded_up(7.9912), rounded_up(8.0)
+    (8.0, 8.0)
+    """
+    return math.ceil(epsilon * 100 - 1e-9) / 100
+
+
 def budget(value: float | None) -> str:
     """An epsilon that was spent; none means that something left without noise."""
     return "no guarantee" if value is None or math.isinf(value) else f"{value:.2f}"

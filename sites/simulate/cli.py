@@ -95,10 +95,10 @@ def _show(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from gapweave.sites.simulate.progress import result_table
+    from gapweave.sites.simulate.progress import result_tables
 
     console = Console()
-    console.print(result_table(summary))
+    console.print(*result_tables(summary), sep="\n")
     typer.echo(f"report: {directory / 'report.html'}")
 
 

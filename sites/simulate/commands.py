@@ -20,6 +20,7 @@ from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.baselines import BASELINES
 from gapweave.sites.simulate.progress import Bars
 from gapweave.sites.simulate.run import Setup, VirtualSite, find_sites, load_sites, simulate
+from gapweave.sites.simulate.summary import warnings_of
 from gapweave.sites.study_check import check_names
 
 
@@ -83,6 +84,8 @@ def start(
         check_names(study)
         out = (places.out or Path("runs") / f"{study.name}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
         RunDirectory.require_new(out)
+        if places.state is not None and places.state.exists() and not places.state.is_dir():
+            raise UsageError("this is a file", where=f"--state {places.state}", remedy="Give a folder")
         files = find_sites(file, places.sites)
         directory = RunDirectory(out)
         setup = Setup(
@@ -131,11 +134,21 @@ def _run(study: Study, setup: Setup, out: Path) -> tuple[dict[str, Any], Path]:
     try:
         with Bars(Console(stderr=True)) as bars:
             sites = load_sites(study, setup, bars.reading)
+            _warn(sites)
             directory = RunDirectory.create(out, study)
             setup.save(directory)
             return _finish(study, setup, directory, bars, sites)
     finally:
         client_app.forget()
+
+
+def _warn(sites: list[VirtualSite]) -> None:
+    """Say what `gapweave site check` would say, so that nobody trains on a wrong unit unawares."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for entry in sites:
+        for finding in warnings_of(entry.participant):
+            remedy = f". {finding.remedy}" if finding.remedy else ""
+            console.print(f"warning: {entry.site.name}: {finding.where}: {finding.message}{remedy}", markup=False)
 
 
 def _finish(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from gapweave.shared.report.wording import rounded_up
 
 
 class Bars:
@@ -66,32 +68,48 @@ class Bars:
         self._progress.update(self._sites, description=f"baseline {name}", total=None)
 
 
-def result_table(summary: dict[str, Any]) -> Table:
-    """Sites by row; AUROC of each model, and what was spent. It fits 80 columns with all baselines."""
+MODELS_BESIDE_SITES = 4
+"""More columns of models than this get a table of their own: 80 columns hold no more."""
+
+
+def result_tables(summary: dict[str, Any]) -> list[Table]:
+    """AUROC by site and model, and what each site is and spent."""
     baselines = summary["baselines"]
     fine_tuned = any(row["fine_tuned"] for row in summary["sites"].values())
     models = [*baselines, "federated", *(["fine-tuned"] if fine_tuned else [])]
-    table = Table(
-        title=f"{summary['study']}: AUROC on held-out patients ({summary['metrics_are']})",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    table.add_column("site", overflow="fold")
-    table.add_column("train/test\npatients", justify="right")
-    for name in models:
-        table.add_column(name.replace("_", "\n"), justify="right", style="bold" if name == "federated" else "")
-    table.add_column("epsilon\nspent/cap", justify="right")
-    table.add_column("status")
+    title = f"{summary['study']}: AUROC on held-out patients, {summary['metrics_are']}"
+    scores = _table(title, ["site", *models])
+    facts = _table("sites", ["site", *FACTS]) if len(models) > MODELS_BESIDE_SITES else None
+    if facts is None:
+        scores = _table(title, ["site", *models, *FACTS])
     for site, row in summary["sites"].items():
         found = [*(baselines[name]["sites"].get(site) for name in baselines), row["metrics"], row["fine_tuned"]]
         cells = [_auroc(metrics) for metrics in found[: len(models)]]
-        patients = row["patients"]
-        sizes = "-" if patients["train"] is None else f"{patients['train']}/{patients['test']}"
-        table.add_row(site, sizes, *cells, _spent(row["privacy"]), row["status"])
-    table.add_section()
+        scores.add_row(site, *cells, *([] if facts else _facts(row)))
+        if facts:
+            facts.add_row(site, *_facts(row))
+    scores.add_section()
     means = [*(baselines[name]["mean"] for name in baselines), summary["mean"]]
-    table.add_row("mean", "", *[_auroc(metrics) for metrics in means])
+    scores.add_row("mean", *[_auroc(metrics) for metrics in means])
+    return [scores, *([facts] if facts else [])]
+
+
+FACTS = ("patients train/test", "epsilon spent/cap", "status")
+
+
+def _facts(row: dict[str, Any]) -> list[str]:
+    patients = row["patients"]
+    sizes = "-" if patients["train"] is None else f"{patients['train']}/{patients['test']}"
+    reason = f": {row['reason']}" if row["reason"] else ""
+    return [sizes, _spent(row["privacy"]), f"{row['status']}{reason}"]
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in columns:
+        words = name.replace("_", "\n").replace(" ", "\n")
+        side: Literal["left", "right"] = "left" if name in ("site", "status") else "right"
+        table.add_column(words, justify=side, style="bold" if name == "federated" else "", overflow="fold")
     return table
 
 
@@ -103,5 +121,5 @@ def _auroc(metrics: dict[str, float | None] | None) -> str:
 def _spent(privacy: dict[str, Any] | None) -> str:
     if privacy is None:
         return "-"
-    spent = "no guarantee" if privacy["epsilon"] is None else f"{privacy['epsilon']:.2f}"
+    spent = "no guarantee" if privacy["epsilon"] is None else f"{rounded_up(privacy['epsilon']):.2f}"
     return f"{spent}/{privacy['cap']:g}"

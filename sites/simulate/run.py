@@ -16,7 +16,7 @@ from gapweave.client.participant import Participant
 from gapweave.server.model_card import save_model
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared.config import Site, Study, load_site
-from gapweave.shared.errors import DataError, TooFewSites, UsageError
+from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, UsageError
 from gapweave.shared.files import write_atomically
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.baselines import fit_baselines
@@ -163,6 +163,14 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
+def _in_full(error: GapweaveError) -> GapweaveError:
+    """The same error with what each site said to itself: a simulation may show it, a server never learns it."""
+    said = "; ".join(f"{site}: {text}" for site, text in sorted(client_app.details.items()))
+    if not said:
+        return error
+    return type(error)(error.what, where=error.where, remedy=said)
+
+
 def simulate(
     study: Study,
     setup: Setup,
@@ -191,7 +199,10 @@ def simulate(
     curve = Curve(study, usable, directory, observer)
     loop = RoundLoop(grid, study, directory, new_run_id(), curve, deadline_s=math.inf)
     curve.run = loop.state.run
-    loop.run()
+    try:
+        loop.run()
+    except (RefusedError, TooFewSites) as error:
+        raise _in_full(error) from None
     save_model(directory, study, loop.state.groups, loop.peers)
     baselines = fit_baselines(
         study, {name: site.cohort for name, site in usable.items()}, list(setup.baselines), observer.baseline

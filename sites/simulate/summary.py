@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gapweave.client import app as client_app
+from gapweave.client.participant import Participant
 from gapweave.client.predict import load_site_model
+from gapweave.client.sources.findings import Finding
 from gapweave.client.state import RunFolder
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared import __version__
@@ -86,8 +89,9 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
     cohort = participant.cohort
     return {
         "status": peer.status,
-        "reason": peer.reason,
+        "reason": client_app.details.get(name, peer.reason) if peer.status != "ok" else "",
         "modalities": participant.held,
+        "warnings": [f"{finding.where}: {finding.message}" for finding in warnings_of(participant)],
         "patients": {"train": cohort.training().patients, "test": cohort.testing().patients},
         "records": {"train": len(cohort.training()), "test": len(cohort.testing())},
         "rounds": peer.last_round,
@@ -102,12 +106,18 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
     }
 
 
+def warnings_of(participant: Participant) -> list[Finding]:
+    """What is odd about a site's data, past which training goes on."""
+    return [finding for finding in participant.findings if finding.status == "warning"]
+
+
 def _absent(held: list[str], status: str, reason: str) -> dict[str, Any]:
     nothing = dict.fromkeys(("metrics", "fine_tuned", "local_only", "privacy"))
     return {
         "status": status,
         "reason": reason,
         "modalities": held,
+        "warnings": [],
         "patients": {"train": None, "test": None},
         "records": {"train": None, "test": None},
         "rounds": 0,
