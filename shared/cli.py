@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("gapweave.client.cli:predict", "Predict with a site's finished model, without the server."),
     "study": ("gapweave.sites.study_cli:app", "Write (init) or check a study file."),
     "site": ("gapweave.client.cli:site", "Write (init) or check a hospital's site file and data."),
-    "privacy": ("gapweave.shared.privacy.cli:app", "Report and verify what a site's ledger says was spent."),
+    "privacy": ("gapweave.shared.privacy.cli:app", "Plan, audit, report and verify what a site spends."),
     "data": ("gapweave.sites.datasets:app", "List and fetch public data sets."),
 }
 """Command -> (module:attribute, one line of help)."""
@@ -65,8 +65,12 @@ class LazyGroup(TyperGroup):
         command = getattr(importlib.import_module(module), attribute)
         if not isinstance(command, typer.Typer):
             command = _single(cmd_name, command)
-        built = typer.main.get_command(command)
+        built: Any = typer.main.get_command(command)
         built.name = cmd_name
+        if cmd_name == "privacy":
+            # The audit runs the site's own step; the rest of the group needs the ledger only.
+            audit = importlib.import_module("gapweave.client.audit_cli").audit
+            built.add_command(typer.main.get_command(_single("audit", audit)), "audit")
         return built
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
