@@ -115,7 +115,7 @@ def test_eicu_loads_with_the_published_counts(real_data, name):
     stays, long, deaths = EICU[name]
     study, cohort, findings = load("eicu_demo", path, real_data)
     assert (len(cohort.record_ids), int(cohort.batch.target.sum())) == (stays, long)
-    assert {finding.id for finding in findings} <= {"range", "codes"}
+    assert {finding.id for finding in findings} <= {"range", "codes", "rare", "empty"}
     held = cohort.batch.present.any(dim=0)
     lacking = {study.order[at] for at in torch.nonzero(~held)[:, 0].tolist()}
     assert lacking == ({"ts_infusion"} if name in ("midwest_resp_noinf", "south_resp_noinf") else set())
