@@ -8,13 +8,9 @@ from typing import Annotated
 
 import typer
 
-site = typer.Typer(
-    help="Write or check a hospital's site file.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from gapweave.shared.commands import command_group
+
+site = command_group("Write or check a hospital's site file.")
 
 SiteArgument = Annotated[Path, typer.Argument(help="Site file.", metavar="SITE.yaml")]
 DataOption = Annotated[

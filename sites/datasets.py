@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from gapweave.shared.commands import command_group
 from gapweave.shared.errors import DataError, UsageError
 
 SUMS = "SHA256SUMS"
@@ -126,13 +127,7 @@ def status(entry: DataSet, folder: Path) -> str:
     return "verified"
 
 
-app = typer.Typer(
-    help="The data sets of the example studies.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = command_group("The data sets of the example studies.")
 
 _Data = Annotated[
     Path | None,

@@ -8,13 +8,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Write or check a study file.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from gapweave.shared.commands import command_group
+
+app = command_group("Write or check a study file.")
 
 TEMPLATE = """# What all sites agree on. Every key: docs/reference.md
 version: 1

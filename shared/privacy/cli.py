@@ -8,13 +8,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Plan a study's privacy; report and verify what a site's ledger says was spent.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from gapweave.shared.commands import command_group
+
+app = command_group("Plan a study's privacy; report and verify what a site's ledger says was spent.")
 
 PathArgument = Annotated[
     Path, typer.Argument(metavar="PATH", help="A site's state folder (in a simulation RUN/sites/NAME), or its ledger.")
