@@ -65,6 +65,11 @@ class Cohort:
         """Patients who are held out and have a usable record, renumbered."""
         return self.batch.of_patients((self._usable() & self.test).nonzero()[:, 0])
 
+    def testing_subgroups(self) -> dict[str, tuple[str | None, ...]]:
+        """Subgroups of the records of `testing`, in their order."""
+        rows = (self._usable() & self.test)[self.batch.patient].nonzero()[:, 0].tolist()
+        return {name: tuple(codes[row] for row in rows) for name, codes in self.subgroups.items()}
+
     def _usable(self) -> Tensor:
         usable = torch.zeros(self.batch.patients, dtype=torch.bool)
         usable[self.batch.patient[self.batch.weight > 0]] = True

@@ -140,6 +140,17 @@ def test_every_site_in_summary_json(counted: tuple[Path, dict[str, Any]]) -> Non
     assert summary["sites"]["cedar"]["modalities"] == ["note", "vitals"]
 
 
+def test_subgroups_share_out_the_test_records(counted: tuple[Path, dict[str, Any]]) -> None:
+    """Each held-out record is in one subgroup of its site, and the whole is not a copy of a part."""
+    _, summary = counted
+    for site in summary["sites"].values():
+        by_sex = site["subgroups"]["sex"]
+        assert len(by_sex) == 2
+        assert sum(part["records"] for part in by_sex.values()) == site["records"]["test"]
+        brier = sum(part["records"] * part["brier"] for part in by_sex.values()) / site["records"]["test"]
+        assert brier == pytest.approx(site["metrics"]["brier"])
+
+
 def test_the_baselines_in_summary_json(counted: tuple[Path, dict[str, Any]]) -> None:
     _, summary = counted
     assert set(summary["baselines"]) == {"local", "pooled", "lr_local", "lr_pooled", "gbm_local", "gbm_pooled"}

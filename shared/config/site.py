@@ -196,7 +196,9 @@ class Site(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name of the site")
     data: SiteData = Field(description="where the data lie")
     split: Split = Field(default_factory=Split, description="training and test patients")
-    subgroups: dict[str, str] = Field(default_factory=dict, description="subgroup -> records column, for reports")
+    subgroups: dict[str, str] = Field(
+        default_factory=dict, description="subgroup -> records column; a simulation's summary has metrics by each"
+    )
     cohort: str | None = Field(None, description="a label of the cohort")
     patients: Patients = Field(default_factory=Patients, description="public sizes")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from gapweave.client.data import Cohort
@@ -17,6 +18,22 @@ def evaluate(model: MultimodalModel, cohort: Cohort, study: Study) -> Metrics:
     test = cohort.testing()
     predictions = predict(model, test, study, cohort.training().prevalence())
     return metrics_of(predictions, test, study)
+
+
+def evaluate_subgroups(model: MultimodalModel, cohort: Cohort, study: Study) -> dict[str, dict[str, Metrics]]:
+    """Metrics by subgroup and its code, with the number of records; records of unknown code are left out."""
+    test = cohort.testing()
+    predictions = predict(model, test, study, cohort.training().prevalence())
+    target, known = test.target.double().numpy(), test.label_mask.numpy()
+    result: dict[str, dict[str, Metrics]] = {}
+    for name, codes in cohort.testing_subgroups().items():
+        of_record = np.array([code or "" for code in codes])
+        result[name] = {}
+        for code in sorted(set(of_record) - {""}):
+            rows = of_record == code
+            found = exact_metrics(predictions.probabilities[rows], target[rows], known[rows], study.task.kind)
+            result[name][str(code)] = {"records": float(rows.sum()), **found}
+    return result
 
 
 def metrics_of(predictions: Predictions, test: Batch, study: Study) -> Metrics:

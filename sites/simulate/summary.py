@@ -16,7 +16,7 @@ from gapweave.shared import __version__
 from gapweave.shared.config import Study
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
 from gapweave.sites.simulate.baselines import Predictor
-from gapweave.sites.simulate.evaluate import evaluate, mean_metrics, metrics_of
+from gapweave.sites.simulate.evaluate import evaluate, evaluate_subgroups, mean_metrics, metrics_of
 
 if TYPE_CHECKING:
     from gapweave.sites.simulate.run import VirtualSite
@@ -85,7 +85,8 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         return _absent(participant.held, "failed", str(entry.error.what))
     peer = loop.peers[name]
     folder = RunFolder(participant.state, loop.state.run).path
-    has_model = (folder / "model.safetensors").exists()
+    final, tuned = folder / "model.safetensors", folder / "finetuned.safetensors"
+    model = load_site_model(final).model if final.exists() else None
     cohort = participant.cohort
     return {
         "status": peer.status,
@@ -95,12 +96,9 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         "patients": {"train": cohort.training().patients, "test": cohort.testing().patients},
         "records": {"train": len(cohort.training()), "test": len(cohort.testing())},
         "rounds": peer.last_round,
-        "metrics": evaluate(load_site_model(folder / "model.safetensors").model, cohort, study) if has_model else None,
-        "fine_tuned": (
-            evaluate(load_site_model(folder / "finetuned.safetensors").model, cohort, study)
-            if (folder / "finetuned.safetensors").exists()
-            else None
-        ),
+        "metrics": evaluate(model, cohort, study) if model else None,
+        "subgroups": evaluate_subgroups(model, cohort, study) if model else None,
+        "fine_tuned": evaluate(load_site_model(tuned).model, cohort, study) if tuned.exists() else None,
         "local_only": scores.get("local", {}).get(name),
         "privacy": _privacy(participant.state),
     }
@@ -112,7 +110,7 @@ def warnings_of(participant: Participant) -> list[Finding]:
 
 
 def _absent(held: list[str], status: str, reason: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(("metrics", "fine_tuned", "local_only", "privacy"))
+    nothing = dict.fromkeys(("metrics", "subgroups", "fine_tuned", "local_only", "privacy"))
     return {
         "status": status,
         "reason": reason,
