@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 from gapweave.shared.config.overrides import ALIASES, METHODS
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study
+from gapweave.shared.registry import Registry
 
 HEAD = """# Reference: study and site files
 
@@ -38,8 +39,26 @@ def markdown() -> str:
             *_sections(Site, ""),
             "## Short names for `--set` and `--vary`\n",
             f"| short | path in the study file |\n|---|---|\n{aliases}\n{methods}\n",
+            "## Registered names\n",
+            "Those that are installed with Gapweave; the entry point group `gapweave.plugins` adds others.\n",
+            f"| key | names |\n|---|---|\n{_registered()}\n",
         ]
     )
+
+
+def _registered() -> str:
+    from gapweave.shared.encoders import ENCODERS
+    from gapweave.shared.fusion import FUSIONS
+    from gapweave.shared.imputers import IMPUTERS
+    from gapweave.shared.schemes import SCHEMES
+
+    registries: dict[str, Registry[Any]] = {
+        "modalities.<name>.encoder": ENCODERS,
+        "model.fusion": FUSIONS,
+        "model.imputer": IMPUTERS,
+        "scheme.name": SCHEMES,
+    }
+    return "\n".join(f"| `{key}` | {', '.join(f'`{name}`' for name in names)} |" for key, names in registries.items())
 
 
 def _sections(model: type[BaseModel], path: str) -> Iterator[str]:
