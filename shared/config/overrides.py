@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from gapweave.shared.config.base import unknown_key
+from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 
 ALIASES = {
@@ -66,13 +68,17 @@ def expand(key: str, value: Any) -> dict[str, Any]:
     """The dotted paths behind an alias or a method preset.
 
     Raises:
-        UsageError: for an unknown method.
+        UsageError: for an unknown method, or a key that no study has.
     """
     if key == "method":
         if not isinstance(value, str) or value not in METHODS:
             raise UsageError(f"no method is called {value!r}", where="--set", remedy=f"Known: {', '.join(METHODS)}")
         return METHODS[value]
-    return {ALIASES.get(key, key): value}
+    path = ALIASES.get(key, key)
+    known = [*ALIASES, "method", *Study.model_fields]
+    if path.split(".")[0] not in known:
+        raise UsageError(unknown_key(key, known), where="--set", remedy="See docs/reference.md")
+    return {path: value}
 
 
 def apply(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
