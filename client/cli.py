@@ -85,14 +85,13 @@ def predict(
     Example: gapweave predict runs/first --site sites/north.yaml --out predictions.csv
     """
     from gapweave.client.predict import find_model, load_site_model, predict_file
-    from gapweave.client.sources.findings import Finding
+    from gapweave.client.sources.findings import Finding, warnings_of
     from gapweave.shared.config import load_site
 
     hospital = load_site(site_file)
     kept = load_site_model(find_model(run, hospital.name, "finetuned" if fine_tuned else "model"))
     findings: list[Finding] = []
     records = predict_file(kept, hospital, site_file, data, out, findings)
-    for finding in findings:
-        if finding.status == "warning":
-            typer.echo(f"warning: {finding.where}: {finding.message}. {finding.remedy}".rstrip(" ."), err=True)
+    for finding in warnings_of(findings):
+        typer.echo(f"{finding.status}: {finding.where}: {finding.message}. {finding.remedy}".rstrip(" ."), err=True)
     typer.echo(f"{records} records: {out}")

@@ -106,14 +106,6 @@ class RunFolder:
         """
         write_atomically(self.path / f"{name}.safetensors", tensorfile.dump(to_arrays(groups), card))
 
-    def load_model(self, name: str) -> tuple[Groups, dict[str, Any]]:
-        """What `save_model` kept.
-
-        Raises:
-            GapweaveError: when the run did not end at this site.
-        """
-        return read_model(self.path / f"{name}.safetensors")
-
     def keep_study(self, canonical: str) -> None:
         """Remember the study that the handshake brought: later messages carry only its hash."""
         write_atomically(self.path / "study.json", canonical.encode())

@@ -18,7 +18,7 @@ from gapweave.client import app as client_app
 from gapweave.client import participant as participant_module
 from gapweave.client.app import FIXED_TEXTS
 from gapweave.client.participant import Participant
-from gapweave.client.state import RoundState, RunFolder
+from gapweave.client.state import RoundState, RunFolder, read_model
 from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
@@ -410,7 +410,7 @@ def test_the_last_message_keeps_the_whole_model_and_gives_back_the_rest(tmp_path
     state = train(site)
     final = {group: {name: value + 1 for name, value in part.items()} for group, part in groups_for(site).items()}
     site.finish(RUN, final)
-    kept, card = RunFolder(site.state, RUN).load_model("model")
+    kept, card = read_model(RunFolder(site.state, RUN).path / "model.safetensors")
     for group, part in {**state.private, **final}.items():
         for name, value in part.items():
             assert np.array_equal(kept[group][name].numpy(), value), f"{group} {name}"
@@ -444,8 +444,8 @@ def test_fine_tuning_is_charged_and_its_copy_stays(tmp_path: Path) -> None:
     site.finish(RUN, groups_for(site))
     charged = [event.released for event in read_ledger(site.state).events()]
     assert charged[-1] == "fine-tuning"
-    tuned, _ = RunFolder(site.state, RUN).load_model("finetuned")
-    model, _ = RunFolder(site.state, RUN).load_model("model")
+    tuned, _ = read_model(RunFolder(site.state, RUN).path / "finetuned.safetensors")
+    model, _ = read_model(RunFolder(site.state, RUN).path / "model.safetensors")
     assert not torch.equal(tuned["head/labs"]["weight"], model["head/labs"]["weight"])
     # A request that comes late is answered from what was kept; a new round starts from the server's groups.
     assert as_bytes(train(site, 1).reply) == as_bytes(before)

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -143,8 +143,3 @@ def explain(error: ValidationError, where: str) -> UsageError:
         text = f"{text}, found {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return UsageError(f"{text}{more}", where=f"{where}:{key}" if key else where, remedy="Correct that key")
-
-
-def literal_values(annotation: Any) -> list[str]:
-    """The values of a ``Literal`` type, for messages and the reference page."""
-    return [str(value) for value in get_args(annotation)]

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from gapweave.client import app as client_app
+from gapweave.client.sources.findings import warnings_of
 from gapweave.shared.config import Study, load_study
 from gapweave.shared.config.overrides import parse_assignment
 from gapweave.shared.errors import RefusedError, UsageError
@@ -20,7 +21,6 @@ from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.baselines import BASELINES
 from gapweave.sites.simulate.progress import Bars
 from gapweave.sites.simulate.run import Setup, VirtualSite, find_sites, load_sites, simulate
-from gapweave.sites.simulate.summary import warnings_of
 from gapweave.sites.study_check import check_names
 
 
@@ -146,9 +146,10 @@ def _warn(sites: list[VirtualSite]) -> None:
     """Say what `gapweave site check` would say, so that nobody trains on a wrong unit unawares."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for entry in sites:
-        for finding in warnings_of(entry.participant):
+        for finding in warnings_of(entry.participant.findings):
             remedy = f". {finding.remedy}" if finding.remedy else ""
-            console.print(f"warning: {entry.site.name}: {finding.where}: {finding.message}{remedy}", markup=False)
+            line = f"{finding.status}: {entry.site.name}: {finding.where}: {finding.message}{remedy}"
+            console.print(line, markup=False)
 
 
 def _finish(

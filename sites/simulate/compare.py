@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gapweave.client import app as client_app
 from gapweave.client.data import load_cohort
@@ -40,6 +39,7 @@ from gapweave.sites.simulate.compare_unit import (
     rows_of,
     run_unit,
 )
+from gapweave.sites.simulate.progress import progress_bars
 from gapweave.sites.simulate.run import Setup, find_sites, load_sites
 
 SPEC, HOSPITALS = "compare.json", "hospitals"
@@ -182,7 +182,7 @@ def run_units(plan: Plan, setup: Setup, out: Path) -> list[Failure]:
     units = plan.units
     left = [unit for unit in units if not (_folder(out, unit) / ROWS).exists()]
     names = {unit.name: unit_name(trial, unit) for trial in plan.trials for unit in trial.units}
-    with _progress() as bar:
+    with progress_bars(Console(stderr=True)) as bar:
         task = bar.add_task("", total=len(units), completed=len(units) - len(left))
         for unit in left:
             bar.update(task, description=names[unit.name])
@@ -198,20 +198,6 @@ def unit_name(trial: Trial, unit: Unit) -> str:
     """A unit, for people."""
     fold = "" if unit.fold is None else f" fold {unit.fold}"
     return f"{cell_name(trial.cell)} seed {unit.seed}{fold}"
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _folder(out: Path, unit: Unit) -> Path:

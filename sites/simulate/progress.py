@@ -12,6 +12,20 @@ from rich.table import Table
 from gapweave.shared.report.wording import rounded_up
 
 
+def progress_bars(console: Console) -> Progress:
+    """Bars with time passed and left; they go away at the end, and are not drawn where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
 class Bars:
     """A `Watcher` that draws progress bars; use it as a context manager.
 
@@ -20,16 +34,7 @@ class Bars:
     """
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._progress = progress_bars(console)
         self._reading = self._progress.add_task("reading sites", total=None)
         self._rounds = self._progress.add_task("rounds", total=None, visible=False)
         self._sites = self._progress.add_task("sites", total=None, visible=False)

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gapweave.client import app as client_app
-from gapweave.client.participant import Participant
 from gapweave.client.predict import load_site_model
-from gapweave.client.sources.findings import Finding
+from gapweave.client.sources.findings import warnings_of
 from gapweave.client.state import RunFolder
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared import __version__
@@ -92,7 +91,7 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         "status": peer.status,
         "reason": client_app.details.get(name, peer.reason) if peer.status != "ok" else "",
         "modalities": participant.held,
-        "warnings": [f"{finding.where}: {finding.message}" for finding in warnings_of(participant)],
+        "warnings": [f"{finding.where}: {finding.message}" for finding in warnings_of(participant.findings)],
         "patients": {"train": cohort.training().patients, "test": cohort.testing().patients},
         "records": {"train": len(cohort.training()), "test": len(cohort.testing())},
         "rounds": peer.last_round,
@@ -102,11 +101,6 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         "local_only": scores.get("local", {}).get(name),
         "privacy": _privacy(participant.state),
     }
-
-
-def warnings_of(participant: Participant) -> list[Finding]:
-    """What is odd about a site's data, past which training goes on."""
-    return [finding for finding in participant.findings if finding.status == "warning"]
 
 
 def _absent(held: list[str], status: str, reason: str) -> dict[str, Any]:
