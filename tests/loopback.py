@@ -62,8 +62,11 @@ class Hub:
         home.mkdir(parents=True)
         connection = {"address": f"127.0.0.1:{self.port}", "insecure": True}
         (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
+        # Coverage, as it starts in a process, takes modules out of sys.modules again; once Flower's loader was importing
+        # one of ours at that moment, and the ServerApp died of a KeyError.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
         self.environment = {
-            **os.environ,
+            **inherited,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
