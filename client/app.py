@@ -19,6 +19,7 @@ from gapweave.shared.config import load_site
 from gapweave.shared.config.base import parse
 from gapweave.shared.config.study import Study, study_from_json
 from gapweave.shared.errors import BudgetExhausted, DataError, GapweaveError, RefusedError
+from gapweave.shared.messages import Finish, Prepare, Train, read_request
 from gapweave.shared.tensorfile import Arrays
 from gapweave.shared.wire import ProtocolError, pack, request_hash, unpack
 
@@ -45,9 +46,13 @@ def prepare(message: Message, context: Context) -> Message:
     """The handshake: the study in, the site's capability out."""
 
     def work(header: dict[str, Any], arrays: Arrays) -> Answer:
-        study = study_from_json(header["study"])
-        RunFolder(_state(context.node_config), header["run"]).keep_study(study.canonical())
-        return asdict(participant(context.node_config, study).prepare(header["run"])), {}
+        asked = read_request(Prepare, header)
+        study = study_from_json(asked.study)
+        folder = RunFolder(_state(context.node_config), asked.run)
+        folder.check_study(study.canonical())
+        capability = participant(context.node_config, study).prepare(asked.run)
+        folder.keep_study(study.canonical())  # a run that was refused was never prepared
+        return asdict(capability), {}
 
     return _reply(message, context, work)
 
@@ -57,8 +62,9 @@ def train(message: Message, context: Context) -> Message:
     """One round: shared groups in, noised updates out."""
 
     def work(header: dict[str, Any], arrays: Arrays) -> Answer:
-        site = participant(context.node_config, _study(context, header))
-        state = site.train(header["run"], header["round"], request_hash(header, arrays), arrays)
+        asked = read_request(Train, header)
+        site = participant(context.node_config, _study(context, asked))
+        state = site.train(asked.run, asked.round, request_hash(header, arrays), arrays)
         return {"event": state.event}, state.reply
 
     return _reply(message, context, work)
@@ -69,7 +75,8 @@ def finish(message: Message, context: Context) -> Message:
     """The last message: the final shared groups in, only a status out."""
 
     def work(header: dict[str, Any], arrays: Arrays) -> Answer:
-        participant(context.node_config, _study(context, header)).finish(header["run"], arrays)
+        asked = read_request(Finish, header)
+        participant(context.node_config, _study(context, asked)).finish(asked.run, arrays)
         return {}, {}
 
     return _reply(message, context, work)
@@ -94,8 +101,8 @@ def _status(error: Exception) -> dict[str, str]:
     if isinstance(error, GapweaveError):
         log.info("%s: %s", type(error).__name__, error)
         status = "refused" if isinstance(error, RefusedError) else "failed"
-        text = next(FIXED_TEXTS[kind] for kind in type(error).__mro__ if kind in FIXED_TEXTS)
-        return {"status": status, "error": type(error).__name__, "text": text}
+        kind = next(kind for kind in type(error).__mro__ if kind in FIXED_TEXTS)
+        return {"status": status, "error": kind.__name__, "text": FIXED_TEXTS[kind]}
     # Whatever it was, its text may quote a record.
     reference = uuid.uuid4().hex[:12]
     log.error("internal error %s", reference, exc_info=error)
@@ -119,12 +126,15 @@ def _state(config: Mapping[str, Any]) -> Path:
     return file.parent / load_site(file).state
 
 
-def _study(context: Context, header: dict[str, Any]) -> Study:
-    """The study that the handshake of this run brought."""
-    content = RunFolder(_state(context.node_config), header["run"]).study()
+def _study(context: Context, asked: Train | Finish) -> Study:
+    """The study that the handshake of this run brought, which the request must name."""
+    content = RunFolder(_state(context.node_config), asked.run).study()
     if content is None:
         raise RefusedError("this run was never prepared", remedy="Start with the handshake")
-    return parse(Study, content, "study")
+    study = parse(Study, content, "study")
+    if asked.study != study.sha256:
+        raise RefusedError("the request names another study than the handshake", remedy="Start another run")
+    return study
 
 
 def participant(config: Mapping[str, Any], study: Study) -> Participant:

@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.ledger import Ledger
 from gapweave.client.policy import check_guarantee, check_policy, check_size
 from gapweave.client.sources.findings import Finding
-from gapweave.client.state import Groups, RoundState, RunFolder, to_arrays, to_tensors
+from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_arrays, to_tensors
 from gapweave.client.training import Sgd, Step, build_engine, train
 from gapweave.shared.config import Site, Study
 from gapweave.shared.errors import BudgetExhausted, RefusedError
@@ -187,6 +188,7 @@ class Participant:
             if before.request == request:
                 ledger.released(request)
                 return before
+            self._check_open(ledger, run)
             self._check_request(number, before, received)
             plan = self._plan(ledger, run)
             event = plan.event(f"update of round {number}")
@@ -196,7 +198,16 @@ class Participant:
             ledger.released(request)
         return after
 
+    def _check_open(self, ledger: Ledger, run: str) -> None:
+        """Refuse further rounds of a run that got its last message."""
+        if _is_over(ledger, run):
+            raise RefusedError("this run is over", where=self.site.name, remedy="Start another run")
+
     def _check_request(self, number: int, before: RoundState, received: Arrays) -> None:
+        if number > self.study.training.rounds:
+            raise RefusedError(
+                f"round {number} is not in the study", where=self.site.name, remedy="Plan a study of more rounds"
+            )
         if number <= before.round:
             raise RefusedError(
                 f"round {number} was answered before, to another request",
@@ -206,7 +217,10 @@ class Participant:
         self._check_groups(received)
 
     def _check_groups(self, received: Arrays) -> None:
-        """Refuse anything but exactly the shared groups: a copy would spread a smaller tensor over a larger one."""
+        """Refuse anything but exactly the shared groups, all of finite numbers.
+
+        A copy would spread a smaller tensor over a larger one, and one NaN would end the site's private groups.
+        """
         shapes = {
             (group, name): tuple(value.shape) for group in self.shared for name, value in self.initial[group].items()
         }
@@ -216,6 +230,12 @@ class Participant:
                 "the server sent other parameter groups than the study shares",
                 where=self.site.name,
                 remedy="Both sides must run the same study with the same Gapweave version",
+            )
+        if not all(np.isfinite(value).all() for part in received.values() for value in part.values()):
+            raise RefusedError(
+                "the server sent parameters that are no numbers",
+                where=self.site.name,
+                remedy="Resume the run from a checkpoint before its model diverged",
             )
 
     def _train(self, plan: Plan, number: int, request: str, before: RoundState, received: Arrays) -> RoundState:
@@ -280,15 +300,32 @@ class Participant:
             received: the final shared groups.
 
         Raises:
-            RefusedError: for other groups than those that the site shares.
+            RefusedError: by policy, for other groups than those that the site shares, for a run without a round,
+                or for a second model after the last one.
         """
+        check_policy(self.study, self.site, simulation=self._simulation)
         self._check_groups(received)
         folder = RunFolder(self.state, run)
-        folder.save_model("model", groups(self.assemble(run, received)), self._card())
+        if folder.load().round == 0:
+            raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")
         with Ledger(self.state, self.site) as ledger:
+            if _is_over(ledger, run):
+                self._check_kept(folder, received)
+                return
+            folder.save_model("model", groups(self.assemble(run, received)), self._card())
             if self.study.training.finetune:
                 self._finetune(ledger, run, folder)
             ledger.finish(run)
+
+    def _check_kept(self, folder: RunFolder, received: Arrays) -> None:
+        """Refuse a model in the place of the one that the run ended with: people predict with it."""
+        kept, _ = read_model(folder.path / "model.safetensors")
+        if any(
+            not np.array_equal(kept[group][name], value)
+            for group in received
+            for name, value in received[group].items()
+        ):
+            raise RefusedError("this run ended with another model", where=self.site.name, remedy="Start another run")
 
     def _finetune(self, ledger: Ledger, run: str, folder: RunFolder) -> None:
         """Train on from the final model; the copy is terminal, no release path opens it."""
@@ -315,6 +352,11 @@ class Participant:
             "prior": data.prevalence(),
             "patterns": sorted({"+".join(pattern) for pattern in names if pattern}),
         }
+
+
+def _is_over(ledger: Ledger, run: str) -> bool:
+    """Whether a run got its last message."""
+    return any(entry.kind == "close" and entry.body["run"] == run for entry in ledger.view.entries)
 
 
 def _device(name: str) -> torch.device:

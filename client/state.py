@@ -75,7 +75,7 @@ class RunFolder:
     def __init__(self, state: Path, run: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", run):
             raise RefusedError("the id of the run is no plain name", remedy="Use letters, digits, '_', '.' and '-'")
-        self.path = private_folder(private_folder(state / "runs") / run)
+        self.path = state / "runs" / run
         self._round = self.path / "round.safetensors"
 
     def load(self) -> RoundState:
@@ -94,7 +94,13 @@ class RunFolder:
         parts = {"private": state.private, "momentum": state.momentum, "reply": state.reply}
         arrays = {f"{part}:{group}": tensors for part, groups in parts.items() for group, tensors in groups.items()}
         note = {"round": state.round, "request": state.request, "event": state.event}
-        write_atomically(self._round, tensorfile.dump(arrays, note))
+        self._write(self._round, tensorfile.dump(arrays, note))
+
+    def _write(self, file: Path, content: bytes) -> None:
+        """Write a file; a run gets its folder with its first one, so that refused runs leave nothing."""
+        private_folder(self.path.parent)
+        private_folder(self.path)
+        write_atomically(file, content)
 
     def save_model(self, name: str, groups: Mapping[str, Mapping[str, Tensor]], card: Mapping[str, Any]) -> None:
         """Keep the whole model for prediction.
@@ -104,11 +110,20 @@ class RunFolder:
             groups: all parameter groups.
             card: what `predict` needs beside them.
         """
-        write_atomically(self.path / f"{name}.safetensors", tensorfile.dump(to_arrays(groups), card))
+        self._write(self.path / f"{name}.safetensors", tensorfile.dump(to_arrays(groups), card))
 
     def keep_study(self, canonical: str) -> None:
         """Remember the study that the handshake brought: later messages carry only its hash."""
-        write_atomically(self.path / "study.json", canonical.encode())
+        self._write(self.path / "study.json", canonical.encode())
+
+    def check_study(self, canonical: str) -> None:
+        """Refuse a second study under the id of a run: it would go on with the private parameters of the first.
+
+        Raises:
+            RefusedError: when the run began with another study.
+        """
+        if self.study() not in (None, json.loads(canonical)):
+            raise RefusedError("this run began with another study", remedy="Start another run")
 
     def study(self) -> dict[str, Any] | None:
         """The study of the handshake, if there was one."""

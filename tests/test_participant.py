@@ -511,7 +511,8 @@ def test_a_message_holds_nothing_but_what_is_declared(tmp_path: Path) -> None:
         "unit",
         "neighbours",
     }
-    finished = wire.unpack(grid.ask(wire.FINISH, wire.pack({"run": RUN}, initial_groups(of))).content)
+    last = {"run": RUN, "study": of.sha256, "round": 1}
+    finished = wire.unpack(grid.ask(wire.FINISH, wire.pack(last, initial_groups(of))).content)
     assert finished == ({"protocol": 1, "status": "ok"}, {})
 
 
