@@ -238,6 +238,15 @@ class Ledger:
                 return int(entry.body["value"])
         return None
 
+    def keep(self, request: str, value: list[float]) -> None:
+        """Keep what a charged request released, so that it can be given again at no cost."""
+        self._append("value", {"request": request, "value": value})
+
+    def kept(self, request: str) -> list[float] | None:
+        """What a request released earlier, if it did."""
+        found = (entry.body for entry in self.view.entries if entry.kind == "value")
+        return next((body["value"] for body in found if body["request"] == request), None)
+
     def released(self, request: str) -> None:
         """Mark a reply as handed over, before the transport gets it."""
         if not self._has("released", request=request):
