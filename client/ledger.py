@@ -3,8 +3,10 @@
 Guarantee: an event is durable before any work on data that it covers; a crash, a restart, a repeated request or
 a second study can over-state what was spent, never under-state it. The site's cap is checked before.
 
-A study's whole schedule, or its longest prefix that the cap allows, is reserved before its first round; inside
-the reservation the accountant is exact (docs/decisions/0005). One process at a time holds the ledger.
+A study's whole schedule, or its longest prefix that the cap allows, is reserved before its first round. The cap
+binds a Renyi filter, which holds whoever chose which study after seeing what; a site's first study, whose schedule
+is fixed in advance, may use the exact figure instead (docs/decisions/0005). One process at a time holds the ledger,
+and its head is kept outside the folder where the site file names an anchor.
 """
 
 from __future__ import annotations
@@ -13,18 +15,28 @@ import fcntl
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from gapweave.client.anchor import RECOVER, REMEMBERED_FILE, Anchor, check_head
+from gapweave.client.budget import Budget
 from gapweave.shared.config.site import Site
-from gapweave.shared.errors import BudgetExhausted, RefusedError
-from gapweave.shared.files import private_folder
-from gapweave.shared.privacy.accountant import epsilon
+from gapweave.shared.errors import BudgetExhausted, GapweaveError, LedgerBusy, RefusedError
+from gapweave.shared.files import private_folder, sync_folder
 from gapweave.shared.privacy.events import PrivacyEvent
-from gapweave.shared.privacy.ledger import GENESIS, LEDGER_FILE, Entry, LedgerView, entry_hash, view
+from gapweave.shared.privacy.head import Head, write_anchor
+from gapweave.shared.privacy.ledger import (
+    GENESIS,
+    LEDGER_FILE,
+    Entry,
+    LedgerView,
+    entry_hash,
+    view,
+)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -37,6 +49,9 @@ CREATE TRIGGER IF NOT EXISTS entries_remain BEFORE DELETE ON entries
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
 
+PATIENCE_S = 60.0
+"""How long a process waits for another one that holds the ledger: a training step of another study, as a rule."""
+
 
 class Ledger:
     """One site's ledger, held exclusively while open; use it as a context manager.
@@ -44,20 +59,25 @@ class Ledger:
     Args:
         state: the site's state folder.
         site: its name, cohort and policy are recorded when they are new.
+        anchor: file outside the state folder that keeps the ledger's head; None for none.
+        lost: open a ledger of which entries were lost, to declare that; see `client/recovery.py`.
 
     Raises:
-        RefusedError: when the chain of hashes does not hold.
+        RefusedError: when the chain of hashes does not hold, or entries are missing that the anchor has seen.
+        LedgerBusy: when another process holds the ledger.
+        UsageError: when the anchor cannot be written.
     """
 
-    def __init__(self, state: Path, site: Site) -> None:
+    def __init__(self, state: Path, site: Site, anchor: Path | None = None, *, lost: bool = False) -> None:
         private_folder(state)
-        self._where = str(state / LEDGER_FILE)
-        self._lock = os.open(state / "ledger.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._state, self._where = state, str(state / LEDGER_FILE)
+        self._anchor = None if anchor is None else Anchor(anchor, self._where)
+        self._lock = _locked(state / "ledger.lock", self._where)
         os.close(os.open(state / LEDGER_FILE, os.O_RDWR | os.O_CREAT, 0o600))
+        sync_folder(state)
         self._connection = sqlite3.connect(state / LEDGER_FILE, isolation_level=None)
         try:
-            self._open(site)
+            self._open(site, lost)
         except sqlite3.DatabaseError:
             self.close()
             raise RefusedError(
@@ -67,7 +87,7 @@ class Ledger:
             self.close()
             raise
 
-    def _open(self, site: Site) -> None:
+    def _open(self, site: Site, lost: bool) -> None:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.executescript(SCHEMA)
@@ -76,7 +96,7 @@ class Ledger:
             raise RefusedError(
                 "the ledger was changed: its hashes do not follow from its entries",
                 where=self._where,
-                remedy="Restore the newest backup; nothing is released until then",
+                remedy=f"Restore the newest backup, or {RECOVER}; nothing is released until then",
             )
         if self.view.entries and self.view.opening["site"] != site.name:
             raise RefusedError(
@@ -84,6 +104,8 @@ class Ledger:
                 where=self._where,
                 remedy="Give each site its own state folder",
             )
+        if self._anchor is not None and not lost:
+            self._anchor.check(self.view)
         delta = self.view.delta if self.view.entries else min(site.policy.delta, 0.1 / site.patients.upper)
         opening = {
             "site": site.name,
@@ -91,9 +113,26 @@ class Ledger:
             "unit": "patient",
             "delta": delta,
             "cap": site.policy.epsilon,
+            "anchor": None if self._anchor is None else str(self._anchor.path),
         }
         if self.view.opening != opening:
             self._append("open", opening)
+        elif self._anchor is not None and not lost:
+            self._anchor.write(self.view.head)
+
+    def check_echo(self, head: Head | None) -> None:
+        """Compare with what the server remembers; it can stop the site, never change what counts as spent.
+
+        Raises:
+            RefusedError: when entries that the server has seen are missing.
+        """
+        if head is None or head.site != self.view.head.site:
+            return
+        try:
+            check_head(self.view, head, "the server", self._where)
+        except RefusedError:
+            write_anchor(self._state / REMEMBERED_FILE, head)
+            raise
 
     def close(self) -> None:
         """Let another process have the ledger."""
@@ -113,14 +152,30 @@ class Ledger:
         entries = self.view.entries
         sequence = len(entries) + 1
         previous = entries[-1].hash if entries else GENESIS
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         text = json.dumps(body, sort_keys=True)
-        digest = entry_hash(sequence, time, kind, text, previous)
-        self._connection.execute(
-            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", (sequence, time, kind, text, previous, digest)
-        )
-        entry = Entry(sequence=sequence, time=time, kind=kind, body=json.loads(text), previous=previous, hash=digest)
+        digest = entry_hash(sequence, now, kind, text, previous)
+        self._insert(sequence, now, kind, text, previous, digest)
+        entry = Entry(sequence=sequence, time=now, kind=kind, body=json.loads(text), previous=previous, hash=digest)
         self.view = LedgerView(entries=(*entries, entry), intact=True)
+        if self._anchor is not None:
+            self._anchor.write(self.view.head)
+
+    def _insert(self, *values: int | str) -> None:
+        try:
+            self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", values)
+        except sqlite3.IntegrityError:
+            raise RefusedError(
+                "another process wrote to the ledger meanwhile",
+                where=self._where,
+                remedy="Run one process a state folder, on a file system with locks",
+            ) from None
+        except sqlite3.DatabaseError as error:
+            raise GapweaveError(
+                f"the ledger cannot be written ({error})",
+                where=self._where,
+                remedy="Check the disk; nothing was released",
+            ) from None
 
     def _has(self, kind: str, **match: str) -> bool:
         return any(
@@ -133,15 +188,9 @@ class Ledger:
         if not self._has("approve", study=study):
             self._append("approve", {"study": study, "name": name, "by": by})
 
-    def allows(self, events: Sequence[PrivacyEvent], run: str | None = None) -> bool:
-        """Whether the cap leaves room for further events, beside what is spent and reserved by other runs."""
-        if all(event.kind == "unnoised" for event in events):
-            return True
-        return self._with(events, run) <= float(self.view.opening["cap"])
-
-    def _with(self, events: Sequence[PrivacyEvent], run: str | None = None) -> float:
-        """Epsilon of what is spent, reserved by other runs, and asked."""
-        return epsilon([*self.view.events(), *self.view.outstanding(run), *events], self.view.delta)
+    def allows(self, events: Sequence[PrivacyEvent]) -> bool:
+        """Whether the cap leaves room for further events, beside what is spent and reserved."""
+        return Budget(self.view).allows(events)
 
     def reserve(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> int:
         """Set aside the longest prefix of a run's events that the cap allows.
@@ -154,24 +203,21 @@ class Ledger:
         Raises:
             BudgetExhausted: when not even the first fits.
         """
-        for entry in self.view.entries:
-            if entry.kind == "reserve" and entry.body["run"] == run:
-                return len(entry.body["events"])
-        low, high, middle = 0, len(events), len(events)
-        while low < high:
-            low, high = (middle, high) if self.allows(events[:middle], run) else (low, middle - 1)
-            middle = (low + high + 1) // 2
-        if low == 0:
-            spent, asked, cap = self.view.spent(), self._with(events, run), self.view.opening["cap"]
+        known = self.view.reservation(run)
+        if known is not None:
+            return len(known["events"])
+        budget = Budget(self.view)
+        count, figure = budget.prefix(run, study, events)
+        if count == 0:
             raise BudgetExhausted(
-                f"not one round fits: epsilon {spent:.2f} is spent, {asked:.2f} would be after the study, "
-                f"the cap is {cap:g}",
+                f"not one round fits: epsilon {self.view.bound():.2f} is spent, {budget.with_more(events, run):.2f} "
+                f"would be after the study, the cap is {budget.cap:g}",
                 where=self._where,
                 remedy="Lower the study's epsilon or its rounds, or raise policy.epsilon",
             )
-        planned = [event.to_dict() for event in events[:low]]
-        self._append("reserve", {"run": run, "study": study, "events": planned})
-        return low
+        planned = [event.to_dict() for event in events[:count]]
+        self._append("reserve", {"run": run, "study": study, "figure": figure, "events": planned})
+        return count
 
     def charge(self, run: str, study: str, request: str, event: PrivacyEvent, value: int | None = None) -> None:
         """Write an event before the work that it covers.
@@ -187,13 +233,17 @@ class Ledger:
             value: the released number itself, for a noisy count.
 
         Raises:
+            RefusedError: when the same release of the run was charged for another request.
             BudgetExhausted: when the event is outside the run's reservation and beyond the cap.
         """
-        again = self._has("charge", request=request)
+        again = self.view.charged(request)
         if again and not self._has("recompute", request=request):
             self._append("recompute", {"request": request})
             return
-        if not (self.allows([event]) if again else self._covered(run, event)):
+        if not again:
+            self._refuse_another(run, request, event)
+        budget = Budget(self.view)
+        if not (budget.affords if again else budget.covers)(run, study, event):
             raise BudgetExhausted(
                 "the site's cap leaves no room for this release",
                 where=self._where,
@@ -202,34 +252,17 @@ class Ledger:
         body = {"run": run, "study": study, "request": request, "event": event.to_dict()}
         self._append("charge", body if value is None else {**body, "value": value})
 
-    def _covered(self, run: str, event: PrivacyEvent) -> bool:
-        """Whether the run's reservation pays for an event, or the cap has room for it."""
-        if not self._reserved(run, event):
-            return self.allows([event])
-        return not self._cap_lowered(run) or self.allows([event], run)
-
-    def _cap_lowered(self, run: str) -> bool:
-        """Whether the hospital lowered its cap after the run's reservation."""
-        cap = before = self.view.opening["cap"]
+    def _refuse_another(self, run: str, request: str, event: PrivacyEvent) -> None:
+        """Refuse a second request for one release: its answer could differ from what may have left."""
         for entry in self.view.entries:
-            if entry.kind == "open":
-                before = entry.body["cap"]
-            elif entry.kind == "reserve" and entry.body["run"] == run:
-                return bool(cap < before)
-        return False
-
-    def _reserved(self, run: str, event: PrivacyEvent) -> bool:
-        """Whether the event is planned in a reservation that is still open, and not charged yet."""
-        if self._has("close", run=run):
-            return False
-        return any(
-            event.to_dict() in entry.body["events"]
-            for entry in self.view.entries
-            if entry.kind == "reserve" and entry.body["run"] == run
-        ) and not any(
-            entry.kind == "charge" and entry.body["run"] == run and entry.body["event"] == event.to_dict()
-            for entry in self.view.entries
-        )
+            if entry.kind != "charge" or entry.body["run"] != run or entry.body["request"] == request:
+                continue
+            if entry.body["event"]["released"] == event.released:
+                raise RefusedError(
+                    f"{event.released!r} was charged for another request",
+                    where=self._where,
+                    remedy="Resume the run from its newest checkpoint",
+                )
 
     def value(self, study: str, kind: str) -> int | None:
         """A number released earlier for the same study; using it again costs nothing."""
@@ -256,3 +289,26 @@ class Ledger:
         """Give back what a run reserved and did not use."""
         if self._has("reserve", run=run) and not self._has("close", run=run):
             self._append("close", {"run": run})
+
+    def recover(self, assume_spent: float, lost: Sequence[Head]) -> None:
+        """Declare entries lost, and what they may have cost: it counts as spent from now on."""
+        heads = [{"length": head.length, "hash": head.hash} for head in lost]
+        self._append("recover", {"assume_spent": assume_spent, "lost": heads})
+
+
+def _locked(path: Path, where: str) -> int:
+    """Descriptor of a file that no other process has locked."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.02)
+                continue
+            os.close(descriptor)
+            raise LedgerBusy(
+                "another process holds the ledger", where=where, remedy="Wait for it, or stop it; one at a time writes"
+            ) from None
+        return descriptor

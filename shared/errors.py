@@ -4,6 +4,7 @@
     +- UsageError            2  wrong usage or configuration
     +- RefusedError          3  privacy budget, site policy, or a ledger that is not intact
     |  +- BudgetExhausted
+    +- LedgerBusy            3  another process holds the ledger: try again
     +- TooFewSites           4  quorum lost
     +- Unreachable           5  site or server unreachable
     +- DataError             6  a problem in a site's data
@@ -50,6 +51,12 @@ class RefusedError(GapweaveError):
 
 class BudgetExhausted(RefusedError):
     """The site's cap leaves no room for the release that was asked for."""
+
+
+class LedgerBusy(GapweaveError):
+    """Another process holds a site's ledger; unlike a refusal, this passes."""
+
+    exit_code = 3
 
 
 class TooFewSites(GapweaveError):

@@ -138,7 +138,7 @@ def renyi_order(delta: float, cap: float) -> int:
 
 
 def renyi_epsilon(events: Iterable[PrivacyEvent], delta: float, order: int | None = None) -> float:
-    """Epsilon of all events by Renyi composition: a figure for reports, which authorises nothing.
+    """Epsilon of all events by Renyi composition; at one fixed order, what a site's cap binds.
 
     Args:
         events: in any order.
@@ -173,6 +173,8 @@ def _conversion(order: int, delta: float) -> float:
 def _divergence(mechanism: Mechanism, order: int) -> float:
     """Renyi divergence of one step."""
     kind, noise, rate = mechanism
+    if kind == "noisy_count":
+        return 1 / noise  # a schedule is planned with it: its whole epsilon adds, at every order
     if kind not in PURE:
         return _sampled_gaussian(noise, rate, order) if _sampled(mechanism) else order / (2 * noise**2)
     pure = _randomised_response(1 / noise, order)

@@ -11,15 +11,16 @@ import json
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.privacy.accountant import epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.head import Head, read_anchor
 
 LEDGER_FILE = "ledger.sqlite"
 GENESIS = "0" * 64
@@ -32,7 +33,7 @@ class Entry:
     Attributes:
         sequence: 1, 2, 3, ...
         time: UTC, ISO 8601.
-        kind: open, approve, reserve, charge, released, recompute or close.
+        kind: open, approve, reserve, charge, released, recompute, close, value or recover.
         body: what the kind holds.
         previous: hash of the entry before.
         hash: over all of the above.
@@ -71,9 +72,48 @@ class LedgerView:
         return next((entry.body for entry in reversed(self.entries) if entry.kind == "open"), {})
 
     @property
+    def head(self) -> Head:
+        """Where the ledger stands."""
+        last = self.entries[-1].hash if self.entries else GENESIS
+        return Head(site=str(self.opening.get("site", "")), length=len(self.entries), hash=last)
+
+    def continues(self, head: Head) -> bool:
+        """Whether nothing was lost since a head that somebody remembers.
+
+        So it is when the head's entry is in the chain, or when its loss was declared by `site recover`.
+        """
+        if head.length <= 0:
+            return True
+        if head.length <= len(self.entries) and self.entries[head.length - 1].hash == head.hash:
+            return True
+        return any({"length": head.length, "hash": head.hash} in entry.body["lost"] for entry in self._recoveries())
+
+    def _recoveries(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.kind == "recover"]
+
+    @property
+    def recovered(self) -> bool:
+        """Whether entries were lost once, and their cost assumed."""
+        return bool(self._recoveries())
+
+    @property
+    def assumed(self) -> float:
+        """Epsilon of lost entries, as the site's operator declared it."""
+        return math.fsum(entry.body["assume_spent"] for entry in self._recoveries())
+
+    @property
     def delta(self) -> float:
         """Delta of the ledger, fixed when it was first opened."""
         return float(next(entry.body["delta"] for entry in self.entries if entry.kind == "open"))
+
+    def charged(self, request: str) -> bool:
+        """Whether a request was charged."""
+        return any(entry.kind == "charge" and entry.body["request"] == request for entry in self.entries)
+
+    def reservation(self, run: str) -> dict[str, Any] | None:
+        """What a run has reserved."""
+        found = (entry.body for entry in self.entries if entry.kind == "reserve" and entry.body["run"] == run)
+        return next(found, None)
 
     def events(self, run: str | None = None) -> list[PrivacyEvent]:
         """Charged events, of one run or of all."""
@@ -84,10 +124,16 @@ class LedgerView:
         ]
 
     def outstanding(self, run: str | None = None) -> Iterator[PrivacyEvent]:
-        """Events reserved by runs that are not closed, less those charged; all runs but `run`."""
+        """Events that runs have reserved and not charged; of all runs but `run`.
+
+        A closed run gives its rest back, unless the rest was granted for a schedule that is fixed in advance:
+        stopping early because of what was seen is not in that schedule.
+        """
         closed = {entry.body["run"] for entry in self.entries if entry.kind == "close"}
         for entry in self.entries:
-            if entry.kind != "reserve" or entry.body["run"] in closed | {run}:
+            if entry.kind != "reserve" or entry.body["run"] == run:
+                continue
+            if entry.body["run"] in closed and entry.body["figure"] == "renyi":
                 continue
             charged = Counter(
                 item.body["event"]["released"]
@@ -99,29 +145,72 @@ class LedgerView:
                     yield PrivacyEvent.from_dict(planned)
 
     def spent(self) -> float:
-        """Epsilon of everything charged; infinite after a release without noise."""
-        return epsilon(self.events(), self.delta)
+        """Epsilon of everything charged, exact for schedules fixed in advance; infinite after an un-noised release."""
+        return self.assumed + epsilon(self.events(), self._share())
 
-    def spent_renyi(self) -> float:
-        """The same by Renyi composition, at the order that the ledger's delta and its first cap fix."""
+    def _share(self) -> float:
+        """Delta for what the entries show: lost entries have had a part of the ledger's (basic composition)."""
+        return self.delta / (1 + len(self._recoveries()))
+
+    def filtered(self, more: Sequence[PrivacyEvent] = ()) -> float:
+        """Epsilon of everything charged, and of `more`, by the Renyi filter: valid whoever chose what and when.
+
+        Its order is fixed by the ledger's delta and its first cap, before it has seen any result (Feldman and Zrnic
+        2021, arXiv 2008.11193).
+        """
         first = next(entry.body for entry in self.entries if entry.kind == "open")
-        return renyi_epsilon(self.events(), self.delta, renyi_order(self.delta, first["cap"]))
+        order = renyi_order(self.delta, first["cap"])
+        return self.assumed + renyi_epsilon([*self.events(), *more], self._share(), order)
+
+    def alone(self, study: str) -> bool:
+        """Whether the ledger has seen no other study: its schedule is then fixed in advance, but for n_hat."""
+        return not self.recovered and all(
+            entry.body["study"] == study for entry in self.entries if entry.kind in ("reserve", "charge")
+        )
+
+    def bound(self) -> float:
+        """The figure that the cap binds (docs/decisions/0005)."""
+        reserved = [entry for entry in self.entries if entry.kind == "reserve"]
+        if len(reserved) == 1 and reserved[0].body["figure"] == "fixed" and self.alone(reserved[0].body["study"]):
+            return min(self.filtered(), fixed_epsilon(self.events(), self.delta))
+        return self.filtered()
 
     def summary(self) -> dict[str, Any]:
         """What `gapweave privacy verify --json` prints."""
-        opening, spent, renyi = self.opening, self.spent(), self.spent_renyi()
+        opening, spent, bound = self.opening, self.spent(), self.bound()
         return {
             "site": opening.get("site"),
             "cohort": opening.get("cohort"),
             "unit": opening.get("unit"),
             "epsilon": spent if math.isfinite(spent) else None,
-            "epsilon_filter": renyi if math.isfinite(renyi) else None,
+            "epsilon_filter": bound if math.isfinite(bound) else None,
             "delta": self.delta,
             "cap": opening.get("cap"),
             "releases": folded(self.events()),
-            # Without an anchor outside the state folder, a restored old copy cannot be told from the real one.
-            "intact": "unanchored" if self.intact else False,
+            "intact": self.standing(),
         }
+
+    def standing(self) -> bool | Literal["unanchored"]:
+        """True when an anchor vouches for the ledger, False when chain or anchor deny it.
+
+        Without an anchor, a restored old copy cannot be told from the real ledger.
+        """
+        if not self.intact:
+            return False
+        place = self.opening.get("anchor")
+        anchor = read_anchor(Path(place)) if place else None
+        return "unanchored" if anchor is None else self.continues(anchor)
+
+
+def fixed_epsilon(events: Sequence[PrivacyEvent], delta: float) -> float:
+    """Epsilon of one study's schedule, fixed but for the noised number of patients that it was planned with.
+
+    Whatever that number turns out to be, the rest costs at most this figure less the number's own epsilon; a pure
+    epsilon adds (basic composition, which allows the rest to be chosen after it).
+    """
+    counts = [event for event in events if event.kind == "noisy_count"]
+    rest = [event for event in events if event.kind != "noisy_count"]
+    return math.fsum(event.steps / event.noise_multiplier for event in counts) + epsilon(rest, delta)
 
 
 def folded(events: list[PrivacyEvent]) -> list[dict[str, Any]]:

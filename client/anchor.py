@@ -1,0 +1,86 @@
+"""What others remember of a site's ledger: a file of the hospital's own, and the server.
+
+A restored old copy of a ledger is whole and correct; only somebody outside its folder can tell that the last
+entries are missing. Neither can change what counts as spent: they can only stop the site.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gapweave.shared.errors import RefusedError, UsageError
+from gapweave.shared.privacy.head import Head, read_anchor, write_anchor
+from gapweave.shared.privacy.ledger import LedgerView
+
+RECOVER = "declare what was lost with `gapweave site recover`"
+REMEMBERED_FILE = "remembered.json"
+"""In the state folder: a head that a server remembers and the ledger lacks; `site recover` declares it lost."""
+
+
+class Anchor:
+    """The file outside the state folder that keeps the ledger's head.
+
+    Args:
+        path: the file; its folder exists.
+        where: the ledger, for messages.
+    """
+
+    def __init__(self, path: Path, where: str) -> None:
+        self.path, self._where = path.resolve(), where
+
+    def check(self, view: LedgerView) -> None:
+        """Refuse a ledger that lacks what the anchor has seen, or whose anchor is gone.
+
+        Raises:
+            RefusedError: naming both ways out.
+        """
+        head = read_anchor(self.path)
+        if head is not None:
+            check_head(view, head, f"its anchor {self.path}", self._where)
+        elif view.opening.get("anchor") == str(self.path):
+            raise RefusedError("the ledger's anchor is gone", where=str(self.path), remedy=f"Put it back, or {RECOVER}")
+
+    def write(self, head: Head) -> None:
+        """Keep the ledger's head, durably.
+
+        Raises:
+            UsageError: when it cannot be written.
+        """
+        try:
+            write_anchor(self.path, head)
+        except OSError as error:
+            raise UsageError(
+                f"the anchor cannot be written ({error.strerror})",
+                where=str(self.path),
+                remedy="Create its folder, or correct policy.anchor",
+            ) from None
+
+
+def check_head(view: LedgerView, head: Head, who: str, where: str) -> None:
+    """Refuse to go on when somebody remembers entries that a ledger lacks.
+
+    Args:
+        view: the ledger.
+        head: what is remembered.
+        who: remembers it, in words.
+        where: the ledger lies, for the message.
+
+    Raises:
+        RefusedError: when the ledger is shorter, or has other entries: an old copy, or a fork.
+    """
+    if view.entries and head.site != view.head.site:
+        raise RefusedError(
+            f"{who} belongs to site {head.site!r}, not {view.head.site!r}",
+            where=where,
+            remedy="Give each site an anchor of its own",
+        )
+    if view.continues(head):
+        return
+    how = "has others: an old copy was restored and used, or there are two copies"
+    if len(view.entries) < head.length:
+        how = f"has {len(view.entries)}: an old copy was restored, or entries were lost"
+    raise RefusedError(
+        f"{who} has seen {head.length} entries, the ledger {how}",
+        where=where,
+        remedy=f"Restore the newest copy, or {RECOVER}",
+    )

@@ -1,0 +1,99 @@
+"""What a site's cap has room for, from its ledger alone: no data, nothing that a server says.
+
+Two figures may keep the cap (docs/decisions/0005). The Renyi filter adds costs at one order that was fixed with
+the ledger: it holds whoever chose which study after seeing what. The exact figure of a schedule that is fixed in
+advance is smaller, and valid as long as the ledger has seen nothing else: a site's first study may be granted it,
+and then never gives its rest back, since to stop early because of a result is not in that schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.ledger import LedgerView, fixed_epsilon
+
+Figure = Literal["renyi", "fixed"]
+
+
+class Budget:
+    """Room under the cap.
+
+    Args:
+        view: the ledger as it stands.
+    """
+
+    def __init__(self, view: LedgerView) -> None:
+        self._view = view
+        self.cap = float(view.opening["cap"])
+
+    def with_more(self, events: Sequence[PrivacyEvent], run: str | None = None) -> float:
+        """Epsilon by the filter of what is spent, reserved by other runs, and asked."""
+        return self._view.filtered([*self._view.outstanding(run), *events])
+
+    def allows(self, events: Sequence[PrivacyEvent], run: str | None = None) -> bool:
+        """Whether the filter has room for further events, beside what is spent and reserved by other runs."""
+        return all(event.kind == "unnoised" for event in events) or self.with_more(events, run) <= self.cap
+
+    def _allows_fixed(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> bool:
+        """Whether the exact figure has room, for a run that may use it."""
+        others = [entry.body for entry in self._view.entries if entry.kind == "reserve"]
+        mine = all(body["run"] == run and body["figure"] == "fixed" for body in others)
+        if not (mine and self._view.alone(study)):
+            return False
+        return fixed_epsilon([*self._view.events(), *events], self._view.delta) <= self.cap
+
+    def prefix(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> tuple[int, Figure]:
+        """Length of the longest prefix of a run's events that the cap allows, and the figure that allows it."""
+        count = longest(events, lambda part: self.allows(part, run))
+        if count == len(events):
+            return count, "renyi"
+        exact = longest(events, lambda part: self._allows_fixed(run, study, part))
+        return (exact, "fixed") if exact > count else (count, "renyi")
+
+    def affords(self, run: str, study: str, event: PrivacyEvent) -> bool:
+        """Whether the cap has room for an event that nobody reserved."""
+        return self.allows([event]) or self._allows_fixed(run, study, [event])
+
+    def covers(self, run: str, study: str, event: PrivacyEvent) -> bool:
+        """Whether the run's reservation pays for an event, or the cap has room for it."""
+        if not self._reserved(run, event):
+            return self.affords(run, study, event)
+        if not self._cap_lowered(run):
+            return True
+        return self.allows([event], run) or self._allows_fixed(run, study, [event])
+
+    def _reserved(self, run: str, event: PrivacyEvent) -> bool:
+        """Whether the event is planned in a reservation that is still open, and not charged yet."""
+        if any(entry.kind == "close" and entry.body["run"] == run for entry in self._view.entries):
+            return False
+        reservation = self._view.reservation(run)
+        return (
+            reservation is not None
+            and event.to_dict() in reservation["events"]
+            and not any(_charges(entry.body, run, event) for entry in self._view.entries if entry.kind == "charge")
+        )
+
+    def _cap_lowered(self, run: str) -> bool:
+        """Whether the hospital lowered its cap after the run's reservation."""
+        before = self.cap
+        for entry in self._view.entries:
+            if entry.kind == "open":
+                before = entry.body["cap"]
+            elif entry.kind == "reserve" and entry.body["run"] == run:
+                return bool(self.cap < before)
+        return False
+
+
+def _charges(body: dict[str, Any], run: str, event: PrivacyEvent) -> bool:
+    return bool(body["run"] == run and body["event"] == event.to_dict())
+
+
+def longest(events: Sequence[PrivacyEvent], fits: Callable[[Sequence[PrivacyEvent]], bool]) -> int:
+    """Length of the longest prefix that fits; most studies fit as a whole, which is looked at first."""
+    low, high, middle = 0, len(events), len(events)
+    while low < high:
+        low, high = (middle, high) if fits(events[:middle]) else (low, middle - 1)
+        middle = (low + high + 1) // 2
+    return low
