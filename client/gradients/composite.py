@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gapweave.client.gradients.layers import Part, Patients, Use, matrix, sequences
+from gapweave.client.gradients.layers import Part, Use, matrix, sequences
+from gapweave.client.gradients.patients import Patients
 from gapweave.shared.errors import UsageError
 
 
 class Tape(Protocol):
     """Where uses of products are recorded."""
+
+    anchor: Tensor
+    """What every backward reaches."""
 
     def product(self, key: Product, inputs: Tensor) -> Tensor:
         """W x + b, recorded."""
@@ -31,99 +35,88 @@ class Tape(Protocol):
 
 
 class Product:
-    """One matrix (or a slice of a packed one) with its bias, inside a composite layer.
+    """One matrix with its bias, inside a composite layer.
 
     Args:
-        weight: [p, d] or more rows, of which `rows` are meant.
+        weight: [p, d].
         bias: [p], or None.
-        rows: slice of the rows; None for all.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: slice | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        self.rows = rows or slice(0, len(weight))
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Apply it."""
-        return functional.linear(inputs, self.weight[self.rows], None if self.bias is None else self.bias[self.rows])
+        return functional.linear(inputs, self.weight, self.bias)
 
     def part(self, uses: Sequence[Use], patients: Patients) -> Part:
-        """Its share of the per-patient gradients, in the packed parameters' shapes."""
-        inputs, gradients = sequences(uses, patients)
-        weight, bias = self.weight[self.rows], None if self.bias is None else self.bias[self.rows]
-        inner = matrix(weight, bias, inputs, gradients)
-
-        def weighted(factor: Tensor, keep: Tensor | None) -> dict[Tensor, Tensor]:
-            found = inner.weighted(factor, keep)
-            whole = {self.weight: self._unpack(self.weight, found[weight])}
-            if self.bias is not None and bias is not None:
-                whole[self.bias] = self._unpack(self.bias, found[bias])
-            return whole
-
-        return Part(squares=inner.squares, scale=inner.scale, weighted=weighted)
-
-    def _unpack(self, whole: Tensor, part: Tensor) -> Tensor:
-        result = torch.zeros_like(whole)
-        result[self.rows] = part
-        return result
+        """Its share of the per-patient gradients."""
+        return matrix(self.weight, self.bias, *sequences(uses, patients))
 
 
 class _Scan(torch.autograd.Function):
-    """A recurrence in one node of the graph: its backward records the products with the previous state."""
+    """A recurrence in one node of the graph: its backward records the products with the inputs and the states.
+
+    Time comes first inside, so that each step is one block of memory. The tape's anchor is an input, so that there
+    is a backward when the other inputs need none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, start: Tensor, cell: Any, key: Product, tape: Tape) -> Tensor:
-        states, saved = cell.run(gates, start, key)
-        ctx.states, ctx.saved, ctx.cell, ctx.key, ctx.tape = states, saved, cell, key, tape
-        outputs: Tensor = states[1:].transpose(0, 1)
-        return outputs
+    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, cell: Any, keys: tuple[Product, Product], tape: Tape) -> Any:
+        steps = inputs.transpose(0, 1).contiguous()
+        states, saved = cell.run(keys[0](steps), keys[1])
+        ctx.save_for_backward(steps, states, *saved)
+        ctx.cell, ctx.keys, ctx.tape = cell, keys, tape
+        return states[1:].transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        into_gates, into_products = ctx.cell.back(gradients[0], ctx.states, ctx.saved, ctx.key)
-        ctx.tape.past(ctx.key, ctx.states[:-1].transpose(0, 1), into_products.transpose(0, 1))
-        return into_gates.transpose(0, 1), None, None, None, None
+        steps, states, *saved = ctx.saved_tensors
+        of_inputs, of_states = ctx.keys
+        into_gates, into_products = ctx.cell.back(gradients[0].transpose(0, 1), states, saved, of_states.weight)
+        ctx.tape.past(of_inputs, steps.transpose(0, 1), into_gates.transpose(0, 1))
+        ctx.tape.past(of_states, states[:-1].transpose(0, 1), into_products.transpose(0, 1))
+        into_inputs = (into_gates @ of_inputs.weight).transpose(0, 1) if ctx.needs_input_grad[0] else None
+        return into_inputs, None, None, None, None
 
 
 class GruCell:
     """h' = (1 - z) n + z h with n = tanh(x_n + r (W h + b)_n) (torch.nn.GRU)."""
 
     @staticmethod
-    def run(gates: Tensor, start: Tensor, key: Product) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """[R, T, 3H] input products to states [T + 1, R, H] and what the backward needs."""
-        size = start.shape[1]
-        saved: list[tuple[Tensor, ...]] = []
-        states = start.new_empty(gates.shape[1] + 1, *start.shape)
-        states[0] = start
-        for at, step in enumerate(gates.transpose(0, 1).contiguous()):
-            product = key(states[at])
-            both = torch.sigmoid(step[:, : 2 * size] + product[:, : 2 * size])
-            inner = product[:, 2 * size :]
-            new = torch.tanh(torch.addcmul(step[:, 2 * size :], both[:, :size], inner))
-            torch.lerp(new, states[at], both[:, size:], out=states[at + 1])
-            saved.append((both, inner, new))
-        return states, saved
+    def run(gates: Tensor, key: Product) -> tuple[Tensor, list[Tensor]]:
+        """[T, R, 3H] input products, overwritten, to states [T + 1, R, H] and what the backward needs."""
+        size = gates.shape[2] // 3
+        states = gates.new_zeros(len(gates) + 1, gates.shape[1], size)
+        inner = gates.new_empty(len(gates), gates.shape[1], size)
+        for before, gate, kept, after in zip(states, gates, inner, states[1:], strict=False):
+            product = key(before)
+            both, new = gate.split((2 * size, size), 1)
+            both.add_(product[:, : 2 * size]).sigmoid_()
+            kept.copy_(product[:, 2 * size :])
+            new.addcmul_(both[:, :size], kept).tanh_()
+            torch.lerp(new, before, both[:, size:], out=after)
+        return states, [gates, inner]
 
     @staticmethod
-    def back(outer: Tensor, states: Tensor, saved: list[tuple[Tensor, ...]], key: Product) -> tuple[Tensor, Tensor]:
+    def back(outer: Tensor, states: Tensor, saved: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients in the input products and in the state products, [T, R, 3H] each."""
-        size, weight = outer.shape[2], key.weight[key.rows]
-        into_gates = outer.new_empty(len(saved), len(outer), 3 * size)
+        size = outer.shape[2]
+        reset, update, new = saved[0].split(size, 2)
+        # All factors that do not depend on what comes later, at once.
+        into_gates = torch.empty_like(saved[0])
+        of_reset, of_update, of_new = into_gates.split(size, 2)
+        torch.sub(states[:-1], new, out=of_update).mul_(update).mul_(1 - update)
+        torch.mul(new, new, out=of_new).neg_().add_(1).mul_(1 - update)
+        torch.mul(of_new, saved[1], out=of_reset).mul_(reset).mul_(1 - reset)
         into_products = torch.empty_like(into_gates)
-        carried = torch.zeros_like(outer[:, 0])
-        for at in range(len(saved) - 1, -1, -1):
-            both, inner, new = saved[at]
-            reset, update = both[:, :size], both[:, size:]
-            total = outer[:, at] + carried
-            gate, product = into_gates[at], into_products[at]
-            candidate = total * (1 - update) * (1 - new * new)
-            gate[:, 2 * size :] = candidate
-            gate[:, :size] = candidate * inner
-            gate[:, size : 2 * size] = total * (states[at] - new)
-            gate[:, : 2 * size] *= both * (1 - both)
-            product[:, : 2 * size] = gate[:, : 2 * size]
-            product[:, 2 * size :] = candidate * reset
-            carried = torch.addmm(total * update, product, weight)
+        carried = torch.zeros_like(outer[0])
+        for at in range(len(outer) - 1, -1, -1):
+            total = carried.add_(outer[at])
+            into_gates[at].view(len(total), 3, size).mul_(total.unsqueeze(1))
+            product = into_products[at].copy_(into_gates[at])
+            product[:, 2 * size :].mul_(reset[at])
+            carried = torch.addmm(total.mul_(update[at]), product, weight)
         return into_gates, into_products
 
 
@@ -131,42 +124,42 @@ class LstmCell:
     """c' = f c + i g, h' = o tanh(c') (torch.nn.LSTM); states carry h, and c is kept beside."""
 
     @staticmethod
-    def run(gates: Tensor, start: Tensor, key: Product) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """[R, T, 4H] input products to states [T + 1, R, H] and what the backward needs."""
-        cell = torch.zeros_like(start)
-        saved: list[tuple[Tensor, ...]] = []
-        states = start.new_empty(gates.shape[1] + 1, *start.shape)
-        states[0] = start
-        for at, step in enumerate(gates.transpose(0, 1).contiguous()):
-            enter, forget, inner, leave = (step + key(states[at])).chunk(4, 1)
-            enter, forget, leave = torch.sigmoid(enter), torch.sigmoid(forget), torch.sigmoid(leave)
-            inner = torch.tanh(inner)
-            before, cell = cell, forget * cell + enter * inner
-            squashed = torch.tanh(cell)
-            torch.mul(leave, squashed, out=states[at + 1])
-            saved.append((enter, forget, inner, leave, before, squashed))
-        return states, saved
+    def run(gates: Tensor, key: Product) -> tuple[Tensor, list[Tensor]]:
+        """[T, R, 4H] input products, overwritten, to states [T + 1, R, H] and what the backward needs."""
+        size = gates.shape[2] // 4
+        states = gates.new_zeros(len(gates) + 1, gates.shape[1], size)
+        cells = torch.zeros_like(states)
+        squashed = torch.empty_like(states[1:])
+        for at, gate in enumerate(gates):
+            gate.add_(key(states[at]))
+            enter, forget, inner, leave = gate.split(size, 1)
+            gate[:, : 2 * size].sigmoid_()
+            torch.mul(enter, inner.tanh_(), out=cells[at + 1]).addcmul_(forget, cells[at])
+            torch.tanh(cells[at + 1], out=squashed[at])
+            torch.mul(leave.sigmoid_(), squashed[at], out=states[at + 1])
+        return states, [gates, cells, squashed]
 
     @staticmethod
-    def back(outer: Tensor, states: Tensor, saved: list[tuple[Tensor, ...]], key: Product) -> tuple[Tensor, Tensor]:
+    def back(outer: Tensor, states: Tensor, saved: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients in both kinds of products, which are equal, [T, R, 4H]."""
-        weight = key.weight[key.rows]
-        found = outer.new_empty(len(saved), len(outer), 4 * outer.shape[2])
-        carried = torch.zeros_like(outer[:, 0])
-        of_cell = torch.zeros_like(carried)
-        for at in range(len(saved) - 1, -1, -1):
-            enter, forget, inner, leave, before, squashed = saved[at]
-            total = outer[:, at] + carried
-            of_cell = of_cell + total * leave * (1 - squashed * squashed)
-            raw = [
-                of_cell * inner * enter * (1 - enter),
-                of_cell * before * forget * (1 - forget),
-                of_cell * enter * (1 - inner * inner),
-                total * squashed * leave * (1 - leave),
-            ]
-            torch.cat(raw, 1, out=found[at])
-            carried = found[at] @ weight
-            of_cell = of_cell * forget
+        gates, cells, squashed = saved
+        enter, forget, inner, leave = gates.split(outer.shape[2], 2)
+        found = torch.empty_like(gates)
+        of_enter, of_forget, of_inner, of_leave = found.split(outer.shape[2], 2)
+        # All factors that do not depend on what comes later, at once.
+        torch.mul(inner, enter, out=of_enter).mul_(1 - enter)
+        torch.mul(cells[:-1], forget, out=of_forget).mul_(1 - forget)
+        torch.mul(inner, inner, out=of_inner).neg_().add_(1).mul_(enter)
+        torch.mul(squashed, leave, out=of_leave).mul_(1 - leave)
+        into_cell = leave * (1 - squashed.square())
+        carried, of_cell = torch.zeros_like(outer[0]), torch.zeros_like(outer[0])
+        for at in range(len(outer) - 1, -1, -1):
+            total = carried.add_(outer[at])
+            of_cell.addcmul_(total, into_cell[at])
+            found[at].view(len(total), 4, -1)[:, :3].mul_(of_cell.unsqueeze(1))
+            of_leave[at].mul_(total)
+            torch.mm(found[at], weight, out=carried)
+            of_cell.mul_(forget[at])
         return found, found
 
 
@@ -182,9 +175,8 @@ def recurrent(cell: Any) -> Callable[..., Any]:
             for reverse in ("", "_reverse") if layer.bidirectional else ("",):
                 suffix = f"l{depth}{reverse}"
                 given = current.flip(1) if reverse else current
-                gates = tape.product(products[f"ih_{suffix}"], given)
-                start = torch.zeros(len(inputs), layer.hidden_size, dtype=inputs.dtype, device=inputs.device)
-                states = _Scan.apply(gates, start, cell, products[f"hh_{suffix}"], tape)
+                keys = products[f"ih_{suffix}"], products[f"hh_{suffix}"]
+                states = _Scan.apply(given, tape.anchor, cell, keys, tape)
                 last.append(states[:, -1])
                 outputs.append(states.flip(1) if reverse else states)
             current = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
@@ -227,19 +219,39 @@ def attention(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The recording forward of nn.MultiheadAttention."""
-    heads = [tape.product(products[name], given) for name, given in (("q", query), ("k", key), ("v", value))]
-    q, k, v = (part.unflatten(2, (layer.num_heads, -1)).transpose(1, 2) for part in heads)
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-    for mask, shape in ((attn_mask, None), (key_padding_mask, (len(query), 1, 1, -1))):
-        if mask is not None:
-            mask = mask if shape is None else mask.view(*shape)
-            scores = scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, -1)
-    joined = (weights @ v).transpose(1, 2).flatten(2)
-    output = tape.product(products["out"], joined)
+    heads = [
+        part.unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
+        for part in _projected(tape, products["in"], query, key, value)
+    ]
+    mask = _additive(attn_mask, key_padding_mask, query)
     if not need_weights:
-        return output, None
+        joined = functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+        return tape.product(products["out"], joined.transpose(1, 2).flatten(2)), None
+    q, k, v = heads
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    weights = torch.softmax(scores if mask is None else scores + mask, -1)
+    output = tape.product(products["out"], (weights @ v).transpose(1, 2).flatten(2))
     return output, weights.mean(1) if average_attn_weights else weights
+
+
+def _projected(tape: Tape, key: Product, *inputs: Tensor) -> list[Tensor]:
+    """Queries, keys and values: each use of the packed matrix is recorded whole, so that its norm is exact."""
+    width = len(key.weight) // 3
+    if inputs[0] is inputs[1] is inputs[2]:
+        return list(tape.product(key, inputs[0]).split(width, 2))
+    return [tape.product(key, given).split(width, 2)[at] for at, given in enumerate(inputs)]
+
+
+def _additive(attn_mask: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor | None:
+    """Both masks as one that is added to the scores."""
+    total: Tensor | None = None
+    for mask in (attn_mask, None if padding is None else padding.view(len(padding), 1, 1, -1)):
+        if mask is None:
+            continue
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
+        total = mask if total is None else total + mask
+    return total
 
 
 def attention_products(layer: nn.MultiheadAttention) -> dict[str, Product]:
@@ -253,12 +265,7 @@ def attention_products(layer: nn.MultiheadAttention) -> dict[str, Product]:
     out = Product(layer.out_proj.weight, layer.out_proj.bias)
     if layer.in_proj_weight is None:
         raise _refused(layer, "has keys or values of another width")
-    width = layer.embed_dim
-    packed = {
-        name: Product(layer.in_proj_weight, layer.in_proj_bias, slice(at * width, (at + 1) * width))
-        for at, name in enumerate("qkv")
-    }
-    return {**packed, "out": out}
+    return {"in": Product(layer.in_proj_weight, layer.in_proj_bias), "out": out}
 
 
 def _refused(layer: nn.Module, why: str) -> UsageError:

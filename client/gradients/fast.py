@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gapweave.client.gradients import Gradient
 from gapweave.client.gradients.composite import COMPOSITES, Product
-from gapweave.client.gradients.layers import RULES, Part, Patients, Use
+from gapweave.client.gradients.layers import RULES, Part, Single, Use, singles
+from gapweave.client.gradients.patients import Factors, Patients
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import TaskKind, record_losses
@@ -52,10 +53,7 @@ class FastEngine:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._tape: Recording | None = None
         for layer in _known_layers(model):
-            if type(layer) in COMPOSITES:
-                self._replace_forward(layer)
-            else:
-                layer.register_forward_hook(self._record)
+            (self._replace_forward if type(layer) in COMPOSITES else self._record)(layer)
         for parameter in self._names:
             parameter.requires_grad_(False)
         self._probed = False
@@ -71,7 +69,8 @@ class FastEngine:
         with torch.enable_grad(), self._recording() as tape, _naming_edits():
             losses = self._losses(batch, used)
             uses = tape.differentiate((torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum())
-        return self._combine([_part(key, found, patients) for key, found in uses.items()], patients.count)
+        with torch.no_grad():
+            return self._combine(_parts(uses, patients), patients)
 
     def _losses(self, batch: Batch, used: Tensor) -> Tensor:
         outputs = self.model(batch.inputs, batch.present, used)
@@ -85,9 +84,15 @@ class FastEngine:
         finally:
             self._tape = None
 
-    def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """Forward hook of a layer with a rule."""
-        return None if self._tape is None else self._tape.use(layer, inputs[0], output)
+    def _record(self, layer: nn.Module) -> None:
+        """While recording, a layer with a rule notes its uses."""
+        plain = layer.forward
+
+        def either(inputs: Tensor) -> Tensor:
+            output = plain(inputs)
+            return output if self._tape is None else self._tape.use(layer, inputs, output)
+
+        layer.forward = either
 
     def _replace_forward(self, layer: nn.Module) -> None:
         """While recording, a composite layer runs as products that can be recorded."""
@@ -101,22 +106,23 @@ class FastEngine:
 
         layer.forward = either
 
-    def _combine(self, parts: list[Part], patients: int) -> Gradient:
-        result = {name: torch.zeros_like(parameter) for parameter, name in self._names.items()}
-        if not parts:
-            return result
-        squares = torch.stack([part.squares for part in parts]).sum(0)
-        lost = ROUNDING * torch.finfo(next(iter(self._names)).dtype).eps * torch.stack([p.scale for p in parts]).sum(0)
+    def _combine(self, parts: list[Part], patients: Patients) -> Gradient:
+        squares = torch.zeros(patients.count, dtype=torch.float64, device=next(iter(self._names)).device)
+        scale = torch.zeros_like(squares)
+        for part in parts:
+            squares += part.squares
+            if part.scale is not None:
+                scale += part.scale
+        lost = ROUNDING * torch.finfo(next(iter(self._names)).dtype).eps * scale
         norms = (squares + lost.square()).sqrt()
         finite = torch.isfinite(norms)
-        keep = None if bool(finite.all()) else finite
-        kept = norms if keep is None else norms[keep]
-        factor = (self.bound / kept.clamp(min=1e-12)).clamp(max=1.0)
-        for part in parts:
-            for parameter, value in part.weighted(factor, keep).items():
-                # Packed projections come as slices of one parameter.
-                result[self._names[parameter]] += value
-        return result
+        factor = torch.where(finite, (self.bound / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
+        factors = Factors(factor, None if bool(finite.all()) else finite, patients)
+        found = {parameter: value for part in parts for parameter, value in part.weighted(factors).items()}
+        return {
+            name: found[parameter] if parameter in found else torch.zeros_like(parameter)
+            for parameter, name in self._names.items()
+        }
 
 
 class Recording:
@@ -125,13 +131,13 @@ class Recording:
     def __init__(self) -> None:
         self._open: list[tuple[nn.Module | Product, Tensor, int, Tensor, int]] = []
         self._done: dict[nn.Module | Product, list[Use]] = {}
+        self.anchor = torch.empty(0, requires_grad=True)
 
     def use(self, key: nn.Module | Product, inputs: Tensor, output: Tensor) -> Tensor:
         """Remember one use; outputs of the first layers are made differentiable."""
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
-        kept = inputs.detach()
-        self._open.append((key, kept, kept._version, output, output._version))
+        self._open.append((key, inputs, inputs._version, output, output._version))
         return output
 
     def product(self, key: Product, inputs: Tensor) -> Tensor:
@@ -148,7 +154,8 @@ class Recording:
         Raises:
             UsageError: when a recorded tensor was changed in place, so that its record is wrong.
         """
-        gradients = torch.autograd.grad(loss, [use[3] for use in self._open], allow_unused=True)
+        outputs = [self.anchor, *(use[3] for use in self._open)]
+        _, *gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
         for (key, kept, before, output, after), gradient in zip(self._open, gradients, strict=True):
             if kept._version != before or output._version != after:
                 raise _edited(type(key).__name__)
@@ -176,10 +183,18 @@ def _edited(layer: str) -> UsageError:
     )
 
 
-def _part(key: nn.Module | Product, uses: list[Use], patients: Patients) -> Part:
-    if isinstance(key, Product):
-        return key.part(uses, patients)
-    return RULES[type(key)](key, uses, patients)
+def _parts(uses: dict[nn.Module | Product, list[Use]], patients: Patients) -> list[Part]:
+    """The rules of all layers; those that are used once a record share one."""
+    parts, single = [], []
+    for key, found in uses.items():
+        if isinstance(key, Product):
+            parts.append(key.part(found, patients))
+        elif isinstance(key, nn.Linear) and len(found) == 1 and found[0][0].ndim == 2:
+            inputs, gradients = found[0]
+            single.append(Single(weight=key.weight, bias=key.bias, inputs=inputs, gradients=gradients))
+        else:
+            parts.append(RULES[type(key)](key, found, patients))
+    return [*parts, singles(single, patients)] if single else parts
 
 
 def _known_layers(model: nn.Module) -> list[nn.Module]:

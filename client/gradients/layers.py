@@ -16,52 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gapweave.client.gradients.patients import Factors, Patients
+
 Use = tuple[Tensor, Tensor]
 """(recorded input, gradient of the loss in the layer's output), record first."""
 
 Gradients = dict[Tensor, Tensor]
 """By parameter (tensors hash by identity)."""
 
-LARGEST_PATCHES = 2**23
-"""Elements of unfolded patches above which convolutions go record by record."""
-
-
-class Patients:
-    """Which of the batch's records belong to which patient.
-
-    Args:
-        patient: [R] position of each record's patient.
-        patients: P.
-    """
-
-    def __init__(self, patient: Tensor, patients: int) -> None:
-        self.count = patients
-        self._patient = patient
-        self.records = len(patient)
-        counts = torch.bincount(patient, minlength=patients)
-        most = int(counts.max())
-        self._slots: Tensor | None = None
-        if most == 1 and self.records == patients and bool((patient[1:] > patient[:-1]).all()):
-            return
-        order = torch.argsort(patient, stable=True)
-        start = torch.cumsum(counts, 0) - counts
-        within = torch.arange(self.records, device=patient.device) - start[patient[order]]
-        self._slots = torch.full((patients, most), self.records, dtype=torch.int64, device=patient.device)
-        self._slots[patient[order], within] = order
-
-    def sequence(self, values: Tensor) -> Tensor:
-        """[R, S, F] to [P, K S, F]: a patient's records one after the other, zeros where there are fewer than K."""
-        if self._slots is None:
-            return values
-        padded = torch.cat([values, torch.zeros_like(values[:1])])
-        return padded[self._slots].flatten(1, 2)
-
-    def total(self, values: Tensor) -> Tensor:
-        """[R, D] to [P, D]: the sum over a patient's records."""
-        if self._slots is None:
-            return values
-        result = torch.zeros(self.count, values.shape[1], dtype=values.dtype, device=values.device)
-        return result.index_add_(0, self._patient, values)
+BLOCK = 2**17
+"""Numbers that are converted to float64 at a time: a megabyte stays in the cache, and no large copy is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,73 +34,133 @@ class Part:
 
     Attributes:
         squares: [P] float64, squared norm of the patient's gradient of this layer.
-        scale: [P] float64, sum over s of |g_s| |x_s|: what rounding errors are relative to.
-        weighted: (factor [P], keep [P] bool or None) -> gradient by parameter, the sum over patients of factor
-            times gradient; patients not kept are left out, not multiplied by zero.
+        scale: [P] float64, sum over s of |g_s| |x_s|: what rounding errors are relative to; None where the norm is
+            that of the very numbers that are summed.
+        weighted: gradient by parameter, the sum over patients of factor times gradient.
     """
 
     squares: Tensor
-    scale: Tensor
-    weighted: Callable[[Tensor, Tensor | None], Gradients]
+    scale: Tensor | None
+    weighted: Callable[[Factors], Gradients]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Single:
+    """A matrix that is used once a record: y = W x + b for inputs [R, d] and output gradients [R, p]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Tensor
+    gradients: Tensor
+
+    def squares(self) -> Tensor:
+        """[R] float64: (|x|^2 + 1) |g|^2."""
+        return (_squares(self.inputs) + (self.bias is not None)) * _squares(self.gradients)
+
+    def products(self, rows: Tensor) -> Tensor:
+        """[Q, K, K] float64: the products of the gradients of records `rows`, [Q, K]."""
+        return _gram(self.inputs[rows]).add_(self.bias is not None).mul_(_gram(self.gradients[rows]))
+
+    def weighted(self, factors: Factors) -> Gradients:
+        """The weighted sum."""
+        x, g = factors.kept_records(self.inputs), factors.kept_records(self.gradients)
+        g = g * factors.of_records(g).unsqueeze(1)
+        result = {self.weight: g.t() @ x}
+        if self.bias is not None:
+            result[self.bias] = g.sum(0)
+        return result
+
+
+def singles(layers: Sequence[Single], patients: Patients) -> Part:
+    """All matrices that are used once a record: most layers of a model, so they share what can be shared."""
+    each = torch.stack([layer.squares() for layer in layers])
+    squares = patients.total(each.sum(0))
+    if not patients.simple:
+        rows = patients.several()
+        squares += patients.crossed(torch.stack([layer.products(rows) for layer in layers]).sum(0))
+
+    def weighted(factors: Factors) -> Gradients:
+        return {parameter: value for layer in layers for parameter, value in layer.weighted(factors).items()}
+
+    return Part(squares=squares.clamp_(min=0), scale=patients.total(each.sqrt_().sum(0)), weighted=weighted)
 
 
 def instantiated(values: Gradients) -> Part:
     """A part from per-patient gradients [P, numel] of each parameter."""
-    rows = list(values.values())
-    norms = [torch.linalg.vector_norm(value.double(), dim=1) for value in rows]
-    squares = torch.stack([norm.square() for norm in norms]).sum(0)
 
-    def weighted(factor: Tensor, keep: Tensor | None) -> Gradients:
+    def weighted(factors: Factors) -> Gradients:
         return {
-            parameter: (factor.to(value.dtype) @ _kept(value, keep)).view_as(parameter)
+            parameter: (factors.of_patients(value) @ factors.kept(value)).view_as(parameter)
             for parameter, value in values.items()
         }
 
-    return Part(squares=squares, scale=torch.zeros_like(squares), weighted=weighted)
+    squares = torch.stack([_squares(value) for value in values.values()]).sum(0)
+    return Part(squares=squares, scale=None, weighted=weighted)
 
 
-def _kept(values: Tensor, keep: Tensor | None) -> Tensor:
-    return values if keep is None else values[keep]
+def _squares(rows: Tensor) -> Tensor:
+    """[N, D] to [N] squared norms in float64."""
+    wide = max(1, BLOCK // len(rows))
+    blocks = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in rows.split(wide, dim=1)]
+    return blocks[0].square_() if len(blocks) == 1 else torch.stack(blocks).square_().sum(0)
 
 
 def matrix(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradients: Tensor) -> Part:
     """The rule of y = W x + b used S times.
 
     Args:
-        weight: p x d when flattened from its second axis on.
+        weight: [p, d].
         bias: [p], or None.
         inputs: [P, S, d].
         gradients: [P, S, p].
     """
     steps, wide, tall = inputs.shape[1], inputs.shape[2], gradients.shape[2]
-    if steps > 1 and steps * (wide + tall) > wide * tall:
+    if steps * (wide + tall) > wide * tall:
         values = {weight: torch.bmm(gradients.transpose(1, 2), inputs).flatten(1)}
         if bias is not None:
             values[bias] = gradients.sum(1)
         return instantiated(values)
-    offset = 0.0 if bias is None else 1.0
-    gram = _gram(inputs) + offset
-    heights = _gram(gradients)
-    squares = (gram * heights).sum((1, 2)).clamp(min=0)
-    scale = (gram.diagonal(dim1=1, dim2=2) * heights.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
+    at_once = max(1, BLOCK // (steps * (wide + tall)))
+    pieces = [
+        _ghost_norms(x, g, bias is not None)
+        for x, g in zip(inputs.split(at_once), gradients.split(at_once), strict=True)
+    ]
+    squares, scale = (torch.cat(column) for column in zip(*pieces, strict=True))
 
-    def weighted(factor: Tensor, keep: Tensor | None) -> Gradients:
-        each = factor.to(gradients.dtype).view(-1, 1, 1)
-        x, g = _kept(inputs, keep), _kept(gradients, keep)
-        # The factor goes to the narrower of the two.
-        left, right = (g * each, x) if tall <= wide else (g, x * each)
-        result = {weight: (left.flatten(0, 1).t() @ right.flatten(0, 1)).view_as(weight)}
-        if bias is not None:
-            result[bias] = each.flatten() @ g.sum(1)
-        return result
+    def weighted(factors: Factors) -> Gradients:
+        return _weighted_product(weight, bias, factors.kept(inputs), factors.kept(gradients), factors)
 
     return Part(squares=squares, scale=scale, weighted=weighted)
 
 
+def _ghost_norms(inputs: Tensor, gradients: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Squared norms and scales, both [P], by the Gram trick."""
+    products = _gram(inputs).add_(bias).mul_(_gram(gradients))
+    return products.sum((1, 2)).clamp_(min=0), products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
+
+
 def _gram(rows: Tensor) -> Tensor:
     """[P, S, d] to [P, S, S] inner products in float64."""
-    exact = rows.double()
+    exact = rows.to(torch.float64, memory_format=torch.contiguous_format)
     return torch.bmm(exact, exact.transpose(1, 2))
+
+
+def _weighted_product(
+    weight: Tensor, bias: Tensor | None, inputs: Tensor, gradients: Tensor, factors: Factors
+) -> Gradients:
+    """The weighted sum over patients of G, as one product over all patients and steps."""
+    each = factors.of_patients(gradients).view(-1, 1, 1)
+    if gradients.stride(0) < gradients.stride(1):
+        # A recurrence keeps time first: rows are joined in the order in which they lie.
+        inputs, gradients, each = (values.transpose(0, 1) for values in (inputs, gradients, each))
+    # The factor goes to the narrower of the two.
+    narrow = inputs.shape[2] < gradients.shape[2]
+    left, right = (gradients, inputs * each) if narrow else (gradients * each, inputs)
+    joined = left.flatten(0, 1)
+    result = {weight: joined.t() @ right.flatten(0, 1)}
+    if bias is not None:
+        result[bias] = joined.t() @ each.expand_as(gradients[:, :, :1]).flatten() if narrow else joined.sum(0)
+    return result
 
 
 def linear(layer: nn.Linear, uses: Sequence[Use], patients: Patients) -> Part:
@@ -147,86 +171,99 @@ def linear(layer: nn.Linear, uses: Sequence[Use], patients: Patients) -> Part:
 
 def sequences(uses: Sequence[Use], patients: Patients) -> tuple[Tensor, Tensor]:
     """All uses one after the other: [P, S, d] and [P, S, p]."""
-    inputs = [patients.sequence(x.reshape(len(x), -1, x.shape[-1])) for x, _ in uses]
-    gradients = [patients.sequence(g.reshape(len(g), -1, g.shape[-1])) for _, g in uses]
-    if len(uses) == 1:
-        return inputs[0], gradients[0]
-    return torch.cat(inputs, 1), torch.cat(gradients, 1)
+    inputs = [patients.sequence(_steps(x)) for x, _ in uses]
+    gradients = [patients.sequence(_steps(g)) for _, g in uses]
+    return _joined(inputs), _joined(gradients)
+
+
+def _steps(values: Tensor) -> Tensor:
+    """[R, ..., F] to [R, S, F]."""
+    return values if values.ndim == 3 else values.reshape(len(values), -1, values.shape[-1])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def embedding(layer: nn.Embedding, uses: Sequence[Use], patients: Patients) -> Part:
     """nn.Embedding: gradients of equal tokens add up before the norm."""
-    tokens = torch.cat([patients.sequence(x.reshape(len(x), -1, 1) + 1) for x, _ in uses], 1)[:, :, 0] - 1
-    gradients = torch.cat([patients.sequence(g.reshape(len(g), -1, g.shape[-1])) for _, g in uses], 1)
+    tokens = _joined([x.reshape(len(x), -1) for x, _ in uses])
+    gradients = _joined([_steps(g) for _, g in uses])
+    if layer.padding_idx is not None:
+        gradients = torch.where((tokens == layer.padding_idx).unsqueeze(2), 0.0, gradients)
+    if len(layer.weight) <= 2 * tokens.shape[1]:
+        return _small_embedding(layer, tokens, gradients, patients)
     # Rows that only fill up a patient's records have token -1 and no gradient.
-    silent = tokens < 0 if layer.padding_idx is None else (tokens < 0) | (tokens == layer.padding_idx)
-    gradients = torch.where(silent.unsqueeze(-1), 0.0, gradients)
-    tokens = tokens.clamp(min=0)
-    exact = gradients.double()
+    tokens = patients.sequence(tokens.unsqueeze(2) + 1)[:, :, 0] - 1
+    gradients = patients.sequence(gradients)
     same = tokens.unsqueeze(1) == tokens.unsqueeze(2)
-    squares = torch.where(same, torch.bmm(exact, exact.transpose(1, 2)), 0.0).sum((1, 2)).clamp(min=0)
+    products = torch.where(same, _gram(gradients), 0.0)
 
-    def weighted(factor: Tensor, keep: Tensor | None) -> Gradients:
-        rows = (_kept(gradients, keep) * factor.to(gradients.dtype).view(-1, 1, 1)).flatten(0, 1)
+    def weighted(factors: Factors) -> Gradients:
+        rows = factors.kept(gradients) * factors.of_patients(gradients).view(-1, 1, 1)
         total = torch.zeros_like(layer.weight)
-        return {layer.weight: total.index_add_(0, _kept(tokens, keep).flatten(), rows)}
+        return {layer.weight: total.index_add_(0, tokens.clamp(min=0).flatten(), rows.flatten(0, 1))}
 
-    return Part(squares=squares, scale=exact.square().sum(2).sqrt().sum(1), weighted=weighted)
+    scale = products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
+    return Part(squares=products.sum((1, 2)).clamp_(min=0), scale=scale, weighted=weighted)
+
+
+def _small_embedding(layer: nn.Embedding, tokens: Tensor, gradients: Tensor, patients: Patients) -> Part:
+    """The rule for a table that is not larger than what one patient reads of it: its gradient itself."""
+    rows, width = layer.weight.shape
+    start = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * rows
+    values = torch.zeros(len(tokens) * rows, width, dtype=gradients.dtype, device=gradients.device)
+    values.index_add_(0, (start + tokens).flatten(), gradients.flatten(0, 1))
+    return instantiated({layer.weight: patients.total(values.view(len(tokens), -1))})
 
 
 def normalisation(layer: nn.GroupNorm | nn.LayerNorm, uses: Sequence[Use], patients: Patients) -> Part:
     """The affine part of GroupNorm and LayerNorm; their statistics are of one record."""
-    weights, biases = [], []
-    for x, g in uses:
-        if isinstance(layer, nn.GroupNorm):
-            normal = functional.group_norm(x, layer.num_groups, eps=layer.eps)
-            weights.append((g * normal).flatten(2).sum(2) if x.ndim > 2 else g * normal)
-            biases.append(g.flatten(2).sum(2) if x.ndim > 2 else g)
-        else:
-            shape = layer.normalized_shape
-            normal = functional.layer_norm(x, shape, eps=layer.eps)
-            numel = layer.weight.numel()
-            weights.append((g * normal).reshape(len(x), -1, numel).sum(1))
-            biases.append(g.reshape(len(x), -1, numel).sum(1))
-    values: Gradients = {layer.weight: patients.total(torch.stack(weights).sum(0))}
+    kinds = [_group_norm(layer, *use) if isinstance(layer, nn.GroupNorm) else _layer_norm(layer, *use) for use in uses]
+    values: Gradients = {layer.weight: patients.total(_added([weight for weight, _ in kinds]))}
     if layer.bias is not None:
-        values[layer.bias] = patients.total(torch.stack(biases).sum(0))
+        values[layer.bias] = patients.total(_added([bias for _, bias in kinds]))
     return instantiated(values)
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients in weight and bias, [R, C] each."""
+    normal = functional.group_norm(x, layer.num_groups, eps=layer.eps)
+    if x.ndim == 2:
+        return g * normal, g
+    return (g * normal).flatten(2).sum(2), g.flatten(2).sum(2)
+
+
+def _layer_norm(layer: nn.LayerNorm, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients in weight and bias, [R, numel] each."""
+    normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+    shape = (len(x), -1, layer.weight.numel())
+    return (g * normal).reshape(shape).sum(1), g.reshape(shape).sum(1)
 
 
 def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, uses: Sequence[Use], patients: Patients) -> Part:
     """nn.Conv1d, 2d, 3d with zero padding, any stride, dilation and groups."""
-    weights = torch.stack([_record_kernels(layer, x, g) for x, g in uses]).sum(0)
-    values = {layer.weight: patients.total(weights)}
+    values = {layer.weight: patients.total(_added([_record_kernels(layer, x, g) for x, g in uses]))}
     if layer.bias is not None:
-        values[layer.bias] = patients.total(torch.stack([g.flatten(2).sum(2) for _, g in uses]).sum(0))
+        values[layer.bias] = patients.total(_added([g.flatten(2).sum(2) for _, g in uses]))
     return instantiated(values)
 
 
 def _record_kernels(layer: Any, x: Tensor, g: Tensor) -> Tensor:
-    """[R, numel of weight]: the kernel's gradient of each record."""
-    kernel = layer.weight.shape[2:]
-    patches = x.numel() * int(torch.tensor(kernel).prod()) // int(torch.tensor(layer.stride).prod())
-    if x.ndim <= 4 and layer.groups == 1 and patches <= LARGEST_PATCHES:
-        return _by_patches(layer, x, g)
-    one = torch.ops.aten.convolution_backward
-    settings = (layer.stride, layer.padding, layer.dilation, False, [0] * len(kernel), layer.groups)
-    rows = [
-        one(g[[at]], x[[at]], layer.weight, None, *settings, (False, True, False))[1].flatten() for at in range(len(x))
-    ]
-    return torch.stack(rows)
+    """[R, numel of weight]: the kernel's gradient of each record.
 
-
-def _by_patches(layer: Any, x: Tensor, g: Tensor) -> Tensor:
-    """All records at once: a convolution is a matrix over patches."""
-    if x.ndim == 3:
-        x, kernel = x.unsqueeze(2), (1, *layer.kernel_size)
-        settings = {"stride": (1, *layer.stride), "padding": (0, *layer.padding), "dilation": (1, *layer.dilation)}
-    else:
-        kernel = layer.kernel_size
-        settings = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    patches = functional.unfold(x, kernel, **settings)
-    return torch.bmm(g.flatten(2), patches.transpose(1, 2)).flatten(1)
+    As if the records were groups of channels of one record: measured faster than patches or a loop over records.
+    """
+    records, none = len(x), [0] * len(layer.stride)
+    weight = layer.weight.repeat(records, *[1] * (layer.weight.ndim - 1))
+    settings = (layer.stride, layer.padding, layer.dilation, False, none, records * layer.groups)
+    inputs, gradients = (values.flatten(0, 1).unsqueeze(0) for values in (x, g))
+    found = torch.ops.aten.convolution_backward(gradients, inputs, weight, None, *settings, (False, True, False))[1]
+    return found.view(records, -1)
 
 
 RULES: dict[type[nn.Module], Callable[[Any, Sequence[Use], Patients], Part]] = {
