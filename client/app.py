@@ -47,7 +47,7 @@ def prepare(message: Message, context: Context) -> Message:
 
     def work(header: dict[str, Any], arrays: Arrays) -> Answer:
         asked = read_request(Prepare, header)
-        study = study_from_json(asked.study)
+        study = _offered(asked)
         folder = RunFolder(_state(context.node_config), asked.run)
         folder.check_study(study.canonical())
         capability = participant(context.node_config, study).prepare(asked.run)
@@ -124,6 +124,14 @@ def _state(config: Mapping[str, Any]) -> Path:
         return Path(str(config["state"]))
     file = Path(str(config["site"]))
     return file.parent / load_site(file).state
+
+
+def _offered(asked: Prepare) -> Study:
+    """The study of a handshake."""
+    try:
+        return study_from_json(asked.study)
+    except (ValueError, RecursionError):
+        raise ProtocolError("a study that cannot be read", remedy="Send it as `submit` does") from None
 
 
 def _study(context: Context, asked: Train | Finish) -> Study:

@@ -45,7 +45,7 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
     """
     try:
         header = json.loads(str(content.config_records[HEADER]["json"]))
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise ProtocolError("a message without a Gapweave header", remedy="Both sides must run Gapweave")
@@ -63,7 +63,7 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
 def _read(array: Array) -> NDArray[np.float32]:
     try:
         value: NDArray[np.float32] = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError, SyntaxError):
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError, MemoryError, OverflowError):
         raise ProtocolError("an array that cannot be read", remedy="Both sides must run Gapweave") from None
     if value.dtype != np.float32:
         raise ProtocolError(f"an array of type {value.dtype}", remedy="Parameters travel as float32")
