@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gapweave.shared.config.study import Study
+from gapweave.shared.constants import Constants
 from gapweave.shared.encoders import build_encoder
 from gapweave.shared.fusion import FUSIONS
 from gapweave.shared.imputers import IMPUTERS
@@ -52,10 +53,12 @@ class MultimodalModel(nn.Module):
     Args:
         study: what all sites agree on.
         held: names of the modalities that the site holds; it has encoders and heads for these only.
+        constants: the site's prior and scaling; may be set later, before the first use.
     """
 
-    def __init__(self, study: Study, held: Collection[str]) -> None:
+    def __init__(self, study: Study, held: Collection[str], constants: Constants | None = None) -> None:
         super().__init__()
+        self.constants = constants or Constants()
         self.order = study.order
         self.held = tuple(name for name in study.order if name in held)
         width, outputs = study.model.embedding, study.task.outputs
@@ -92,8 +95,8 @@ class MultimodalModel(nn.Module):
         votes = self._vote(embeddings, used)
         fused = self.fusion(slots, used, votes)
         return Outputs(
-            logits=fused.logits,
-            modality_logits=votes,
+            logits=self.constants.logits(fused.logits),
+            modality_logits=torch.where(visible, self.constants.logits(votes), votes),
             embeddings=embeddings,
             imputed=imputed,
             present=present,
@@ -110,7 +113,7 @@ class MultimodalModel(nn.Module):
                 continue
             here = present[:, position]
             rows = here.view(-1, *[1] * (inputs[name].ndim - 1))
-            embedded = self.encoders[name](torch.where(rows, inputs[name], 0.0))
+            embedded = self.encoders[name](self.constants.inputs(name, torch.where(rows, inputs[name], 0.0)))
             columns.append(torch.where(here.unsqueeze(-1), embedded, absent))
         return torch.stack(columns, dim=1)
 

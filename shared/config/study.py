@@ -248,6 +248,9 @@ class Aggregation(StrictModel):
 
     default: str = Field("auto", description="rule for groups without their own")
     rules: dict[str, str] = Field(default_factory=dict, description="written as flat keys: group pattern -> rule")
+    weights: Literal["uniform", "patients"] = Field(
+        "uniform", description="what a site counts for in a mean: all the same, or its public number of patients"
+    )
     server_optimizer: Literal["none"] = Field("none", description="optimiser applied to the aggregate")
     quorum: int = Field(2, ge=1, description="sites that a round needs")
     strict: bool = Field(False, description="leave a group alone rather than aggregate it unprotected")
@@ -266,6 +269,15 @@ class Aggregation(StrictModel):
         rules = {key: value for key, value in data.items() if _is_group_pattern(str(key))}
         rest = {key: value for key, value in data.items() if key not in rules}
         return {**rest, "rules": {**rest.get("rules", {}), **rules}}
+
+    @model_validator(mode="after")
+    def _weighed(self) -> Self:
+        other = {self.default, *self.rules.values()} - {"auto", "mean"}
+        if self.weights == "patients" and other:
+            raise ValueError(
+                f"weights: patients needs the rule mean, not {sorted(other)[0]!r}; robust rules weigh alike"
+            )
+        return self
 
     @model_serializer(mode="plain")
     def _flat(self) -> dict[str, Any]:
@@ -289,13 +301,43 @@ class PrivacyConfig(StrictModel):
     engine: Literal["fast", "opacus"] = Field("fast", description="per-patient gradient engine")
 
 
+class Preparation(StrictModel):
+    """What each site learns about its own data before it trains: fixed and public, or released once with noise."""
+
+    standardisation: Literal["public", "noisy"] = Field(
+        "public",
+        description="center and scale of table and series columns: the study's, or a noised mean and spread a site",
+    )
+    class_balance: Literal["none", "noisy"] | list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        "none",
+        description="log-odds at which a site's logits start: 0, those of a noised count of its training labels, or of "
+        "public prevalences (one number for binary, else one a class or label, in their order)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("class_balance"), float):
+            return {**data, "class_balance": [data["class_balance"]]}
+        return data
+
+
 class Evaluation(StrictModel):
-    """Who is held out. The split is a keyed hash of the patient: the same in every run, and no site sees it."""
+    """Who is held out, and what of their scores may leave a site.
+
+    The split is a keyed hash of the patient: the same in every run, and no site sees it.
+    """
 
     test_fraction: float = Field(0.2, ge=0, lt=1, description="fraction of patients held out")
     split_seed: int = Field(0, description="key of the hash")
     folds: int | None = Field(None, ge=2, le=100, description="hold out one of K folds instead of a fraction")
     fold: int = Field(0, ge=0, description="the fold held out")
+    epsilon: float | None = Field(
+        0.5,
+        gt=0,
+        description="cost of a site's noised table of scores, within the study's epsilon and at most a quarter of it; "
+        "null: no site is asked; a site with too few patients for it is not asked either, and spends nothing",
+    )
 
     @model_validator(mode="after")
     def _within(self) -> Self:
@@ -337,9 +379,17 @@ class Study(StrictModel):
     training: Training = Field(default_factory=Training, description="local training")
     aggregation: Aggregation = Field(default_factory=Aggregation, description="the server's rules")
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig, description="the guarantee")
+    preparation: Preparation = Field(default_factory=Preparation, description="what sites learn before training")
     seed: int = Field(0, ge=0, description="initial weights and public choices; never a site's private draws")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="who is held out")
     simulation: Simulation = Field(default_factory=Simulation, description="for simulations only")
+
+    @model_validator(mode="after")
+    def _one_prevalence_each(self) -> Self:
+        given = self.preparation.class_balance
+        if isinstance(given, list) and len(given) != self.task.outputs:
+            raise ValueError(f"preparation.class_balance lists {len(given)} numbers, the task has {self.task.outputs}")
+        return self
 
     @cached_property
     def order(self) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.once import NOT_ALLOWED, table_event
 
 COUNT_SHARE = 0.05
 """Share of the target epsilon that the once-only noisy number of training patients may cost."""
@@ -32,6 +33,9 @@ class Plan:
         max_grad_norm: clipping bound C.
         epsilon: cost of the whole plan with its preparation; None when privacy is off.
         delta: at which epsilon holds.
+        preparation: events that were charged before the plan was made.
+        table: the release of the final model's scores, or None.
+        no_table: why there is none.
     """
 
     noise_multiplier: float
@@ -43,6 +47,15 @@ class Plan:
     max_grad_norm: float
     epsilon: float | None
     delta: float
+    preparation: tuple[PrivacyEvent, ...] = ()
+    table: PrivacyEvent | None = None
+    no_table: str = ""
+
+    def schedule(self) -> list[PrivacyEvent]:
+        """What a site reserves: all rounds, then fine-tuning and the table of scores."""
+        rounds = [self.event(f"update of round {number}") for number in range(1, self.rounds + 1)]
+        finetuning = [self.event("fine-tuning", self.finetune_steps)] if self.finetune_steps else []
+        return [*rounds, *finetuning, *([self.table] if self.table else [])]
 
     def event(self, released: str, steps: int | None = None) -> PrivacyEvent:
         """The event of one round, or of `steps` steps."""
@@ -63,14 +76,17 @@ def count_event(study: Study) -> PrivacyEvent:
     return PrivacyEvent(kind="noisy_count", released="number of training patients", noise_multiplier=scale)
 
 
-def make_plan(study: Study, n_hat: int, delta: float, preparation: tuple[PrivacyEvent, ...] = ()) -> Plan:
-    """Calibrate the noise so that preparation and all rounds together cost the study's target.
+def make_plan(
+    study: Study, n_hat: int, delta: float, preparation: tuple[PrivacyEvent, ...] = (), *, tables: bool = True
+) -> Plan:
+    """Calibrate the noise so that preparation, all rounds and the table of scores together cost the study's target.
 
     Args:
         study: gives target, clipping bound and schedule.
         n_hat: public number of training patients.
         delta: at which the target holds at this site.
         preparation: events already charged for this study.
+        tables: whether the site releases counts.
 
     Raises:
         UsageError: when no noise up to `LARGEST_NOISE` reaches the target.
@@ -79,9 +95,10 @@ def make_plan(study: Study, n_hat: int, delta: float, preparation: tuple[Privacy
     rate = min(1.0, training.batch / n_hat)
     finetune = training.finetune_steps if training.finetune else 0
     steps = training.rounds * training.local_steps + finetune
-    sigma = _calibrate(privacy.epsilon, delta, rate, steps, preparation) if privacy.enabled else 0.0
+    table = table_event(study, n_hat) if tables else NOT_ALLOWED
+    beside = preparation if isinstance(table, str) else (*preparation, table)
     plan = Plan(
-        noise_multiplier=sigma,
+        noise_multiplier=_calibrate(privacy.epsilon, delta, rate, steps, beside) if privacy.enabled else 0.0,
         sample_rate=rate,
         n_hat=n_hat,
         steps=training.local_steps,
@@ -90,14 +107,16 @@ def make_plan(study: Study, n_hat: int, delta: float, preparation: tuple[Privacy
         max_grad_norm=privacy.max_grad_norm,
         epsilon=None,
         delta=delta,
+        preparation=preparation,
+        table=None if isinstance(table, str) else table,
+        no_table=table if isinstance(table, str) else "",
     )
     if not privacy.enabled:
         return plan
-    cost = epsilon([*preparation, plan.event("plan", steps)], delta)
-    return Plan(**{**plan.__dict__, "epsilon": cost})
+    return replace(plan, epsilon=epsilon([*beside, plan.event("plan", steps)], delta))
 
 
-def _calibrate(target: float, delta: float, rate: float, steps: int, preparation: tuple[PrivacyEvent, ...]) -> float:
+def _calibrate(target: float, delta: float, rate: float, steps: int, beside: tuple[PrivacyEvent, ...]) -> float:
     """The smallest noise multiplier, to 4 digits and rounded up, whose cost is at most the target."""
     from scipy.optimize import brentq
 
@@ -109,7 +128,7 @@ def _calibrate(target: float, delta: float, rate: float, steps: int, preparation
             sample_rate=rate,
             steps=steps,
         )
-        return epsilon([*preparation, event], delta) - target
+        return epsilon([*beside, event], delta) - target
 
     high = math.log(2.0)
     while excess(high) > 0:

@@ -14,6 +14,7 @@ from gapweave.shared.errors import UsageError
 from gapweave.shared.privacy.accountant import epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import folded
+from gapweave.shared.privacy.once import preparation_events
 from gapweave.shared.privacy.plan import COUNT_SHARE, Plan, make_plan
 
 DEFAULT_CAP = float(Policy.model_fields["epsilon"].default)
@@ -106,21 +107,23 @@ def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP) -> PlanRe
 
 
 def _plan(study: Study, patients: int) -> Plan:
-    return make_plan(study, patients, study.privacy.delta)
+    """The plan of a site that holds every modality."""
+    delta = study.privacy.delta
+    return make_plan(study, patients, delta, preparation_events(study, study.order, delta))
 
 
 def schedule(plan: Plan) -> list[PrivacyEvent]:
-    """The events that a site reserves for a plan."""
-    rounds = [plan.event(f"update of round {number}") for number in range(1, plan.rounds + 1)]
-    return [*rounds, plan.event("fine-tuning", plan.finetune_steps)] if plan.finetune_steps else rounds
+    """The events that a site charges for a plan."""
+    return [*plan.preparation, *plan.schedule()]
 
 
 def _rounds_allowed(plan: Plan, cap: float) -> int:
     """The longest prefix of the rounds that a cap has room for."""
-    events = schedule(plan)
+    events = plan.schedule()
     low, high, middle = 0, len(events), len(events)
     while low < high:
-        low, high = (middle, high) if epsilon(events[:middle], plan.delta) <= cap else (low, middle - 1)
+        fits = epsilon([*plan.preparation, *events[:middle]], plan.delta) <= cap
+        low, high = (middle, high) if fits else (low, middle - 1)
         middle = (low + high + 1) // 2
     return min(low, plan.rounds)
 
@@ -183,11 +186,22 @@ def plan_lines(report: PlanReport) -> list[str]:
         f"Each coordinate of a step's mean gradient, whose norm is at most {plan.max_grad_norm:g},",
         f"gets noise of sd {noise(plan):.3g}: {mean:.2%} of the largest signal, in every coordinate.",
         f"A site that does not declare its number of patients spends {COUNT_SHARE:.0%} of epsilon on it.",
+        *_beside(plan),
         "",
         f"{'':<16}{'rounds':>7}{'batch':>8}{'sigma':>9}{'steps':>7}{'noise sd':>11}{'epsilon':>9}",
         *(_row(change, _figures(other)) for change, other in [("this plan", plan), *report.alternatives]),
         *(line for warning in report.warnings() for line in ("", *textwrap.wrap(f"Warning: {warning}", 80))),
     ]
+
+
+def _beside(plan: Plan) -> Iterator[str]:
+    """What the plan's epsilon pays for beside training."""
+    for event in plan.preparation:
+        yield f"Epsilon {epsilon([event], plan.delta):.2g} of it buys: {event.released}."
+    if plan.table is None:
+        yield f"No table of scores leaves the site: {plan.no_table}."
+    else:
+        yield f"Epsilon {epsilon([plan.table], plan.delta):.2g} of it buys: {plan.table.released}, as a noised table."
 
 
 def _row(change: str, figures: dict[str, Any]) -> str:

@@ -65,13 +65,21 @@ def site_budgets(summary: Mapping[str, Any]) -> list[Budget]:
     ]
 
 
+KIND_WORDS = {
+    "dp_sgd": "training with noise",
+    "noisy_count": "number of patients with noise",
+    "count_table": "tables of counts with noise",
+    "noisy_statistic": "means and spreads with noise",
+    "noisy_max": "choice of the largest score with noise",
+    "unnoised": "release WITHOUT NOISE",
+}
+"""What each kind of event is called; a kind that is not here is named as the ledger names it."""
+
+
 def release_words(release: Mapping[str, Any]) -> str:
     """What a folded release was, in words."""
-    count = release["releases"]
-    times = "once" if count == 1 else f"{count} times"
-    if release["kind"] == "noisy_count":
-        return f"number of patients with noise, {times}"
-    return f"training {'with noise' if release['kind'] == 'dp_sgd' else 'WITHOUT NOISE'}, {times}"
+    count, kind = release["releases"], release["kind"]
+    return f"{KIND_WORDS.get(kind, f'release of the kind {kind}')}, {'once' if count == 1 else f'{count} times'}"
 
 
 def worst_epsilon(summary: Mapping[str, Any]) -> float | None:

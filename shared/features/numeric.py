@@ -1,0 +1,54 @@
+"""Numeric columns of table and series inputs, and where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gapweave.shared.config.study import ModalitySpec, Range, SeriesModality, Study, TableModality
+from gapweave.shared.features.ranges import scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericColumn:
+    """One numeric variable of one modality.
+
+    Attributes:
+        modality: its name.
+        name: of the variable.
+        value: position of its value along the input's last axis.
+        flag: position of its observed flag.
+        bound: largest absolute value after public scaling.
+    """
+
+    modality: str
+    name: str
+    value: int
+    flag: int
+    bound: float
+
+
+def numeric_columns(study: Study, held: Collection[str]) -> tuple[NumericColumn, ...]:
+    """All numeric variables of the held tables and series, in canonical order."""
+    names = [name for name in study.order if name in held]
+    return tuple(column for name in names for column in _columns(name, study.modalities[name]))
+
+
+def _columns(modality: str, spec: ModalitySpec) -> Iterator[NumericColumn]:
+    if isinstance(spec, SeriesModality):
+        for at, name in enumerate(sorted(spec.columns)):
+            bound = _bound(spec.columns[name])
+            yield NumericColumn(modality=modality, name=name, value=at, flag=len(spec.columns) + at, bound=bound)
+    elif isinstance(spec, TableModality):
+        at = 0
+        for name in sorted(spec.columns):
+            card = spec.columns[name]
+            if isinstance(card, Range):
+                yield NumericColumn(modality=modality, name=name, value=at, flag=at + 1, bound=_bound(card))
+            at += 2 if isinstance(card, Range) else len(card.categories)
+
+
+def _bound(card: Range) -> float:
+    return float(np.abs(scale(np.array([card.low, card.high]), card)).max())
