@@ -20,6 +20,7 @@ from gapweave.shared.config.base import parse
 from gapweave.shared.config.study import Study, study_from_json
 from gapweave.shared.errors import BudgetExhausted, DataError, GapweaveError, RefusedError
 from gapweave.shared.messages import Finish, Prepare, Train, read_request
+from gapweave.shared.privacy.head import Head
 from gapweave.shared.tensorfile import Arrays
 from gapweave.shared.wire import ProtocolError, pack, request_hash, unpack
 
@@ -50,7 +51,7 @@ def prepare(message: Message, context: Context) -> Message:
         study = _offered(asked)
         folder = RunFolder(_state(context.node_config), asked.run)
         folder.check_study(study.canonical())
-        capability = participant(context.node_config, study).prepare(asked.run)
+        capability = participant(context.node_config, study).prepare(asked.run, Head.from_dict(asked.echo))
         folder.keep_study(study.canonical())  # a run that was refused was never prepared
         return asdict(capability), {}
 
@@ -65,7 +66,7 @@ def train(message: Message, context: Context) -> Message:
         asked = read_request(Train, header)
         site = participant(context.node_config, _study(context, asked))
         state = site.train(asked.run, asked.round, request_hash(header, arrays), arrays)
-        return {"event": state.event}, state.reply
+        return {"event": state.event, "ledger": state.ledger}, state.reply
 
     return _reply(message, context, work)
 
@@ -149,17 +150,20 @@ def participant(config: Mapping[str, Any], study: Study) -> Participant:
     """The site's part in a study; in one process (the inline engine) its data are read once.
 
     Args:
-        config: Flower's node configuration: `site` (file), and for simulations `state`, `data`, `simulation`.
+        config: Flower's node configuration: `site` (file), and for simulations `state`, `data`, `simulation`, `anchored`.
         study: what all sites agree on.
     """
     file = Path(str(config["site"]))
     data = Path(str(config["data"])) if config.get("data") else None
     simulation = bool(config.get("simulation", False))
-    return _cached(file, file.stat().st_mtime_ns, _state(config), data, simulation, study.canonical())
+    anchored = bool(config.get("anchored", not simulation))
+    return _cached(file, file.stat().st_mtime_ns, _state(config), data, simulation, anchored, study.canonical())
 
 
 @lru_cache(maxsize=1024)
-def _cached(file: Path, changed: int, state: Path, data: Path | None, simulation: bool, study: str) -> Participant:
+def _cached(
+    file: Path, changed: int, state: Path, data: Path | None, simulation: bool, anchored: bool, study: str
+) -> Participant:
     return Participant(
         study_from_json(study),
         load_site(file),
@@ -167,6 +171,7 @@ def _cached(file: Path, changed: int, state: Path, data: Path | None, simulation
         state=state,
         data_dir=data,
         simulation=simulation,
+        anchored=anchored,
     )
 
 

@@ -73,6 +73,30 @@ def check(
         raise typer.Exit(DataError.exit_code)
 
 
+@site.command("recover")
+def recover(
+    path: SiteArgument,
+    assume_spent: Annotated[
+        float, typer.Option("--assume-spent", help="Epsilon of everything that the remaining ledger does not show.")
+    ],
+    state: Annotated[Path | None, typer.Option("--state", help="State folder in place of the site file's.")] = None,
+) -> None:
+    """Declare what a lost, restored or changed ledger no longer shows, so that the site can go on.
+
+    It only ever raises what counts as spent. If nobody knows, assume the whole cap: nothing more is released then.
+
+    Example: gapweave site recover hospital.yaml --assume-spent 6.5
+    """
+    from gapweave.client.recovery import recover as declare
+    from gapweave.shared.config import load_site
+
+    hospital = load_site(path)
+    anchor = path.parent / hospital.policy.anchor if hospital.policy.anchor else None
+    view = declare(state or path.parent / hospital.state, hospital, anchor, assume_spent)
+    bound, cap = view.bound(), hospital.policy.epsilon
+    typer.echo(f"{hospital.name}: epsilon {bound:.2f} counts as spent, of a cap of {cap:g}")
+
+
 def predict(
     run: Annotated[Path, typer.Argument(help="Run directory, or STATE/runs/<run> at a hospital.", metavar="RUN")],
     site_file: Annotated[Path, typer.Option("--site", help="Site file with the records to predict.")],

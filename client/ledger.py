@@ -264,6 +264,19 @@ class Ledger:
                     remedy="Resume the run from its newest checkpoint",
                 )
 
+    def require_charged(self, request: str) -> None:
+        """Refuse to go on when the site holds an answer that the ledger knows nothing of.
+
+        Raises:
+            RefusedError: when entries were lost.
+        """
+        if request and not self.view.charged(request) and not self.view.recovered:
+            raise RefusedError(
+                "the site holds a reply that its ledger has no charge for: entries were lost",
+                where=self._where,
+                remedy=f"Restore the newest copy, or {RECOVER}",
+            )
+
     def value(self, study: str, kind: str) -> int | None:
         """A number released earlier for the same study; using it again costs nothing."""
         for entry in self.view.entries:

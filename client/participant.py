@@ -6,7 +6,7 @@ The order of every step is the promise: policy, then ledger, then data, then the
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from gapweave.shared.errors import BudgetExhausted, RefusedError
 from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups, shared_groups
 from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws, discrete_laplace
 from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.head import Head
 from gapweave.shared.privacy.plan import Plan, count_event, make_plan
 from gapweave.shared.schema import Batch
 from gapweave.shared.tensorfile import Arrays
@@ -40,6 +41,7 @@ class Capability:
         groups: parameter groups that it will send.
         rounds: rounds that its cap allows.
         plan: noise, sampling rate and n_hat of its training.
+        ledger: where its ledger stands, for the server to remember.
     """
 
     site: str
@@ -47,6 +49,7 @@ class Capability:
     groups: list[str]
     rounds: int
     plan: dict[str, Any]
+    ledger: dict[str, Any]
 
 
 class Participant:
@@ -59,6 +62,7 @@ class Participant:
         state: the site's state folder.
         data_dir: folder of data sets, if one was given.
         simulation: whether this is a virtual site.
+        anchored: whether the site file's anchor counts: not where the state is one run's own.
     """
 
     def __init__(
@@ -70,10 +74,13 @@ class Participant:
         state: Path,
         data_dir: Path | None = None,
         simulation: bool = False,
+        anchored: bool = True,
     ) -> None:
         self.study, self.site = study, site
         self._site_file, self.state, self._data_dir = site_file, state, data_dir
         self._simulation = simulation
+        anchor = site.policy.anchor if anchored else None
+        self._anchor = None if anchor is None else site_file.parent / anchor
         self.findings: list[Finding] = []
         self.held = [name for name in study.order if site.holds(name)]
         self.device = _device(site.device)
@@ -106,15 +113,24 @@ class Participant:
         """Groups that this site sends and receives."""
         return shared_groups(self.study, self.initial)
 
-    def prepare(self, run: str) -> Capability:
+    def ledger(self) -> Ledger:
+        """The site's ledger, to be used as a context manager."""
+        return Ledger(self.state, self.site, self._anchor)
+
+    def prepare(self, run: str, echo: Head | None = None) -> Capability:
         """Check the policy, fix n_hat, plan the noise, and reserve what the cap allows.
+
+        Args:
+            run: our own id of the run.
+            echo: the ledger's head as the server remembers it.
 
         Raises:
             RefusedError: when policy or budget do not allow a single round.
             DataError: when the data cannot be used.
         """
         check_policy(self.study, self.site, simulation=self._simulation)
-        with Ledger(self.state, self.site) as ledger:
+        with self.ledger() as ledger:
+            ledger.check_echo(echo)
             by = "simulation" if self._simulation else "policy.studies"
             check_guarantee(self.study, self.site, ledger.view)
             ledger.approve(self.study.sha256, self.study.name, by)
@@ -132,6 +148,7 @@ class Participant:
                 "epsilon": plan.epsilon,
                 "delta": plan.delta,
             },
+            ledger=ledger.view.head.to_dict(),
         )
 
     def _schedule(self, plan: Plan) -> list[PrivacyEvent]:
@@ -184,7 +201,8 @@ class Participant:
         check_policy(self.study, self.site, simulation=self._simulation)
         folder = RunFolder(self.state, run)
         before = folder.load()
-        with Ledger(self.state, self.site) as ledger:
+        with self.ledger() as ledger:
+            ledger.require_charged(before.request)
             if before.request == request:
                 ledger.released(request)
                 return before
@@ -193,7 +211,8 @@ class Participant:
             plan = self._plan(ledger, run)
             event = plan.event(f"update of round {number}")
             ledger.charge(run, self.study.sha256, request, event)
-            after = self._train(plan, number, request, before, received)
+            trained = self._train(plan, number, request, before, received)
+            after = replace(trained, ledger=ledger.view.head.to_dict())
             folder.save(after)
             ledger.released(request)
         return after
@@ -308,7 +327,7 @@ class Participant:
         folder = RunFolder(self.state, run)
         if folder.load().round == 0:
             raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")
-        with Ledger(self.state, self.site) as ledger:
+        with self.ledger() as ledger:
             if _is_over(ledger, run):
                 self._check_kept(folder, received)
                 return

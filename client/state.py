@@ -48,6 +48,7 @@ class RoundState:
         round: number of the last round done; 0 before the first.
         request: hash of that round's request.
         event: the privacy event that covers the reply.
+        ledger: where the ledger stood when the reply was made; it goes with the reply.
         private: parameter groups that stay at the site.
         momentum: optimiser state by parameter group.
         reply: noised updates of the shared groups, as sent.
@@ -56,6 +57,7 @@ class RoundState:
     round: int = 0
     request: str = ""
     event: dict[str, Any] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
     private: Arrays = field(default_factory=dict)
     momentum: Arrays = field(default_factory=dict)
     reply: Arrays = field(default_factory=dict)
@@ -87,13 +89,15 @@ class RunFolder:
         for key, tensors in arrays.items():
             part, _, group = key.partition(":")
             parts[part][group] = tensors
-        return RoundState(round=note["round"], request=note["request"], event=note["event"], **parts)
+        return RoundState(
+            round=note["round"], request=note["request"], event=note["event"], ledger=note["ledger"], **parts
+        )
 
     def save(self, state: RoundState) -> None:
         """Replace the state in one durable rename."""
         parts = {"private": state.private, "momentum": state.momentum, "reply": state.reply}
         arrays = {f"{part}:{group}": tensors for part, groups in parts.items() for group, tensors in groups.items()}
-        note = {"round": state.round, "request": state.request, "event": state.event}
+        note = {"round": state.round, "request": state.request, "event": state.event, "ledger": state.ledger}
         self._write(self._round, tensorfile.dump(arrays, note))
 
     def _write(self, file: Path, content: bytes) -> None:

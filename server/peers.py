@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gapweave.shared.privacy.head import Head
+
 NO_NODE = 0
 """Node of a site that has not answered this process of the server."""
 
@@ -23,6 +25,7 @@ class Peer:
         rounds: that its cap allows.
         plan: its noise, sampling rate and n_hat.
         last_round: the last round that it took part in.
+        ledger: where its ledger stood when it was last heard; told to it at the next handshake.
     """
 
     site: str
@@ -34,6 +37,12 @@ class Peer:
     rounds: int = 0
     plan: dict[str, Any] = field(default_factory=dict)
     last_round: int = 0
+    ledger: dict[str, Any] = field(default_factory=dict)
+
+    def remember(self, ledger: Any) -> None:
+        """Keep where the site's ledger stands; anything of another form is no memory."""
+        if Head.from_dict(ledger) is not None:
+            self.ledger = ledger
 
 
 def well_formed(header: dict[str, Any]) -> bool:
@@ -42,7 +51,7 @@ def well_formed(header: dict[str, Any]) -> bool:
     return (
         all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names)
         and isinstance(header.get("rounds", 0), int)
-        and isinstance(header.get("plan", {}), dict)
+        and all(isinstance(header.get(key, {}), dict) for key in ("plan", "ledger"))
     )
 
 

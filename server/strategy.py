@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from typing import Any
 
 from flwr.serverapp import Grid
 
@@ -87,12 +88,12 @@ class RoundLoop:
     def _prepare(self) -> None:
         # Sites reserve budget under the run's id: it must outlive a crash in the handshake, or that budget is lost.
         self._save()
-        header = {"run": self.state.run, "study": self.study.canonical()}
         nodes = self._wait_for_nodes()
+        requests = {node: wire.pack(self._handshake(node), {}) for node in nodes}
         for peer in self.peers.values():
             # Of an earlier process of the server: its node may be another site's by now.
             peer.node, peer.status, peer.reason = NO_NODE, "late", "did not answer the handshake"
-        for answer in ask(self.grid, wire.PREPARE, {node: wire.pack(header, {}) for node in nodes}, self.deadline_s):
+        for answer in ask(self.grid, wire.PREPARE, requests, self.deadline_s):
             self._register(answer)
         if not self.peers:
             raise Unreachable(
@@ -106,6 +107,11 @@ class RoundLoop:
             raise RefusedError("every site refused the study", remedy="; ".join(self._reasons()))
         if self.state.round < self.study.training.rounds:
             self._require_quorum(len(active), "can take part")
+
+    def _handshake(self, node: int) -> dict[str, Any]:
+        """The study, and to a site that was heard before, where its ledger stood: it must not have lost entries."""
+        remembered = (peer.ledger for peer in self.peers.values() if peer.node == node and peer.ledger)
+        return {"run": self.state.run, "study": self.study.canonical(), "echo": next(remembered, None)}
 
     def _wait_for_nodes(self) -> list[int]:
         """Nodes that are there, as soon as they are enough for the quorum, or at the deadline."""
@@ -123,10 +129,11 @@ class RoundLoop:
         if known is not None and known.node != NO_NODE:
             header = {"status": "failed", "text": f"another site has the name {name!r}"}
             name, known = f"{name}, node-{answer.node}", None
-        fields = {key: header[key] for key in ("modalities", "groups", "rounds", "plan") if key in header}
+        fields = {key: header[key] for key in ("modalities", "groups", "rounds", "plan", "ledger") if key in header}
         peer = Peer(site=name, node=answer.node, status=header["status"], reason=header.get("text", ""), **fields)
         if known is not None:
             peer.last_round = known.last_round
+            peer.ledger = peer.ledger or known.ledger  # a site that refuses because of it does not send another
         foreign = set(peer.groups) - self.state.groups.keys()
         if foreign:
             peer.status, peer.reason = (
@@ -205,6 +212,7 @@ class RoundLoop:
         if answer.arrays.keys() != set(peer.groups):
             return {"status": "failed", "reason": "other parameter groups than were asked for"}
         peer.last_round = number
+        peer.remember(answer.header.get("ledger"))
         combine.add(peer.site, answer.arrays)
         return {"status": "ok"}
 

@@ -28,6 +28,7 @@ class Prepare(Request):
     """The handshake."""
 
     study: str = Field(description="the whole study, as canonical JSON")
+    echo: dict[str, str | int] | None = Field(None, description="the ledger's head that this site sent last")
 
 
 class Train(Request):

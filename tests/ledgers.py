@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from gapweave.shared.privacy.accountant import renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PURE, PrivacyEvent
 
 FINE = 1e-4
@@ -55,6 +56,14 @@ def by_dp_accounting(events: Iterable[PrivacyEvent], delta: float, interval: flo
         total = part if total is None else total.compose(part)
     assert total is not None
     return float(total.get_epsilon_for_delta(delta))
+
+
+def filter_cap(events: list[PrivacyEvent], delta: float) -> float:
+    """The smallest cap whose Renyi filter has room for these events; the filter's order depends on the cap."""
+    cap = 1.0
+    for _ in range(20):
+        cap = renyi_epsilon(events, delta, renyi_order(delta, cap)) + 1e-6
+    return cap
 
 
 def exact_gaussian(sigma: float, steps: int, delta: float) -> float:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ledgers import filter_cap
 
 from gapweave.client.budget import Budget, longest
 from gapweave.client.ledger import Ledger
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import BudgetExhausted, RefusedError, UsageError
-from gapweave.shared.privacy.accountant import epsilon, renyi_epsilon, renyi_order
+from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import LEDGER_FILE, folded, read_ledger
 
@@ -50,10 +51,7 @@ def cap_for(count: int, sigma: float = 20.0) -> dict[str, float]:
 
 def filter_for(count: int, sigma: float = 20.0) -> dict[str, float]:
     """A policy whose Renyi filter has room for exactly so many updates, whoever asks for them."""
-    cap = 0.0
-    for _ in range(20):  # the order depends on the cap
-        cap = renyi_epsilon(updates(count, sigma), DELTA, renyi_order(DELTA, cap or 1.0)) + 1e-6
-    return {"epsilon": cap}
+    return {"epsilon": filter_cap(updates(count, sigma), DELTA)}
 
 
 # What is written.

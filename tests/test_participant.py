@@ -97,8 +97,9 @@ def test_only_shared_groups_leave_and_the_others_are_trained_at_home(
         for name, value in part.items():
             assert not np.array_equal(value, site.initial[group][name].numpy()), f"{group} {name} was not noised"
     for group, part in state.reply.items():
-        for name, value in part.items():
-            assert (value != 0).mean() > 0.99, f"{group} {name} leaves without noise"
+        # A single coordinate is 0 now and then: noise lies on a grid.
+        zeros = sum(int((value == 0).sum()) for value in part.values())
+        assert zeros <= 2, f"{group} leaves without noise"
 
 
 def test_private_groups_and_momentum_go_on_where_the_last_round_ended(tmp_path: Path) -> None:
@@ -207,7 +208,9 @@ def test_the_same_round_with_another_request_is_refused(tmp_path: Path) -> None:
 def test_after_a_crash_a_round_is_recomputed_once_and_then_charged_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = participant(build(tmp_path / "a", "north"), plan_of(private=True))
+    hospital = build(tmp_path / "a", "north")
+    hospital.update("policy", epsilon=20.0)  # room for more than the study's schedule
+    site = participant(hospital, plan_of(private=True))
     site.prepare(RUN)
 
     def die(*_: object) -> None:
@@ -259,6 +262,7 @@ def test_a_cap_for_two_rounds_ends_after_two_rounds(tmp_path: Path) -> None:
 def test_two_studies_on_one_state_folder_share_one_cap(tmp_path: Path) -> None:
     hospital = build(tmp_path / "a", "north")
     hospital.update("patients", declared=24)
+    hospital.update("policy", epsilon=12.0)
     first = participant(hospital, plan_of(private=True))
     assert first.prepare(RUN).rounds == 3
     train(first)
@@ -496,10 +500,12 @@ def test_a_message_holds_nothing_but_what_is_declared(tmp_path: Path) -> None:
     of = plan_of(private=True)
     grid = Wire([build(tmp_path / "a", "north")])
     capability = prepare(grid, of)
-    assert set(capability) == {"protocol", "status", "site", "modalities", "groups", "rounds", "plan"}
+    assert set(capability) == {"protocol", "status", "site", "modalities", "groups", "rounds", "plan", "ledger"}
+    assert set(capability["ledger"]) == {"site", "length", "hash"}
     assert set(capability["plan"]) == {"noise_multiplier", "sample_rate", "n_hat", "epsilon", "delta"}
     header, _ = ask_to_train(grid, of)
-    assert set(header) == {"protocol", "status", "event"}
+    assert set(header) == {"protocol", "status", "event", "ledger"}
+    assert set(header["ledger"]) == {"site", "length", "hash"}
     assert set(header["event"]) == {
         "kind",
         "released",
@@ -629,6 +635,7 @@ def test_a_server_of_another_version_is_told_both(tmp_path: Path) -> None:
 
 def test_sites_are_read_again_when_their_file_changes(tmp_path: Path) -> None:
     hospital, of = build(tmp_path / "a", "north"), plan_of(private=True)
+    hospital.update("policy", epsilon=20.0)
     grid = Wire([hospital])
     assert prepare(grid, of)["modalities"] == sorted(KINDS)
     del hospital.content["data"]["note"]

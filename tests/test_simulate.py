@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commandline import DECLARED, OPEN, QUICK, done, edit, gapweave, hospitals, rounds_of, site_file, summary_of
+from ledgers import filter_cap
 
 from gapweave.client.predict import load_site_model
 from gapweave.server.aggregation import initial_groups
@@ -235,7 +236,7 @@ def test_two_private_runs_on_one_state_add_up(copy: Path, tmp_path: Path) -> Non
 
 def test_a_run_beyond_every_cap_is_refused(copy: Path, tmp_path: Path) -> None:
     plan = plan_of(copy, **{"training.rounds": 2, "training.local_steps": 2})
-    raise_caps(copy, cost(plan, 4) + 0.01)
+    raise_caps(copy, filter_cap([plan.event("update", 4 * plan.steps)], plan.delta))
     options = ("--state", tmp_path / "state", *QUICK)
     for name in ("first", "second"):
         done("simulate", copy, "--out", tmp_path / name, *options)

@@ -94,6 +94,7 @@ def start(
             state=places.state.resolve() if places.state else directory.sites,
             baselines=baselines,
             continue_without=continue_without,
+            anchored=places.state is not None,
         )
         if demo:
             setup = _keep_demo(file.parent, out, setup)

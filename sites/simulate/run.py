@@ -37,6 +37,7 @@ class Setup:
         state: folder of the virtual sites' state.
         baselines: of `BASELINES`.
         continue_without: go on without sites whose data cannot be used.
+        anchored: whether the state outlives the run, so that the site files' anchors of ledgers count.
     """
 
     sites: tuple[Path, ...]
@@ -44,6 +45,7 @@ class Setup:
     state: Path
     baselines: tuple[str, ...] = ()
     continue_without: bool = False
+    anchored: bool = False
 
     def save(self, directory: RunDirectory) -> None:
         """Write it where `load` finds it."""
@@ -74,6 +76,7 @@ class Setup:
             state=directory.path / content["state"],
             baselines=tuple(content["baselines"]),
             continue_without=content["continue_without"],
+            anchored=content["anchored"],
         )
 
 
@@ -148,6 +151,7 @@ def _load_site(study: Study, setup: Setup, file: Path, progress: Callable[[str],
         "state": str(setup.state / site.name),
         "data": str(setup.data or ""),
         "simulation": True,
+        "anchored": setup.anchored,
     }
     participant = client_app.participant(config, study)
     error = None

@@ -1,0 +1,336 @@
+"""Entries that are gone: an old copy, a fork, a lost folder. Somebody outside must remember, and then it is seen."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import gapweave
+from ledgers import filter_cap
+from test_ledger import DELTA, hospital, kinds, update, updates
+
+from gapweave.client import ledger as ledger_module
+from gapweave.client.ledger import Ledger
+from gapweave.client.recovery import recover
+from gapweave.shared.errors import BudgetExhausted, LedgerBusy, RefusedError, UsageError
+from gapweave.shared.privacy.accountant import epsilon
+from gapweave.shared.privacy.head import Head, read_anchor
+from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
+
+
+def spend(state: Path, numbers: range, anchor: Path | None = None, run: str = "run", **keys: Any) -> Head:
+    """Charge some updates and say where the ledger stands."""
+    with Ledger(state, hospital(**keys), anchor) as ledger:
+        for number in numbers:
+            ledger.charge(run, "study", f"{run} {number}", update(number))
+        return ledger.view.head
+
+
+@pytest.fixture
+def anchor(tmp_path: Path) -> Path:
+    (tmp_path / "safe").mkdir()
+    return tmp_path / "safe" / "north.json"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def restored(tmp_path: Path, state: Path, anchor: Path) -> Path:
+    """An old copy of an anchored ledger, in the place of the newest: three of five updates are forgotten."""
+    spend(state, range(1, 3), anchor)
+    shutil.copytree(state, tmp_path / "copy")
+    spend(state, range(3, 6), anchor)
+    shutil.rmtree(state)
+    (tmp_path / "copy").rename(state)
+    return state
+
+
+# The anchor.
+
+
+def test_an_anchor_holds_the_newest_head_and_verify_vouches(state: Path, anchor: Path) -> None:
+    assert read_anchor(anchor) is None
+    head = spend(state, range(1, 4), anchor)
+    assert read_anchor(anchor) == head == read_ledger(state).head
+    assert read_ledger(state).summary()["intact"] is True
+    assert anchor.stat().st_mode & 0o077 == 0
+
+
+def test_without_an_anchor_nobody_vouches(state: Path) -> None:
+    spend(state, range(1, 4))
+    assert read_ledger(state).summary()["intact"] == "unanchored"
+
+
+def test_a_restored_old_copy_is_refused(restored: Path, anchor: Path) -> None:
+    assert read_ledger(restored).intact, "an old copy is a good ledger"
+    assert read_ledger(restored).summary()["intact"] is False
+    with pytest.raises(RefusedError, match="seen 6 entries, the ledger has 3: an old copy was restored"):
+        spend(restored, range(3, 4), anchor)
+    assert len(read_ledger(restored).entries) == 3, "and nothing was written"
+
+
+def test_a_lost_folder_is_refused(restored: Path, anchor: Path) -> None:
+    shutil.rmtree(restored)
+    with pytest.raises(RefusedError, match="the ledger has 0: an old copy was restored, or entries were lost"):
+        spend(restored, range(1, 2), anchor)
+
+
+def test_truncation_is_refused(state: Path, anchor: Path) -> None:
+    spend(state, range(1, 6), anchor)
+    with closing(sqlite3.connect(state / LEDGER_FILE, isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER entries_remain")
+        connection.execute("DELETE FROM entries WHERE sequence > 3")
+    assert read_ledger(state).intact
+    assert read_ledger(state).summary()["intact"] is False
+    with pytest.raises(RefusedError, match="has 3"):
+        spend(state, range(6, 7), anchor)
+
+
+def test_a_lost_write_ahead_log_is_refused(state: Path, anchor: Path, tmp_path: Path) -> None:
+    """The last entries may lie in SQLite's own second file alone."""
+    with Ledger(state, hospital(), anchor) as ledger:
+        ledger.charge("run", "study", "1", update(1))
+        main = (state / LEDGER_FILE).read_bytes()
+    (state / LEDGER_FILE).write_bytes(main)
+    for file in state.glob(f"{LEDGER_FILE}-*"):
+        file.unlink()
+    with pytest.raises(RefusedError):
+        spend(state, range(2, 3), anchor)
+
+
+def test_a_fork_is_refused(tmp_path: Path, state: Path, anchor: Path) -> None:
+    """Two copies that were both used: the second has as many entries, but others."""
+    spend(state, range(1, 3), anchor)
+    shutil.copytree(state, tmp_path / "fork")
+    spend(state, range(3, 4), anchor)
+    spend(tmp_path / "fork", range(3, 9), run="other")
+    with pytest.raises(RefusedError, match="has others: an old copy was restored and used, or there are two copies"):
+        spend(tmp_path / "fork", range(9, 10), anchor)
+
+
+def test_a_ledger_ahead_of_its_anchor_goes_on(state: Path, anchor: Path) -> None:
+    """A crash between the entry and the anchor: nothing is lost."""
+    spend(state, range(1, 3), anchor)
+    before = anchor.read_bytes()
+    spend(state, range(3, 4), anchor)
+    anchor.write_bytes(before)
+    assert read_anchor(anchor) != read_ledger(state).head
+    head = spend(state, range(4, 5), anchor)
+    assert read_anchor(anchor) == head
+
+
+def test_an_anchor_that_is_gone_is_refused_and_verify_does_not_vouch(state: Path, anchor: Path) -> None:
+    spend(state, range(1, 3), anchor)
+    anchor.unlink()
+    assert read_ledger(state).summary()["intact"] == "unanchored"
+    with pytest.raises(RefusedError, match="anchor is gone"):
+        spend(state, range(3, 4), anchor)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"site": "north", "length": "6", "hash": "x"}', "\xff"])
+def test_an_anchor_that_cannot_be_read_is_refused(state: Path, anchor: Path, content: str) -> None:
+    spend(state, range(1, 3), anchor)
+    anchor.write_bytes(content.encode("latin-1"))
+    with pytest.raises(RefusedError, match="anchor cannot be read"):
+        spend(state, range(3, 4), anchor)
+
+
+def test_two_sites_cannot_share_an_anchor(tmp_path: Path, anchor: Path) -> None:
+    spend(tmp_path / "north", range(1, 3), anchor)
+    spend(tmp_path / "south", range(1, 3), name="south")
+    with pytest.raises(RefusedError, match="belongs to site 'north', not 'south'"):
+        spend(tmp_path / "south", range(3, 4), anchor, name="south")
+
+
+def test_an_anchor_that_cannot_be_written_stops_the_release(state: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="anchor cannot be written"):
+        spend(state, range(1, 2), tmp_path / "nowhere" / "north.json")
+
+
+# The server's echo.
+
+
+def test_the_servers_echo_finds_an_old_copy(tmp_path: Path, state: Path) -> None:
+    spend(state, range(1, 3))
+    shutil.copytree(state, tmp_path / "copy")
+    head = spend(state, range(3, 6))
+    with Ledger(state, hospital()) as ledger:
+        ledger.check_echo(head)
+    with Ledger(tmp_path / "copy", hospital()) as ledger, pytest.raises(RefusedError, match="the server has seen 6"):
+        ledger.check_echo(head)
+
+
+def test_an_echo_changes_nothing_but_can_stop_the_site(state: Path) -> None:
+    spend(state, range(1, 3))
+    before = read_ledger(state)
+    with Ledger(state, hospital()) as ledger:
+        ledger.check_echo(None)
+        ledger.check_echo(Head(site="another", length=99, hash="x"))
+        for length in (2, 99):
+            with pytest.raises(RefusedError):
+                ledger.check_echo(Head(site="north", length=length, hash="invented"))
+    assert read_ledger(state) == before
+
+
+# Recovery.
+
+
+def test_a_recovered_site_goes_on_with_what_was_assumed(restored: Path, anchor: Path) -> None:
+    seen = read_ledger(restored).spent()
+    view = recover(restored, hospital(), anchor, 2.5)
+    assert view.spent() >= seen + 2.5
+    assert view.spent() == 2.5 + epsilon(updates(2), DELTA / 2), "the lost part has had half of delta"
+    assert view.filtered() > 2.5
+    head = spend(restored, range(3, 4), anchor)
+    assert read_anchor(anchor) == head
+    assert read_ledger(restored).summary()["intact"] is True
+
+
+def test_what_is_assumed_counts_against_the_cap(restored: Path, anchor: Path) -> None:
+    policy = {"epsilon": filter_cap(updates(5), DELTA) + 1}
+    recover(restored, hospital(policy=policy), anchor, 50.0)
+    with pytest.raises(BudgetExhausted):
+        spend(restored, range(3, 4), anchor, policy=policy)
+
+
+def test_recovery_from_an_echo_answers_that_echo(tmp_path: Path, state: Path) -> None:
+    spend(state, range(1, 3))
+    shutil.copytree(state, tmp_path / "copy")
+    head = spend(state, range(3, 6))
+    copy = tmp_path / "copy"
+    with Ledger(copy, hospital()) as ledger, pytest.raises(RefusedError):
+        ledger.check_echo(head)
+    recover(copy, hospital(), None, 1.0)
+    with Ledger(copy, hospital()) as ledger:
+        ledger.check_echo(head)
+        with pytest.raises(RefusedError):
+            ledger.check_echo(Head(site="north", length=head.length, hash="another"))
+
+
+def test_a_changed_ledger_is_put_aside_and_not_believed(state: Path, anchor: Path) -> None:
+    spend(state, range(1, 4), anchor)
+    with closing(sqlite3.connect(state / LEDGER_FILE, isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER entries_stay")
+        connection.execute("UPDATE entries SET body = replace(body, '20.0', '90.0') WHERE sequence = 3")
+    with pytest.raises(RefusedError, match="changed"):
+        spend(state, range(4, 5), anchor)
+    view = recover(state, hospital(), anchor, 3.0)
+    assert view.spent() == 3.0
+    assert kinds(state) == ["open", "recover"]
+    assert len(list(state.glob(f"changed-*-{LEDGER_FILE}"))) == 1
+    spend(state, range(4, 5), anchor)
+
+
+def test_a_lost_folder_recovers_to_what_was_assumed(restored: Path, anchor: Path) -> None:
+    shutil.rmtree(restored)
+    assert recover(restored, hospital(), anchor, 4.0).spent() == 4.0
+    spend(restored, range(1, 2), anchor)
+
+
+@pytest.mark.parametrize("assumed", [-1.0, math.nan, math.inf])
+def test_only_an_epsilon_can_be_assumed(state: Path, assumed: float) -> None:
+    with pytest.raises(UsageError, match="no epsilon"):
+        recover(state, hospital(), None, assumed)
+    assert not state.exists()
+
+
+def test_the_command_recovers(tmp_path: Path) -> None:
+    file = tmp_path / "north.yaml"
+    content = {**hospital().model_dump(mode="json", include={"version", "name"}), "state": "state"}
+    content["data"] = {"records": {"file": "r.csv", "id": "id", "patient": "patient"}}
+    content["policy"] = {"anchor": "anchor.json"}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    head = spend(tmp_path / "state", range(1, 4), tmp_path / "anchor.json")
+    shutil.rmtree(tmp_path / "state")
+    outcome = gapweave("site", "recover", file, "--assume-spent", "6.5")
+    assert outcome.code == 0
+    assert "epsilon 6.50 counts as spent, of a cap of 10" in outcome.out
+    view = read_ledger(tmp_path / "state")
+    assert view.entries[-1].body == {
+        "assume_spent": 6.5, "lost": [{"length": head.length, "hash": head.hash}]
+    }  # fmt: skip
+    assert gapweave("privacy", "verify", tmp_path / "state").code == 0
+
+
+# Two writers.
+
+
+def test_a_second_writer_that_waits_too_long_is_told(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "PATIENCE_S", 0.1)
+    with Ledger(state, hospital()) as first:
+        with pytest.raises(LedgerBusy, match="another process holds the ledger"):
+            Ledger(state, hospital())
+        first.charge("run", "study", "1", update(1))
+    spend(state, range(2, 3))
+
+
+def test_a_writer_past_the_lock_is_found(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks: the second of two writers cannot append to what it has not read."""
+    monkeypatch.setattr(ledger_module.fcntl, "flock", lambda *_: None)
+    with Ledger(state, hospital()) as first, Ledger(state, hospital()) as second:
+        first.charge("run", "study", "1", update(1))
+        with pytest.raises(RefusedError, match="another process wrote"):
+            second.charge("run", "study", "2", update(2))
+    assert kinds(state) == ["open", "charge"]
+    assert read_ledger(state).intact
+
+
+# One release, one request.
+
+
+def test_a_retry_with_another_model_is_refused(state: Path) -> None:
+    """The first answer may have left: a second one to other parameters would be another release."""
+    with Ledger(state, hospital()) as ledger:
+        ledger.charge("run", "study", "request", update(1))
+        with pytest.raises(RefusedError, match="charged for another request"):
+            ledger.charge("run", "study", "the same round, another model", update(1))
+        ledger.charge("another run", "study", "its own", update(1))
+    assert kinds(state) == ["open", "charge", "charge"]
+
+
+# Which figure keeps the cap.
+
+
+def test_a_first_study_may_use_the_exact_figure_and_then_gives_nothing_back(state: Path) -> None:
+    cap = epsilon(updates(5), DELTA) + 1e-6
+    assert filter_cap(updates(5), DELTA) > cap, "the filter alone would not grant it"
+    policy = {"epsilon": cap}
+    with Ledger(state, hospital(policy=policy)) as ledger:
+        assert ledger.reserve("first", "study", updates(5)) == 5
+        for event in updates(2):
+            ledger.charge("first", "study", event.released, event)
+        ledger.finish("first")
+        with pytest.raises(BudgetExhausted):
+            ledger.reserve("second", "other", updates(1))
+        assert ledger.view.bound() <= cap
+
+
+def test_an_earlier_study_leaves_only_the_filter(state: Path) -> None:
+    policy = {"epsilon": epsilon(updates(5), DELTA) + 1e-6}
+    with Ledger(state, hospital(policy=policy)) as ledger:
+        assert ledger.reserve("first", "study", updates(1)) == 1
+        assert ledger.reserve("second", "other", updates(4)) < 4
+
+
+def test_the_cap_binds_the_filter_over_many_studies(state: Path) -> None:
+    """Greedy studies, each chosen after the one before: the figure that the cap binds never passes it."""
+    with Ledger(state, hospital(policy={"epsilon": 9.0})) as ledger:
+        granted = 0
+        for number in range(1, 60):
+            try:
+                granted += ledger.reserve(f"run {number}", f"study {number}", [update(1, 3.0, f"study {number}")])
+            except BudgetExhausted:
+                break
+            ledger.charge(f"run {number}", f"study {number}", str(number), update(1, 3.0, f"study {number}"))
+            assert ledger.view.bound() <= 9.0
+            assert ledger.view.spent() <= ledger.view.bound()
+    assert 3 < granted < 59
