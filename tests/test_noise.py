@@ -19,7 +19,7 @@ from normals import Z, sd_is
 from scipy import stats
 
 from gapweave.shared.privacy.draws import SecretDraws, SeededDraws, discrete_laplace
-from gapweave.shared.privacy.noise import grid_of, normals, numerical_epsilon, on_grid
+from gapweave.shared.privacy.noise import BLOCK, grid_of, normals, numerical_epsilon, on_grid
 
 # The law of single draws.
 
@@ -62,14 +62,26 @@ def exact_normals(high: int, low: int, turn: int) -> tuple[mp.mpf, mp.mpf]:
     "high", [0, 1, 2**10, 2**20, 2**40, 2**52, 2**60, 2**63, 3 << 62, EVERY_BIT - 2**53, EVERY_BIT]
 )
 def test_the_transform_of_chosen_bits_is_right_to_the_last_digits(high: int, low: int, turn: int) -> None:
-    """The error stays below 2^-50 of the radius; near a radius of 0, where 1 - U has no digits, below 2^-26."""
+    """The error stays below 2^-51 of the radius; near a radius of 0, where 1 - U has no digits, below 2^-26."""
     found = normals(np.array([high, low, turn], np.uint64))
     assert np.isfinite(found).all()
     expected = exact_normals(high, low, turn)
     radius = float(mp.sqrt(expected[0] ** 2 + expected[1] ** 2))
     near_one = high >= 2**63
     for value, right in zip(found, expected, strict=True):
-        assert abs(value - float(right)) <= (2**-26 if near_one and radius < 1e-3 else radius * 2**-50)
+        assert abs(value - float(right)) <= (2**-26 if near_one and radius < 1e-3 else radius * 2**-51)
+
+
+def test_the_transform_of_any_bits_is_right_and_the_same_in_every_block() -> None:
+    """Pairs of a draw of more than two blocks, to 2^-51 of the radius; of its inverse where 1 - U has few digits."""
+    pairs = 2 * BLOCK + 5
+    words = np.random.default_rng(3).integers(0, 2**64, (3, pairs), np.uint64)
+    cosines, sines = normals(words.ravel()).reshape(2, pairs)
+    for at in [*range(100), *range(BLOCK - 50, BLOCK + 50), *range(pairs - 100, pairs)]:
+        expected = exact_normals(*map(int, words[:, at]))
+        radius = float(mp.hypot(*expected))
+        for value, right in zip((cosines[at], sines[at]), expected, strict=True):
+            assert abs(value - float(right)) <= (radius + 1 / radius) * 2**-51
 
 
 def test_extreme_bits_reach_the_far_tail_and_stay_finite() -> None:

@@ -219,15 +219,12 @@ def attention(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The recording forward of nn.MultiheadAttention."""
-    heads = [
-        part.unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
-        for part in _projected(tape, products["in"], query, key, value)
-    ]
+    projected = _projected(tape, products["in"], query, key, value)
+    q, k, v = (part.unflatten(2, (layer.num_heads, -1)).transpose(1, 2) for part in projected)
     mask = _additive(attn_mask, key_padding_mask, query)
     if not need_weights:
-        joined = functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+        joined = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return tape.product(products["out"], joined.transpose(1, 2).flatten(2)), None
-    q, k, v = heads
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
     weights = torch.softmax(scores if mask is None else scores + mask, -1)
     output = tape.product(products["out"], (weights @ v).transpose(1, 2).flatten(2))

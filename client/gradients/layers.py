@@ -100,9 +100,13 @@ def instantiated(values: Gradients) -> Part:
 
 def _squares(rows: Tensor) -> Tensor:
     """[N, D] to [N] squared norms in float64."""
-    wide = max(1, BLOCK // len(rows))
-    blocks = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in rows.split(wide, dim=1)]
-    return blocks[0].square_() if len(blocks) == 1 else torch.stack(blocks).square_().sum(0)
+    if rows.numel() <= BLOCK:
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return norms.square_()
+    blocks = rows.split(max(1, BLOCK // len(rows)), dim=1)
+    return (
+        torch.stack([torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in blocks]).square_().sum(0)
+    )
 
 
 def matrix(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradients: Tensor) -> Part:
@@ -254,16 +258,26 @@ def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, uses: Sequence[Use], p
 
 
 def _record_kernels(layer: Any, x: Tensor, g: Tensor) -> Tensor:
-    """[R, numel of weight]: the kernel's gradient of each record.
-
-    As if the records were groups of channels of one record: measured faster than patches or a loop over records.
-    """
+    """[R, numel of weight]: the kernel's gradient of each record."""
+    if x.ndim == 3 and layer.groups == 1:
+        return _by_windows(layer, x, g)
+    # As if the records were groups of channels of one record: faster than patches or a loop over records.
     records, none = len(x), [0] * len(layer.stride)
     weight = layer.weight.repeat(records, *[1] * (layer.weight.ndim - 1))
     settings = (layer.stride, layer.padding, layer.dilation, False, none, records * layer.groups)
     inputs, gradients = (values.flatten(0, 1).unsqueeze(0) for values in (x, g))
-    found = torch.ops.aten.convolution_backward(gradients, inputs, weight, None, *settings, (False, True, False))[1]
-    return found.view(records, -1)
+    one = torch.ops.aten.convolution_backward
+    kernels: Tensor = one(gradients, inputs, weight, None, *settings, (False, True, False))[1]
+    return kernels.view(records, -1)
+
+
+def _by_windows(layer: nn.Conv1d, x: Tensor, g: Tensor) -> Tensor:
+    """A convolution over time is a matrix over windows, which are few enough to be copied."""
+    padded = functional.pad(x, (layer.padding[0],) * 2).contiguous()  # type: ignore[arg-type]
+    record, channel, _ = padded.stride()
+    size = (len(x), g.shape[2], x.shape[1], layer.kernel_size[0])
+    windows = padded.as_strided(size, (record, layer.stride[0], channel, layer.dilation[0]))
+    return torch.bmm(g, windows.flatten(2)).flatten(1)
 
 
 RULES: dict[type[nn.Module], Callable[[Any, Sequence[Use], Patients], Part]] = {
