@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from gapweave.shared.privacy.accountant import fixed_epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
-from gapweave.shared.privacy.ledger import LedgerView, fixed_epsilon
+from gapweave.shared.privacy.ledger import LedgerView
 
 Figure = Literal["renyi", "fixed"]
 

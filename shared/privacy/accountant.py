@@ -64,6 +64,18 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float) -> float:
     return _epsilon(_counted(events), delta)
 
 
+def fixed_epsilon(events: Iterable[PrivacyEvent], delta: float) -> float:
+    """Epsilon of one study's schedule, fixed but for the noised number of patients that it was planned with.
+
+    Whatever that number turns out to be, the rest costs at most this figure less the number's own epsilon; a pure
+    epsilon adds (basic composition, which allows the rest to be chosen after it).
+    """
+    everything = list(events)
+    counts = [event for event in everything if event.kind == "noisy_count"]
+    rest = [event for event in everything if event.kind != "noisy_count"]
+    return math.fsum(event.steps / event.noise_multiplier for event in counts) + epsilon(rest, delta)
+
+
 def _counted(events: Iterable[PrivacyEvent]) -> Counted:
     counts: Counter[Mechanism] = Counter()
     for event in events:

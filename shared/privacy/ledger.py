@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gapweave.shared.errors import RefusedError, UsageError
-from gapweave.shared.privacy.accountant import epsilon, renyi_epsilon, renyi_order
+from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head, read_anchor
 
@@ -200,17 +200,6 @@ class LedgerView:
         place = self.opening.get("anchor")
         anchor = read_anchor(Path(place)) if place else None
         return "unanchored" if anchor is None else self.continues(anchor)
-
-
-def fixed_epsilon(events: Sequence[PrivacyEvent], delta: float) -> float:
-    """Epsilon of one study's schedule, fixed but for the noised number of patients that it was planned with.
-
-    Whatever that number turns out to be, the rest costs at most this figure less the number's own epsilon; a pure
-    epsilon adds (basic composition, which allows the rest to be chosen after it).
-    """
-    counts = [event for event in events if event.kind == "noisy_count"]
-    rest = [event for event in events if event.kind != "noisy_count"]
-    return math.fsum(event.steps / event.noise_multiplier for event in counts) + epsilon(rest, delta)
 
 
 def folded(events: list[PrivacyEvent]) -> list[dict[str, Any]]:

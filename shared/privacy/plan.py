@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
-from gapweave.shared.privacy.accountant import epsilon
+from gapweave.shared.privacy.accountant import fixed_epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.once import NOT_ALLOWED, table_event
 
@@ -113,7 +113,7 @@ def make_plan(
     )
     if not privacy.enabled:
         return plan
-    return replace(plan, epsilon=epsilon([*beside, plan.event("plan", steps)], delta))
+    return replace(plan, epsilon=fixed_epsilon([*beside, plan.event("plan", steps)], delta))
 
 
 def _calibrate(target: float, delta: float, rate: float, steps: int, beside: tuple[PrivacyEvent, ...]) -> float:
@@ -128,7 +128,7 @@ def _calibrate(target: float, delta: float, rate: float, steps: int, beside: tup
             sample_rate=rate,
             steps=steps,
         )
-        return epsilon([*beside, event], delta) - target
+        return fixed_epsilon([*beside, event], delta) - target
 
     high = math.log(2.0)
     while excess(high) > 0:
