@@ -173,7 +173,7 @@ def test_a_plan_pays_for_its_noisy_count_and_its_fine_tuning_too() -> None:
     everything = [event, *[plan.event(f"{number}") for number in range(4)], plan.event("fine-tuning", 6)]
     assert 0.97 * 2.0 <= fixed_epsilon(everything, DELTA) <= 2.0
     assert epsilon(everything, DELTA) <= fixed_epsilon(everything, DELTA)
-    assert epsilon(everything, DELTA) == plan.epsilon
+    assert fixed_epsilon(everything, DELTA) == plan.epsilon
 
 
 def test_a_target_that_no_noise_reaches_is_refused() -> None:
