@@ -19,7 +19,7 @@ from gapweave.shared.config import load_site
 from gapweave.shared.config.base import parse
 from gapweave.shared.config.study import Study, study_from_json
 from gapweave.shared.errors import BudgetExhausted, DataError, GapweaveError, RefusedError
-from gapweave.shared.messages import Finish, Prepare, Train, read_request
+from gapweave.shared.messages import Evaluate, Finish, Prepare, Train, read_request
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.tensorfile import Arrays
 from gapweave.shared.wire import ProtocolError, pack, request_hash, unpack
@@ -67,6 +67,18 @@ def train(message: Message, context: Context) -> Message:
         site = participant(context.node_config, _study(context, asked))
         state = site.train(asked.run, asked.round, request_hash(header, arrays), arrays)
         return {"event": state.event, "ledger": state.ledger}, state.reply
+
+    return _reply(message, context, work)
+
+
+@app.query("evaluate")  # type: ignore[untyped-decorator]
+def evaluate(message: Message, context: Context) -> Message:
+    """How well the final model does: its shared groups in, a noised table of counts out."""
+
+    def work(header: dict[str, Any], arrays: Arrays) -> Answer:
+        asked = read_request(Evaluate, header)
+        site = participant(context.node_config, _study(context, asked))
+        return dict(site.evaluate(asked.run, request_hash(header, arrays), arrays)), {}
 
     return _reply(message, context, work)
 
@@ -135,7 +147,7 @@ def _offered(asked: Prepare) -> Study:
         raise ProtocolError("a study that cannot be read", remedy="Send it as `submit` does") from None
 
 
-def _study(context: Context, asked: Train | Finish) -> Study:
+def _study(context: Context, asked: Train | Evaluate | Finish) -> Study:
     """The study that the handshake of this run brought, which the request must name."""
     content = RunFolder(_state(context.node_config), asked.run).study()
     if content is None:

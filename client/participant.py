@@ -6,6 +6,7 @@ The order of every step is the promise: policy, then ledger, then data, then the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 
 from gapweave.client.data import Cohort, load_cohort
+from gapweave.client.evaluation import ReleasedModel, noised_table, score_table, table_answer
 from gapweave.client.ledger import Ledger
-from gapweave.client.policy import check_guarantee, check_policy, check_size
+from gapweave.client.policy import check_counts, check_guarantee, check_policy, check_size
+from gapweave.client.preparation import Preparation
 from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_arrays, to_tensors
 from gapweave.client.training import Sgd, Step, build_engine, train
@@ -40,7 +43,8 @@ class Capability:
         modalities: that it holds.
         groups: parameter groups that it will send.
         rounds: rounds that its cap allows.
-        plan: noise, sampling rate and n_hat of its training.
+        plan: noise, sampling rate and n_hat of its training, what was released before it, and the table of scores
+            that the site will give at the end, or why it gives none.
         ledger: where its ledger stands, for the server to remember.
     """
 
@@ -135,7 +139,7 @@ class Participant:
             check_guarantee(self.study, self.site, ledger.view)
             ledger.approve(self.study.sha256, self.study.name, by)
             plan = self._plan(ledger, run)
-            reserved = ledger.reserve(run, self.study.sha256, self._schedule(plan))
+            reserved = ledger.reserve(run, self.study.sha256, plan.schedule())
         return Capability(
             site=self.site.name,
             modalities=self.held,
@@ -147,30 +151,41 @@ class Participant:
                 "n_hat": plan.n_hat,
                 "epsilon": plan.epsilon,
                 "delta": plan.delta,
+                "preparation": [event.to_dict() for event in plan.preparation],
+                "table": None if plan.table is None else plan.table.to_dict(),
+                "no_table": plan.no_table,
             },
             ledger=ledger.view.head.to_dict(),
         )
 
-    def _schedule(self, plan: Plan) -> list[PrivacyEvent]:
-        rounds = [plan.event(f"update of round {number}") for number in range(1, plan.rounds + 1)]
-        return [*rounds, plan.event("fine-tuning", plan.finetune_steps)] if plan.finetune_steps else rounds
-
     def _plan(self, ledger: Ledger, run: str) -> Plan:
+        """The plan of a site that has enough patients."""
+        plan = self._planned(ledger, run)
+        check_size(self.training.patients, self.site)
+        return plan
+
+    def _planned(self, ledger: Ledger, run: str) -> Plan:
+        """What the site does in this study, from public and released numbers; the model gets its constants."""
         delta = min(self.study.privacy.delta, ledger.view.delta)
-        if not self.study.privacy.enabled:
-            check_size(self.training.patients, self.site)
-            return make_plan(self.study, self.site.patients.declared or self.training.patients, delta)
+        n_hat, counted = self._n_hat(ledger, run)
+        preparation = Preparation(self.study, self.site, self.held, delta)
+        self.model.constants = preparation.constants(ledger, run, lambda: self.training)
+        events = (*counted, *preparation.events)
+        return make_plan(self.study, n_hat, delta, events, tables="counts" in self.site.policy.releases)
+
+    def _n_hat(self, ledger: Ledger, run: str) -> tuple[int, tuple[PrivacyEvent, ...]]:
+        """The public number of training patients, and the event that released it, if one did."""
         if self.site.patients.declared is not None:
-            check_size(self.training.patients, self.site)
-            return make_plan(self.study, self.site.patients.declared, delta)
+            return self.site.patients.declared, ()
+        if not self.study.privacy.enabled:
+            return self.training.patients, ()
         event = count_event(self.study)
         n_hat = ledger.value(self.study.sha256, event.kind)
-        if n_hat is None:
-            n_hat = self._count(ledger, run, event)
-        return make_plan(self.study, n_hat, delta, (event,))
+        return self._count(ledger, run, event) if n_hat is None else n_hat, (event,)
 
     def _count(self, ledger: Ledger, run: str, event: PrivacyEvent) -> int:
         """Release the number of training patients once, with noise, and charge it."""
+        check_counts(self.site, "`patients.declared` is not set: the number of patients would be counted")
         if not ledger.allows([event]):
             raise RefusedError(
                 "the site's cap leaves no room for counting patients",
@@ -311,6 +326,56 @@ class Participant:
     def _engine(self) -> Any:
         return build_engine(self.model, self.study)
 
+    def evaluate(self, run: str, request: str, received: Arrays) -> Mapping[str, Any]:
+        """Tell how well the final model does, as a noised table of counts; the same request again, the same table.
+
+        Args:
+            run: our own id of the run.
+            request: hash of the whole request.
+            received: the final shared groups.
+
+        Returns:
+            The table with its event, or why there is none.
+
+        Raises:
+            RefusedError: by policy, for other groups than those that the site shares, for a run without a round or
+                that is over, or for a second table of a run.
+        """
+        check_policy(self.study, self.site, simulation=self._simulation)
+        self._check_groups(received)
+        trained = RunFolder(self.state, run).load()
+        with self.ledger() as ledger:
+            ledger.require_charged(trained.request)
+            plan = self._planned(ledger, run)
+            if plan.table is None:
+                return {"table": None, "reason": plan.no_table}
+            value = ledger.kept(request) or self._table(ledger, run, request, plan.table, trained, received)
+            ledger.released(request)
+        return table_answer(plan.table, value)
+
+    def _table(
+        self, ledger: Ledger, run: str, request: str, event: PrivacyEvent, trained: RoundState, received: Arrays
+    ) -> list[float]:
+        """Charge, then count, then keep."""
+        if trained.round == 0:
+            raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")
+        self._check_open(ledger, run)
+        ledger.charge(run, self.study.sha256, request, event)
+        value = noised_table(score_table(self._released(ledger, trained, received), self.cohort.testing()), event)
+        ledger.keep(request, value)
+        return value
+
+    def _released(self, ledger: Ledger, trained: RoundState, received: Arrays) -> ReleasedModel:
+        """The final model, anew from what the ledger paid for: `self.model` may have been fine-tuned meanwhile."""
+        return ReleasedModel(
+            self.study,
+            initial=self.initial,
+            trained=trained,
+            received=received,
+            constants=self.model.constants,
+            ledger=ledger,
+        )
+
     def finish(self, run: str, received: Arrays) -> None:
         """Keep the whole model for prediction, fine-tune it if the study says so, and give back the reservation.
 
@@ -370,6 +435,7 @@ class Participant:
             "modalities": self.held,
             "prior": data.prevalence(),
             "patterns": sorted({"+".join(pattern) for pattern in names if pattern}),
+            "constants": self.model.constants.to_dict(),
         }
 
 

@@ -55,6 +55,24 @@ def check_guarantee(study: Study, site: Site, ledger: LedgerView) -> None:
         )
 
 
+def check_counts(site: Site, what: str) -> None:
+    """Refuse what needs noised counts or statistics, unless the hospital releases them.
+
+    Args:
+        site: what the hospital allows.
+        what: is asked, in words.
+
+    Raises:
+        RefusedError: naming the key of the site file.
+    """
+    if "counts" not in site.policy.releases:
+        raise RefusedError(
+            f"{what}, and the site releases no counts",
+            where=f"{site.name}:policy.releases",
+            remedy="Add `counts`, or take part in studies with public values only",
+        )
+
+
 def check_size(patients: int, site: Site) -> None:
     """Refuse to train on fewer patients than the hospital allows.
 

@@ -18,6 +18,7 @@ from gapweave.client.sources.findings import Finding
 from gapweave.client.state import read_model
 from gapweave.shared.config import Site, Study
 from gapweave.shared.config.base import parse
+from gapweave.shared.constants import Constants
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel, load_groups
 from gapweave.shared.objective import probabilities
@@ -100,7 +101,7 @@ def load_site_model(file: Path) -> SiteModel:
     """
     groups, card = read_model(file)
     study = parse(Study, card["study"], str(file))
-    model = MultimodalModel(study, card["modalities"])
+    model = MultimodalModel(study, card["modalities"], Constants.from_dict(card["constants"]))
     load_groups(model, groups)
     return SiteModel(study=study, model=model, card=card)
 

@@ -38,6 +38,13 @@ class Train(Request):
     round: int = Field(ge=1, description="from 1")
 
 
+class Evaluate(Request):
+    """How well the final model does; the final shared groups come beside it."""
+
+    study: str = Field(description="hash of the study that the handshake brought")
+    round: int = Field(ge=1, description="the last round done")
+
+
 class Finish(Request):
     """The last message; the final shared groups come beside it."""
 

@@ -19,8 +19,8 @@ from gapweave.shared.errors import GapweaveError
 from gapweave.shared.tensorfile import Arrays
 
 HEADER = "header"
-PREPARE, TRAIN, FINISH = "query.prepare", "train", "train.finish"
-"""Message types: the handshake, one round, and the final groups."""
+PREPARE, TRAIN, EVALUATE, FINISH = "query.prepare", "train", "query.evaluate", "train.finish"
+"""Message types: the handshake, one round, how well the final groups do, and the final groups to keep."""
 
 
 class ProtocolError(GapweaveError):

@@ -502,7 +502,10 @@ def test_a_message_holds_nothing_but_what_is_declared(tmp_path: Path) -> None:
     capability = prepare(grid, of)
     assert set(capability) == {"protocol", "status", "site", "modalities", "groups", "rounds", "plan", "ledger"}
     assert set(capability["ledger"]) == {"site", "length", "hash"}
-    assert set(capability["plan"]) == {"noise_multiplier", "sample_rate", "n_hat", "epsilon", "delta"}
+    assert set(capability["plan"]) == {
+        *("noise_multiplier", "sample_rate", "n_hat", "epsilon", "delta"),
+        *("preparation", "table", "no_table"),
+    }
     header, _ = ask_to_train(grid, of)
     assert set(header) == {"protocol", "status", "event", "ledger"}
     assert set(header["ledger"]) == {"site", "length", "hash"}

@@ -29,6 +29,9 @@ TABLE_SHARE = 0.25
 ENOUGH = 1000.0
 """Epsilon times test patients below which a table of scores says too little to be worth its cost."""
 
+WEIGHT_SLACK = 1e-6
+"""Share by which the float32 weights of one patient's records may exceed 1."""
+
 TOO_FEW: Final = "too few patients for this privacy level"
 NOT_ASKED: Final = "the study asks for no table of scores"
 NOT_ALLOWED: Final = "the site releases no counts"
@@ -76,9 +79,10 @@ def statistics_event(study: Study, held: Collection[str], delta: float) -> Priva
 def statistics_sensitivity(columns: int) -> float:
     """L2 sensitivity of (count, sum u, sum (u^2 - count/2)) over all columns, |u| <= 1.
 
-    A patient adds (1, m, v - 1/2) to a column with m^2 <= v <= 1, or less: at most 1 + 1 + 1/4 squared.
+    A patient adds (1, m, v - 1/2) to a column with m^2 <= v <= 1, or less: at most 1 + 1 + 1/4 squared. Weights in
+    float32 may sum to a little more than 1.
     """
-    return float((2.25 * columns) ** 0.5)
+    return float((2.25 * columns) ** 0.5) * (1 + WEIGHT_SLACK)
 
 
 def table_event(study: Study, n_hat: int) -> PrivacyEvent | str:
