@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,17 +49,18 @@ class Step:
         chosen = torch.from_numpy(self.draws.uniform(data.patients) < plan.sample_rate).nonzero()[:, 0]
         batch = data.of_patients(chosen.to(data.patient.device))
         total = self.engine.sum(batch, self.used(batch))
-        size = plan.sample_rate * plan.n_hat
-        return {name: (tensor / size).float() for name, tensor in self._noised(total).items()}
+        noised = self._noised(total)
+        means = torch._foreach_div(list(noised.values()), plan.sample_rate * plan.n_hat)
+        return {name: mean.float() for name, mean in zip(noised, means, strict=True)}
 
     def _noised(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add noise of sigma times the engine's sensitivity to every tensor, also to those that no patient touched."""
         if self.plan.noise_multiplier == 0:
             return total
         sd = self.plan.noise_multiplier * self.engine.sensitivity
-        vector = torch.cat([tensor.double().flatten() for tensor in total.values()])
+        vector = torch.cat([tensor.flatten() for tensor in total.values()])
         noise = torch.from_numpy(self.draws.normal(len(vector))).to(vector.device)
-        parts = on_grid(vector, noise, sd).split([tensor.numel() for tensor in total.values()])
+        parts = torch.split(on_grid(vector, noise, sd), [tensor.numel() for tensor in total.values()])
         return {name: part.view(tensor.shape) for (name, tensor), part in zip(total.items(), parts, strict=True)}
 
     def used(self, batch: Batch) -> Tensor:
@@ -92,14 +93,19 @@ class Sgd:
 
     def step(self, model: MultimodalModel, gradient: Mapping[str, Tensor]) -> None:
         """Change the model's parameters in place."""
-        training = self._training
+        training, named = self._training, dict[str, Tensor](model.named_parameters())
+        parameters = list(named.values())
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                change = gradient[name].to(parameter.device) + training.weight_decay * parameter
-                if training.momentum:
-                    change = change + training.momentum * self.buffers.get(name, torch.zeros_like(parameter))
-                    self.buffers[name] = change
-                parameter.sub_(training.lr * change)
+            changes: Sequence[Tensor] = [gradient[name].to(parameter.device) for name, parameter in named.items()]
+            if training.weight_decay:
+                changes = torch._foreach_add(list(changes), parameters, alpha=training.weight_decay)
+            if training.momentum:
+                before = [
+                    self.buffers[name] if name in self.buffers else torch.zeros_like(named[name]) for name in named
+                ]
+                changes = torch._foreach_add(list(changes), before, alpha=training.momentum)
+                self.buffers = dict(zip(named, changes, strict=True))
+            torch._foreach_sub_(parameters, list(changes), alpha=training.lr)
 
 
 def train(model: MultimodalModel, data: Batch, step: Step, optimizer: Sgd, steps: int) -> None:

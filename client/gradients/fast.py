@@ -107,17 +107,18 @@ class FastEngine:
         layer.forward = either
 
     def _combine(self, parts: list[Part], patients: Patients) -> Gradient:
-        squares = torch.zeros(patients.count, dtype=torch.float64, device=next(iter(self._names)).device)
+        kind = next(iter(self._names))
+        squares = torch.zeros(patients.count, dtype=torch.float64, device=kind.device)
         scale = torch.zeros_like(squares)
         for part in parts:
             squares += part.squares
             if part.scale is not None:
                 scale += part.scale
-        lost = ROUNDING * torch.finfo(next(iter(self._names)).dtype).eps * scale
+        lost = ROUNDING * torch.finfo(kind.dtype).eps * scale
         norms = (squares + lost.square()).sqrt()
         finite = torch.isfinite(norms)
         factor = torch.where(finite, (self.bound / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-        factors = Factors(factor, None if bool(finite.all()) else finite, patients)
+        factors = Factors(factor.to(kind.dtype), None if bool(finite.all()) else finite, patients)
         found = {parameter: value for part in parts for parameter, value in part.weighted(factors).items()}
         return {
             name: found[parameter] if parameter in found else torch.zeros_like(parameter)

@@ -53,34 +53,29 @@ class Single:
     inputs: Tensor
     gradients: Tensor
 
-    def squares(self) -> Tensor:
-        """[R] float64: (|x|^2 + 1) |g|^2."""
-        return (_squares(self.inputs) + (self.bias is not None)) * _squares(self.gradients)
-
-    def products(self, rows: Tensor) -> Tensor:
-        """[Q, K, K] float64: the products of the gradients of records `rows`, [Q, K]."""
-        return _gram(self.inputs[rows]).add_(self.bias is not None).mul_(_gram(self.gradients[rows]))
-
-    def weighted(self, factors: Factors) -> Gradients:
-        """The weighted sum."""
-        x, g = factors.kept_records(self.inputs), factors.kept_records(self.gradients)
-        g = g * factors.of_records(g).unsqueeze(1)
-        result = {self.weight: g.t() @ x}
-        if self.bias is not None:
-            result[self.bias] = g.sum(0)
-        return result
-
 
 def singles(layers: Sequence[Single], patients: Patients) -> Part:
-    """All matrices that are used once a record: most layers of a model, so they share what can be shared."""
-    each = torch.stack([layer.squares() for layer in layers])
+    """All matrices that are used once a record, together: most layers of a model, and many read or feed the same."""
+    tensors = dict.fromkeys(value for layer in layers for value in (layer.inputs, layer.gradients))
+    biased = torch.tensor([layer.bias is not None for layer in layers], device=layers[0].inputs.device)
+
+    def products(of: dict[Tensor, Tensor]) -> Tensor:
+        """[L, ...]: those of inputs, plus 1 for a bias, times those of output gradients."""
+        inputs = torch.stack([of[layer.inputs] for layer in layers])
+        inputs += biased.view(-1, *[1] * (inputs.ndim - 1))
+        return inputs.mul_(torch.stack([of[layer.gradients] for layer in layers]))
+
+    each = products({value: _squares(value) for value in tensors})
     squares = patients.total(each.sum(0))
     if not patients.simple:
         rows = patients.several()
-        squares += patients.crossed(torch.stack([layer.products(rows) for layer in layers]).sum(0))
+        squares += patients.crossed(products({value: _gram(value[rows]) for value in tensors}).sum(0))
 
     def weighted(factors: Factors) -> Gradients:
-        return {parameter: value for layer in layers for parameter, value in layer.weighted(factors).items()}
+        kept = {value: factors.kept_records(value) for value in tensors}
+        gradients = {layer.gradients: kept[layer.gradients] * factors.records.unsqueeze(1) for layer in layers}
+        result = {layer.weight: gradients[layer.gradients].t() @ kept[layer.inputs] for layer in layers}
+        return result | {layer.bias: gradients[layer.gradients].sum(0) for layer in layers if layer.bias is not None}
 
     return Part(squares=squares.clamp_(min=0), scale=patients.total(each.sqrt_().sum(0)), weighted=weighted)
 
@@ -90,7 +85,7 @@ def instantiated(values: Gradients) -> Part:
 
     def weighted(factors: Factors) -> Gradients:
         return {
-            parameter: (factors.of_patients(value) @ factors.kept(value)).view_as(parameter)
+            parameter: (factors.patients @ factors.kept(value)).view_as(parameter)
             for parameter, value in values.items()
         }
 
@@ -153,7 +148,7 @@ def _weighted_product(
     weight: Tensor, bias: Tensor | None, inputs: Tensor, gradients: Tensor, factors: Factors
 ) -> Gradients:
     """The weighted sum over patients of G, as one product over all patients and steps."""
-    each = factors.of_patients(gradients).view(-1, 1, 1)
+    each = factors.patients.view(-1, 1, 1)
     if gradients.stride(0) < gradients.stride(1):
         # A recurrence keeps time first: rows are joined in the order in which they lie.
         inputs, gradients, each = (values.transpose(0, 1) for values in (inputs, gradients, each))
@@ -204,7 +199,7 @@ def embedding(layer: nn.Embedding, uses: Sequence[Use], patients: Patients) -> P
     products = torch.where(same, _gram(gradients), 0.0)
 
     def weighted(factors: Factors) -> Gradients:
-        rows = factors.kept(gradients) * factors.of_patients(gradients).view(-1, 1, 1)
+        rows = factors.kept(gradients) * factors.patients.view(-1, 1, 1)
         total = torch.zeros_like(layer.weight)
         return {layer.weight: total.index_add_(0, tokens.clamp(min=0).flatten(), rows.flatten(0, 1))}
 

@@ -68,23 +68,19 @@ class Factors:
     """What each patient's gradient is multiplied with; a patient who is not kept contributes exactly zero.
 
     Args:
-        factor: [P] float64, 0 for patients not kept.
+        factor: [P], 0 for patients not kept, in the type of the gradients.
         keep: [P] bool, or None for all.
         patients: of the batch.
+
+    Attributes:
+        patients: [P], the factors.
+        records: [R], of each record's patient.
     """
 
     def __init__(self, factor: Tensor, keep: Tensor | None, patients: Patients) -> None:
-        self._patient, self._keep = factor, keep
-        self._record = patients.of_records(factor)
-        self._keep_record = None if keep is None else patients.of_records(keep)
-
-    def of_patients(self, like: Tensor) -> Tensor:
-        """[P], in the type of another tensor."""
-        return self._patient.to(like.dtype)
-
-    def of_records(self, like: Tensor) -> Tensor:
-        """[R]."""
-        return self._record.to(like.dtype)
+        self.patients, self._keep = factor, keep
+        self.records = patients.of_records(factor)
+        self._keep_records = None if keep is None else patients.of_records(keep)
 
     def kept(self, values: Tensor) -> Tensor:
         """[P, ...] with zeros for patients not kept: chosen, as zero times NaN is NaN."""
@@ -92,7 +88,7 @@ class Factors:
 
     def kept_records(self, values: Tensor) -> Tensor:
         """[R, ...] with zeros for their records."""
-        return _chosen(values, self._keep_record)
+        return _chosen(values, self._keep_records)
 
 
 def _chosen(values: Tensor, keep: Tensor | None) -> Tensor:
