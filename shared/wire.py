@@ -6,8 +6,11 @@ No pickles, no code, no per-patient number; a record's name is its parameter gro
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,8 +36,22 @@ def pack(header: Mapping[str, Any], arrays: Mapping[str, Mapping[str, NDArray[np
     text = json.dumps({"protocol": PROTOCOL_VERSION, **header}, sort_keys=True)
     records[HEADER] = ConfigRecord({"json": text})
     for group, tensors in arrays.items():
-        records[group] = ArrayRecord({name: Array(np.asarray(value, order="C")) for name, value in tensors.items()})
+        records[group] = ArrayRecord({name: _array(value) for name, value in tensors.items()})
     return records
+
+
+def _array(value: NDArray[np.float32]) -> Array:
+    """What Flower's own conversion gives, without its second per hundred messages."""
+    data = _npy_header(value.shape, value.dtype.str) + value.tobytes()
+    return Array(str(value.dtype), value.shape, "numpy.ndarray", data)
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """The first bytes of an .npy file, which say what follows."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
 
 
 def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
@@ -61,6 +78,10 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
 
 
 def _read(array: Array) -> NDArray[np.float32]:
+    header = _npy_header(tuple(array.shape), "<f4")
+    usual = array.stype == "numpy.ndarray" and array.data.startswith(header)
+    if usual and len(array.data) == len(header) + 4 * math.prod(array.shape):
+        return np.frombuffer(array.data, np.float32, offset=len(header)).reshape(array.shape).copy()
     try:
         value: NDArray[np.float32] = array.numpy()
     except (ValueError, TypeError, EOFError, OSError, SyntaxError, MemoryError, OverflowError):

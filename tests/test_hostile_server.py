@@ -374,7 +374,9 @@ def test_what_rides_beside_the_header_is_not_read(tmp_path: Path) -> None:
     plain, laden = connect(tmp_path / "one"), connect(tmp_path / "two")
     content = wire.pack({"run": RUN, "study": ASKED.canonical()}, model("encoder/labs"))
     content["config"] = ConfigRecord({"noise_multiplier": 0.0, "n_hat": 1, "local_steps": 99})
-    assert laden.ask(wire.PREPARE, content)[0] == plain.prepare()
+    answers = laden.ask(wire.PREPARE, content)[0], plain.prepare()
+    assert [answer.pop("ledger")["length"] for answer in answers] == [3, 3]
+    assert answers[0] == answers[1]
     assert [entry.body for entry in laden.ledger.entries] == [entry.body for entry in plain.ledger.entries]
 
 
