@@ -14,6 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from gapweave.client.participant import Participant
+from gapweave.client.sources.files import forget_files
 from gapweave.client.state import RunFolder
 from gapweave.shared.config import load_site
 from gapweave.shared.config.base import parse
@@ -162,7 +163,8 @@ def participant(config: Mapping[str, Any], study: Study) -> Participant:
     """The site's part in a study; in one process (the inline engine) its data are read once.
 
     Args:
-        config: Flower's node configuration: `site` (file), and for simulations `state`, `data`, `simulation`, `anchored`.
+        config: Flower's node configuration: `site` (file), and for simulations `state`, `data`, `simulation` and
+            `anchored`.
         study: what all sites agree on.
     """
     file = Path(str(config["site"]))
@@ -188,6 +190,7 @@ def _cached(
 
 
 def forget() -> None:
-    """Drop the participants of finished simulations."""
+    """Drop the participants and tables of finished simulations."""
     _cached.cache_clear()
+    forget_files()
     details.clear()

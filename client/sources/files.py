@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import platformdirs
@@ -162,13 +163,25 @@ def read_table(path: Path, wanted: Iterable[str]) -> Table:
             where=str(path),
             remedy=f"Known types: {', '.join(SOURCES)}",
         )
-    source = SOURCES[extension]
     try:
-        names = tuple(source.names(path))
-        frame = source.read(path, list(dict.fromkeys(name for name in names if name in asked)))
+        now = path.stat()
+        return _read(path, (now.st_ino, now.st_mtime_ns, now.st_size), extension, asked)
     except (PolarsError, OSError, EOFError, ValueError) as error:
         raise _unreadable(path, error) from None
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, version: tuple[int, ...], extension: str, asked: frozenset[str]) -> Table:
+    """Read a file once for all sites of a simulation that have it in common; a changed file is another version."""
+    source = SOURCES[extension]
+    names = tuple(source.names(path))
+    frame = source.read(path, list(dict.fromkeys(name for name in names if name in asked)))
     return Table(path=path, names=names, wanted=asked, frame=frame)
+
+
+def forget_files() -> None:
+    """Drop what was read."""
+    _read.cache_clear()
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
