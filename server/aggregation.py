@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from gapweave.server.aggregators import AGGREGATORS, resolve
+import numpy as np
+
+from gapweave.server.aggregators import AGGREGATORS, Update, resolve
 from gapweave.server.screening import norm, reason_to_reject
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
@@ -24,11 +27,19 @@ class GroupAggregation:
         self.bytes = 0
         self._study, self._current = study, current
         self._updates: dict[str, dict[str, Any]] = {}
+        self._patients: dict[str, int] = {}
         self._screened: dict[str, dict[str, str]] = {}
 
-    def add(self, site: str, arrays: Arrays) -> None:
-        """Take one site's groups; each is screened on its own."""
+    def add(self, site: str, arrays: Arrays, patients: int = 1) -> None:
+        """Take one site's groups; each is screened on its own.
+
+        Args:
+            site: its name.
+            arrays: its updates.
+            patients: public number of its training patients, which `aggregation.weights: patients` weighs by.
+        """
         self.bytes += size(arrays)
+        self._patients[site] = patients
         for group, update in arrays.items():
             reason = reason_to_reject(update, self._current[group])
             if reason is not None:
@@ -59,10 +70,20 @@ class GroupAggregation:
         if self._study.aggregation.strict and len(updates) < 3:
             raise TooFewSites(f"{len(updates)} holders cannot protect each other, and the study is strict")
         accumulator = AGGREGATORS[rule].start(group, len(updates))
-        for update in updates.values():
-            accumulator.add(update)
+        for site, update in updates.items():
+            accumulator.add(self._weighed(site, update, updates))
         change = accumulator.finish()
         return {name: value + change[name] for name, value in self._current[group].items()}
+
+    def _weighed(self, site: str, update: Update, updates: Mapping[str, Update]) -> Update:
+        """An update times its site's share of all patients of the group, so that the plain mean is the weighted one.
+
+        Assumes: sites state their numbers honestly; a number that is too large moves the mean that far.
+        """
+        if self._study.aggregation.weights == "uniform":
+            return update
+        share = self._patients[site] * len(updates) / sum(self._patients[other] for other in updates)
+        return {name: value * np.float32(share) for name, value in update.items()}
 
 
 def initial_groups(study: Study) -> Arrays:

@@ -10,7 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 from gapweave.server.model_card import save_model
 from gapweave.server.peers import Peer
 from gapweave.server.strategy import Observer, RoundLoop
+from gapweave.server.summary import summarise_deployment
 from gapweave.shared.config.study import Study, study_from_json
+from gapweave.shared.report.run_report import write_report
 from gapweave.shared.rundir import RunDirectory
 
 app = ServerApp()
@@ -29,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
 def run_study(
     grid: Grid, study: Study, directory: RunDirectory, run: str, observer: Observer | None = None
 ) -> tuple[RoundLoop, dict[str, Peer]]:
-    """Run or resume a study and keep its model.
+    """Run or resume a study, keep its model, and write what it may say.
 
     Returns:
         The finished loop and the sites by name.
@@ -37,4 +39,6 @@ def run_study(
     loop = RoundLoop(grid, study, directory, run, observer)
     peers = loop.run()
     save_model(directory, study, loop.state.groups, peers)
+    directory.write_json("summary.json", summarise_deployment(study, loop))
+    write_report(directory)
     return loop, peers

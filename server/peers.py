@@ -39,6 +39,12 @@ class Peer:
     last_round: int = 0
     ledger: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def patients(self) -> int:
+        """The public number of training patients that the site stated; 1 for anything else."""
+        stated = self.plan.get("n_hat")
+        return stated if type(stated) is int and stated >= 1 else 1
+
     def remember(self, ledger: Any) -> None:
         """Keep where the site's ledger stands; anything of another form is no memory."""
         if Head.from_dict(ledger) is not None:

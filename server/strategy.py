@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.aggregators import resolve
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from gapweave.server.evaluation import Released, ask_tables
 from gapweave.server.mail import POLL_S, Answer, ask
 from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
 from gapweave.shared import wire
@@ -64,12 +65,13 @@ class RoundLoop:
         saved = load_checkpoint(directory.checkpoint, study.sha256)
         self.state = saved or Checkpoint(run=run, study=study.sha256, round=0, groups=initial_groups(study))
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
+        self.released: dict[str, Released] = {}
         for group in self.state.groups:
             resolve(study.aggregation.of(group))  # an unknown rule is refused before any site pays for a round
         directory.keep_rounds(self.state.round)
 
     def run(self) -> dict[str, Peer]:
-        """Handshake, all rounds that are left, and the last message.
+        """Handshake, all rounds that are left, the tables of scores, and the last message.
 
         Returns:
             The sites, by name.
@@ -82,6 +84,7 @@ class RoundLoop:
         self._prepare()
         for number in range(self.state.round + 1, self.study.training.rounds + 1):
             self._round(number)
+        self._evaluate()
         self._finish()
         return self.peers
 
@@ -213,8 +216,15 @@ class RoundLoop:
             return {"status": "failed", "reason": "other parameter groups than were asked for"}
         peer.last_round = number
         peer.remember(answer.header.get("ledger"))
-        combine.add(peer.site, answer.arrays)
+        combine.add(peer.site, answer.arrays, peer.patients)
         return {"status": "ok"}
+
+    def _evaluate(self) -> None:
+        """Ask how well the final groups do, before the last message: it ends the run at the sites."""
+        header = {"run": self.state.run, "study": self.study.sha256, "round": self.state.round}
+        self.released = ask_tables(
+            self.grid, self.study, list(self.peers.values()), header, self.state.groups, self.deadline_s
+        )
 
     def _finish(self) -> None:
         """Bring the final shared groups to every site that took part, and keep the model."""

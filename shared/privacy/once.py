@@ -96,10 +96,20 @@ def table_event(study: Study, n_hat: int) -> PrivacyEvent | str:
         return NOT_ASKED
     if not study.privacy.enabled:
         return NO_NOISE
-    cost = min(study.evaluation.epsilon, TABLE_SHARE * study.privacy.epsilon)
+    cost = table_cost(study)
     if cost * held_out(study, n_hat) < ENOUGH:
         return TOO_FEW
     return _counts(study, "scores of the test patients", problems(study), cost)
+
+
+def table_cost(study: Study) -> float:
+    """Epsilon of all tables of scores of one run at one site; 0 where the study asks for none."""
+    return min(study.evaluation.epsilon or 0.0, TABLE_SHARE * study.privacy.epsilon)
+
+
+def table_scale(study: Study) -> float:
+    """Scale of the noise in each cell of a table that the study asks for."""
+    return problems(study) / table_cost(study)
 
 
 def held_out(study: Study, n_hat: int) -> float:

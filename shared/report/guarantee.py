@@ -65,6 +65,10 @@ def site_budgets(summary: Mapping[str, Any]) -> list[Budget]:
     ]
 
 
+LEDGER = "over everything that the site's ledger records"
+OVER = {"deployed": "over what this run released; a site's own ledger says what other runs and studies cost"}
+"""What an epsilon of a summary is over: a server sees its own run only."""
+
 KIND_WORDS = {
     "dp_sgd": "training with noise",
     "noisy_count": "number of patients with noise",
@@ -101,5 +105,5 @@ def guarantee_sentence(summary: Mapping[str, Any]) -> tuple[bool, str]:
     delta = max(ledger["delta"] for ledger in ledgers)
     return True, (
         f"Each patient of each site is protected with epsilon at most {rounded_up(epsilon):.2f} "
-        f"(delta {short(delta)}), over everything that the site's ledger records."
+        f"(delta {short(delta)}), {OVER.get(str(summary.get('engine')), LEDGER)}."
     )

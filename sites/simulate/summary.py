@@ -11,7 +11,7 @@ from gapweave.client.predict import load_site_model
 from gapweave.client.sources.findings import warnings_of
 from gapweave.client.state import RunFolder
 from gapweave.server.strategy import RoundLoop
-from gapweave.shared import __version__
+from gapweave.server.summary import FROM_TABLES, released_facts, run_facts
 from gapweave.shared.config import Study
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
 from gapweave.sites.simulate.baselines import Predictor
@@ -39,34 +39,15 @@ def summarise(study: Study, sites: Sequence[VirtualSite], loop: RoundLoop, basel
     defined = {name: value["auroc"] for name, value in metrics.items() if value["auroc"] is not None}
     worst = min(defined, key=lambda name: defined[name], default=None)
     return {
-        "study": study.name,
-        "study_sha256": study.sha256,
-        "gapweave_version": __version__,
-        "engine": "inline",
-        "run": loop.state.run,
-        "seed": study.seed,
-        "rounds": loop.state.round,
-        "wall_s": round(loop.state.seconds, 3),
-        "bytes_up": loop.state.bytes_up,
-        "bytes_down": loop.state.bytes_down,
-        "guarantee": guarantee(study),
+        **run_facts(study, loop, "inline"),
         "metrics_are": "exact (simulation)",
         "sites": rows,
         "mean": mean_metrics(list(metrics.values())),
         "worst": {"site": worst, **(metrics[worst] if worst else {})},
         "pooled_baseline": means.get("pooled"),
+        "released": {"metrics_are": FROM_TABLES, **released_facts(loop.released)},
         "baselines": {name: {"mean": means[name], "sites": by_site} for name, by_site in scores.items()},
     }
-
-
-def guarantee(study: Study) -> str:
-    """The promise in one line."""
-    if not study.privacy.enabled:
-        return "none"
-    return (
-        "patient-level (epsilon, delta) differential privacy at each site, add/remove neighbours; "
-        "figures under sites.<name>.privacy"
-    )
 
 
 def _scores(study: Study, sites: Sequence[VirtualSite], predictors: Mapping[str, Predictor]) -> dict[str, Any]:
@@ -99,12 +80,13 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         "subgroups": evaluate_subgroups(model, cohort, study) if model else None,
         "fine_tuned": evaluate(load_site_model(tuned).model, cohort, study) if tuned.exists() else None,
         "local_only": scores.get("local", {}).get(name),
+        "released": loop.released[name].to_dict() if name in loop.released else None,
         "privacy": _privacy(participant.state),
     }
 
 
 def _absent(held: list[str], status: str, reason: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(("metrics", "subgroups", "fine_tuned", "local_only", "privacy"))
+    nothing = dict.fromkeys(("metrics", "subgroups", "fine_tuned", "local_only", "released", "privacy"))
     return {
         "status": status,
         "reason": reason,

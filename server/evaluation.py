@@ -1,0 +1,118 @@
+"""Asking sites how well the final model does: each answers with a noised table of counts, or says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from gapweave.server.mail import Answer, ask
+from gapweave.server.peers import NO_NODE, Peer
+from gapweave.shared import wire
+from gapweave.shared.config.study import Study
+from gapweave.shared.privacy.once import NOT_ASKED, problems, table_scale
+from gapweave.shared.tables import Scores, ScoreTable, pooled, read_tables, table_metrics
+from gapweave.shared.tensorfile import Arrays
+
+NO_ANSWER = "the site did not answer"
+UNREADABLE = "the site sent something else than a table"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """What a site let out of how well the model does.
+
+    Attributes:
+        tables: one a two-class problem; empty for none.
+        reason: why there is none.
+    """
+
+    tables: tuple[ScoreTable, ...] = ()
+    reason: str = ""
+
+    def metrics(self) -> Scores | None:
+        """With intervals; None without a table."""
+        return table_metrics(self.tables) if self.tables else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a summary keeps it: anybody can compute the metrics again."""
+        return {
+            "metrics": self.metrics(),
+            "reason": self.reason,
+            "table": [table.counts.astype(int).tolist() for table in self.tables] or None,
+            "noise_scale": self.tables[0].scale if self.tables else None,
+        }
+
+
+def ask_tables(
+    grid: Grid, study: Study, peers: Iterable[Peer], header: Mapping[str, Any], groups: Arrays, seconds: float
+) -> dict[str, Released]:
+    """Ask each site that announced a table for it; the same request again gives the same table.
+
+    Args:
+        grid: Flower's view of the sites.
+        study: says what a table costs, and so how noisy it is.
+        peers: all sites.
+        header: of the request.
+        groups: the final shared groups.
+        seconds: deadline.
+
+    Returns:
+        By site.
+    """
+    result = {peer.site: Released(reason=_why_none(peer)) for peer in peers}
+    able = {peer.node: peer for peer in peers if result[peer.site].reason == NO_ANSWER and peer.node != NO_NODE}
+    requests = {node: wire.pack(header, {group: groups[group] for group in peer.groups}) for node, peer in able.items()}
+    for answer in ask(grid, wire.EVALUATE, requests, seconds) if requests else ():
+        result[able[answer.node].site] = _read(study, answer)
+    return result
+
+
+def _why_none(peer: Peer) -> str:
+    """What keeps a site from giving a table, as far as the handshake told; else that it has not answered yet."""
+    if not peer.groups or peer.last_round == 0:
+        return "the site took part in no round"
+    return NO_ANSWER if peer.plan.get("table") else str(peer.plan.get("no_table", NOT_ASKED))
+
+
+def _read(study: Study, answer: Answer) -> Released:
+    if answer.header["status"] != "ok":
+        return Released(reason=str(answer.header.get("text", "")))
+    tables = read_tables(answer.header.get("table"), problems(study), table_scale(study))
+    return Released(reason=UNREADABLE) if tables is None else Released(tables=tuple(tables))
+
+
+def pooled_metrics(released: Iterable[Released]) -> Scores | None:
+    """Metrics of all sites' patients together, from the sum of their tables."""
+    given = [site.tables for site in released if site.tables]
+    return table_metrics(pooled(given)) if given else None
+
+
+def mean_metrics(released: Iterable[Released]) -> Scores | None:
+    """Mean over sites of each metric where it is defined; sites are independent, so their intervals add in squares."""
+    found = [metrics for site in released if (metrics := site.metrics()) is not None]
+    if not found:
+        return None
+    result: Scores = {}
+    for name in [name for name in found[0] if not name.endswith("_interval")]:
+        defined = [(each[name], each[f"{name}_interval"]) for each in found if each[name] is not None]
+        result |= _mean(name, defined)
+    return result
+
+
+def _mean(name: str, defined: list[tuple[float, list[float]]]) -> Scores:
+    if not defined:
+        return {name: None, f"{name}_interval": None}
+    mean = sum(value for value, _ in defined) / len(defined)
+    reach = sum(((high - low) / 2) ** 2 for _, (low, high) in defined) ** 0.5 / len(defined)
+    return {name: mean, f"{name}_interval": [max(0.0, mean - reach), min(1.0, mean + reach)]}
+
+
+def worst_site(released: Mapping[str, Released]) -> dict[str, Any]:
+    """The site of the lowest AUROC, with its metrics."""
+    found = {name: metrics for name, site in released.items() if (metrics := site.metrics()) is not None}
+    defined = {name: metrics["auroc"] for name, metrics in found.items() if metrics["auroc"] is not None}
+    worst = min(defined, key=lambda name: defined[name], default=None)
+    return {"site": worst, **(found[worst] if worst else {})}
