@@ -23,8 +23,10 @@ from typing import Any
 
 from scipy import optimize, stats
 
-from gapweave.client.audit_noise import black_box, noise_law
-from gapweave.client.audit_record import provenance, record, rehearse
+from gapweave.client.audit_box import black_box
+from gapweave.client.audit_noise import noise_law
+from gapweave.client.audit_provenance import provenance, rehearse
+from gapweave.client.audit_record import record
 from gapweave.client.audit_sensitivity import sensitivity
 from gapweave.client.audit_site import RECORDS, RUN, CanarySite, Finding, Scene, audit_copy, canaries
 from gapweave.client.ledger import Ledger
@@ -42,7 +44,7 @@ class AuditResult:
 
     Attributes:
         claimed: epsilon, at the site's delta, of one step for a patient who takes part in it, by its event.
-        lower_bound: the same from what an attacker could tell apart; with probability 1 - 2e-6 not above the truth.
+        lower_bound: the same from what an attacker could tell apart; with probability 1 - 1e-6 not above the truth.
         passed: whether every part passed.
         parts: sensitivity, noise law, black box, provenance, record.
     """

@@ -1,166 +1,33 @@
-"""Parts (d) and (e) of an audit: a rehearsed round, recomputed from what was charged, drawn and summed.
-
-The real participant prepares and trains one round on synthetic patients; its engine and draws are heard. From
-the ledger's event alone the round is then computed a second time: what the site keeps and sends must be that.
-"""
+"""Part (e) of an audit: who is sampled, by which numbers, under which draws, and when it was charged."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import special, stats
-from torch import Tensor
 
-from gapweave.client.audit_noise import ALPHA
+from gapweave.client.audit_provenance import Rehearsal, Round
 from gapweave.client.audit_sensitivity import SLACK
-from gapweave.client.audit_site import (
-    RUN,
-    CanarySite,
-    Finding,
-    Heard,
-    Scene,
-    Scripted,
-    Watched,
-    finding,
-    joined,
-)
-from gapweave.client.state import Groups, RoundState, to_arrays, to_tensors
+from gapweave.client.audit_site import RUN, CanarySite, Finding, Scene, Scripted, Watched, finding, joined
+from gapweave.client.audit_tally import ALPHA
 from gapweave.client.training import Sgd, train
-from gapweave.shared.model import MultimodalModel, groups
+from gapweave.shared.model import MultimodalModel
 from gapweave.shared.privacy.draws import SeededDraws
-from gapweave.shared.privacy.events import PrivacyEvent
-from gapweave.shared.privacy.ledger import read_ledger
 from gapweave.shared.schema import Batch
 
 SAMPLES = 1500
 """Steps over which inclusion is counted."""
-REPLAY = 0.01
-"""Share of one step's noise by which a recomputed parameter may differ: rounding is a 4000th, no noise is 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rehearsal:
-    """One round of the real participant on synthetic patients.
-
-    Attributes:
-        site: the participant.
-        state: after the round.
-        event: what its ledger holds for the round; None when nothing was charged.
-        charged_before: for each step, whether the event was in the ledger when the engine began.
-    """
-
-    site: CanarySite
-    state: RoundState
-    event: PrivacyEvent | None
-    charged_before: list[bool]
-
-
-def rehearse(scene: Scene) -> Rehearsal:
-    """Prepare and train one round."""
-    charged: list[bool] = []
-    site: CanarySite = scene.participant("rehearsal", at_work=lambda: charged.append(_event(site) is not None))
-    site.prepare(RUN)
-    start = to_arrays({group: site.initial[group] for group in site.shared})
-    state = site.train(RUN, 1, "rehearsed request", start)
-    return Rehearsal(site=site, state=state, event=_event(site), charged_before=charged)
-
-
-def _event(site: CanarySite) -> PrivacyEvent | None:
-    """The last charged training event of the run."""
-    events = [event for event in read_ledger(site.state).events(RUN) if event.kind == "dp_sgd"]
-    return events[-1] if events else None
-
-
-# (d) Provenance.
-
-
-def provenance(scene: Scene, rehearsal: Rehearsal) -> Finding:
-    """Every tensor of the model is initial, or recomputed from initial values and noised sums."""
-    del scene
-    site, event = rehearsal.site, rehearsal.event
-    faults = list(_hidden_tensors(site))
-    if event is None or event.n_hat is None:
-        return finding("provenance", [*faults, "no event was charged for the round"], {})
-    trained = {name for one in site.watched.sums[:1] for name in one}
-    parameters = dict(site.model.named_parameters()).keys()
-    faults += [f"{name} is not in the noised gradient" for name in sorted(parameters - trained)]
-    if not faults:
-        faults += _differences(rehearsal, replayed(site, event, site.heard[-1]), event)
-    return finding("provenance", faults, {"tensors": float(len(parameters))})
-
-
-def _hidden_tensors(site: CanarySite) -> Iterator[str]:
-    """Buffers and attributes of the model that training on patients changed."""
-    fresh = dict(_constants(MultimodalModel(site.study, site.held)))
-    for name, value in _constants(site.model):
-        if name not in fresh or not torch.equal(fresh[name], value.cpu()):
-            yield f"{name} holds a number from data and has no noise"
-
-
-def _constants(model: MultimodalModel) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_buffers()
-    for path, module in model.named_modules():
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor):
-                yield f"{path}.{key}", value
-
-
-def replayed(site: CanarySite, event: PrivacyEvent, heard: Heard) -> Groups:
-    """The round again, from the event, the sums, and the normal numbers that were drawn.
-
-    Raises:
-        ValueError: when fewer noise vectors were drawn than the event has steps.
-    """
-    model = MultimodalModel(site.study, site.held)
-    optimizer = Sgd(site.study, {})
-    for total, normals in zip(site.watched.sums[-event.steps :], heard.normals[-event.steps :], strict=True):
-        vector = torch.from_numpy(normals * event.noise_multiplier * event.max_grad_norm)
-        noise = iter(torch.split(vector, _sizes(total)))
-        size = event.sample_rate * (event.n_hat or 0)
-        gradient = {
-            name: ((value.cpu().double() + next(noise).view(value.shape)) / size).float()
-            for name, value in total.items()
-        }
-        optimizer.step(model, gradient)
-    return groups(model)
-
-
-def _sizes(total: dict[str, Tensor]) -> list[int]:
-    return [value.numel() for value in total.values()]
-
-
-def _differences(rehearsal: Rehearsal, expected: Groups, event: PrivacyEvent) -> Iterator[str]:
-    """Tensors that are kept or sent and are not the recomputed ones."""
-    study, initial = rehearsal.site.study, rehearsal.site.initial
-    sent, kept = to_tensors(rehearsal.state.reply), to_tensors(rehearsal.state.private)
-    noise = event.noise_multiplier * event.max_grad_norm / (event.sample_rate * (event.n_hat or 1))
-    allowed = study.training.lr * event.steps * noise * REPLAY / (1 - study.training.momentum)
-    for group, part in expected.items():
-        for name, value in part.items():
-            if group in sent:
-                found = initial[group][name].cpu() + sent[group][name]
-            else:
-                found = kept.get(group, {}).get(name, torch.full_like(value, torch.nan))
-            away = float((found - value).abs().max())
-            if not away <= allowed + 1e-5 * float(value.abs().max()):
-                yield f"{group} {name} is not what the charged event gives"
-    for group in [*sent, *kept]:
-        if group not in expected:
-            yield f"{group} is no group of the model"
-
-
-# (e) Record.
 
 
 def record(scene: Scene, rehearsal: Rehearsal) -> Finding:
     """Who is sampled, by which numbers, under which draws, and when it was charged."""
     faults = [
-        *_charge(scene, rehearsal),
+        *(fault for one in rehearsal.rounds for fault in _charge(scene, rehearsal.site, one)),
         *_inclusion(scene),
         *_public_numbers(scene),
         *_secret_draws(scene),
@@ -168,20 +35,22 @@ def record(scene: Scene, rehearsal: Rehearsal) -> Finding:
     return finding("record", faults, {"samples": float(SAMPLES), "sample_rate": scene.plan.sample_rate})
 
 
-def _charge(scene: Scene, rehearsal: Rehearsal) -> Iterator[str]:
-    event, plan = rehearsal.event, scene.plan
+def _charge(scene: Scene, site: CanarySite, one: Round) -> Iterator[str]:
+    event, plan = one.event, scene.plan
     if event is None:
-        yield "no event was charged for the round"
+        yield "no event was charged for a round"
         return
-    if not all(rehearsal.charged_before):
+    if not all(one.charged_before):
         yield "the engine worked on data before the event was in the ledger"
-    if len(rehearsal.charged_before) != event.steps:
-        yield f"{len(rehearsal.charged_before)} steps were taken, {event.steps} charged"
-    if not rehearsal.site.watched.sensitivity <= event.max_grad_norm * (1 + SLACK):
+    if len(one.charged_before) != event.steps:
+        yield f"{len(one.charged_before)} steps were taken, {event.steps} charged"
+    if not site.watched.sensitivity <= event.max_grad_norm * (1 + SLACK):
         yield "the engine declares a larger sensitivity than the event"
     declared = (plan.noise_multiplier, plan.sample_rate, plan.max_grad_norm, plan.n_hat)
     if (event.noise_multiplier, event.sample_rate, event.max_grad_norm, event.n_hat) != declared:
         yield "the charged event is not the plan's"
+    if one.state.event != event.to_dict():
+        yield "the reply does not carry the event that was charged"
 
 
 class _NoOptimizer(Sgd):
@@ -192,8 +61,14 @@ class _NoOptimizer(Sgd):
 
 
 def _inclusion(scene: Scene) -> Iterator[str]:
-    """Patients enter independently, with probability q, with all of their records."""
-    data, watched = _named(scene.patients), Watched(None)
+    """Patients enter independently, with probability q, with all of their records; also a patient who is alone."""
+    lone = scene.patients.of_patients(torch.tensor([0], device=scene.patients.patient.device))
+    for data in (_named(scene.patients), _named(lone)):
+        yield from _entered(scene, data)
+
+
+def _entered(scene: Scene, data: Batch) -> Iterator[str]:
+    watched = Watched(None)
     site = scene.participant("inclusion")
     train(site.model, data, scene.step(watched, site.real_draws()), _NoOptimizer(scene.study, {}), SAMPLES)
     records = Counter(data.patient.tolist())

@@ -187,13 +187,21 @@ class CanarySite(Participant):
         state: a folder for this site's ledger.
         batch: the synthetic patients.
         at_work: called before the engine sees a batch.
+        draws: in place of the real ones.
     """
 
     def __init__(
-        self, study: Study, site: Site, *, state: Path, batch: Batch, at_work: Callable[[], object] = lambda: None
+        self,
+        study: Study,
+        site: Site,
+        *,
+        state: Path,
+        batch: Batch,
+        at_work: Callable[[], object] = lambda: None,
+        draws: Draws | None = None,
     ) -> None:
         super().__init__(study, site, site_file=Path("audit"), state=state, simulation=True)
-        self._batch, self._at_work = batch, at_work
+        self._batch, self._at_work, self._given = batch, at_work, draws
         self.heard: list[Heard] = []
 
     @cached_property
@@ -218,7 +226,7 @@ class CanarySite(Participant):
         return self.watched
 
     def _draws(self, number: int | str) -> Draws:
-        self.heard.append(Heard(super()._draws(number)))
+        self.heard.append(Heard(self._given or super()._draws(number)))
         return self.heard[-1]
 
     def real_draws(self, number: int = 1) -> Draws:

@@ -49,9 +49,8 @@ class Step:
         chosen = torch.from_numpy(self.draws.uniform(data.patients) < plan.sample_rate).nonzero()[:, 0]
         batch = data.of_patients(chosen.to(data.patient.device))
         total = self.engine.sum(batch, self.used(batch))
-        noised = self._noised(total)
-        means = torch._foreach_div(list(noised.values()), plan.sample_rate * plan.n_hat)
-        return {name: mean.float() for name, mean in zip(noised, means, strict=True)}
+        size = plan.sample_rate * plan.n_hat
+        return {name: (tensor / size).float() for name, tensor in self._noised(total).items()}
 
     def _noised(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add noise of sigma times the engine's sensitivity to every tensor, also to those that no patient touched."""

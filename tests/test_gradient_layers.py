@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from cohorts import study
 from test_gradients import double, hide_some, naive
 from torch import Tensor, nn
 
+from gapweave.client.gradients import fast
 from gapweave.client.gradients.fast import FastEngine
 from gapweave.shared.config.study import Study
 from gapweave.shared.encoders import ENCODERS
@@ -130,6 +132,21 @@ def test_the_model_predicts_as_before(of: Study) -> None:
     with torch.no_grad():
         expected = plain(batch.inputs, batch.present, batch.present).logits
         torch.testing.assert_close(model(batch.inputs, batch.present, batch.present).logits, expected)
+
+
+def test_nothing_of_a_step_is_kept(of: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Believed: the graph goes with the step. True of a recurrence: its node held the tape, which held the graph."""
+    tapes: list[weakref.ref[fast.Recording]] = []
+
+    class Watched(fast.Recording):
+        def __init__(self) -> None:
+            super().__init__()
+            tapes.append(weakref.ref(self))
+
+    monkeypatch.setattr(fast, "Recording", Watched)
+    batch = random_batch(of, (1, 2, 3))
+    FastEngine(random_model(of), "binary", BOUND).sum(batch, batch.present)
+    assert [tape() for tape in tapes] == [None]
 
 
 def test_a_broken_patient_disturbs_nobody(of: Study) -> None:

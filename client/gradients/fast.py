@@ -82,6 +82,8 @@ class FastEngine:
         try:
             yield self._tape
         finally:
+            # Nodes of the graph hold the tape: what it holds of the graph would never be freed.
+            self._tape.clear()
             self._tape = None
 
     def _record(self, layer: nn.Module) -> None:
@@ -163,6 +165,10 @@ class Recording:
             if gradient is not None:
                 self._done.setdefault(key, []).append((kept, gradient))
         return self._done
+
+    def clear(self) -> None:
+        """Let go of all."""
+        self._open, self._done = [], {}
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Guarantee: with a standard normal Z, a release is round((sum + sd Z) / g) g. Rou
 costs no privacy; and because g is thousands of times coarser than the resolution of the float64 sampler, every
 grid point gets its probability up to a relative `CELL_ERROR`, which `numerical_epsilon` turns into what a report
 adds to epsilon and delta. Bits come from AES-256 in counter mode under a key from the operating system, made for
-one call and dropped after it: neither a fork, a restart nor a restored snapshot can repeat a release.
+one block of one call and dropped after it: neither a fork, a restart nor a restored snapshot can repeat a release.
 
 Assumes: the operating system's random numbers are secret, and AES is a pseudo-random function. Sampling time does
 not depend on what is released.
@@ -35,8 +35,8 @@ FAR = 2.0**-84
 """Probability of a radius of 10.8 or more, where `CELL_ERROR` is not claimed."""
 WORDS = 3
 """64-bit words for two normal numbers: 128 bits of radius and 53 bits of angle."""
-BLOCK = 2**14
-"""Numbers worked on at a time: they stay in the cache."""
+BLOCK = 2**13
+"""Pairs of numbers worked on at a time: they stay in the cache, and no large memory is asked for."""
 
 
 class Numerics(NamedTuple):
@@ -47,9 +47,13 @@ class Numerics(NamedTuple):
 
 
 def secret_normals(size: int) -> NDArray[np.float64]:
-    """Independent standard normal numbers, [size], from a key that lives for this call only."""
-    pairs = (size + 1) // 2
-    return normals(np.frombuffer(_secret_bytes(8 * WORDS * pairs), np.uint64))[:size]
+    """Independent standard normal numbers, [size], from keys that live for a block of this call only."""
+    result = np.empty(size)
+    for start in range(0, size, 2 * BLOCK):
+        part = result[start : start + 2 * BLOCK]
+        pairs = (len(part) + 1) // 2
+        part[:] = normals(np.frombuffer(_secret_bytes(8 * WORDS * pairs), np.uint64))[: len(part)]
+    return result
 
 
 def _secret_bytes(size: int) -> memoryview:
@@ -69,22 +73,15 @@ def normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     Returns:
         [2 P]: the cosines, then the sines.
     """
-    parts = words.reshape(WORDS, -1)
-    result = torch.empty(2, parts.shape[1], dtype=torch.float64)
-    for start in range(0, parts.shape[1], BLOCK):
-        block = slice(start, start + BLOCK)
-        high, low, turn = parts[:, block]
-        _transform(high, low, turn, result[:, block])
-    return result.view(-1).numpy()
-
-
-def _transform(high: NDArray[np.uint64], low: NDArray[np.uint64], turn: NDArray[np.uint64], result: Tensor) -> None:
-    """One block of `normals`, [2, P']; by torch, whose logarithm and sine use the vector unit."""
+    high, low, turn = words.reshape(WORDS, -1)
+    # torch's logarithm, sine and cosine use the vector unit.
     radius = torch.from_numpy(_uniform(high, low)).log_().mul_(-2.0).abs_().sqrt_()
     # Signed: an angle in [-pi, pi) has a smaller rounding error than one in [0, 2 pi).
     angle = torch.from_numpy((turn.view(np.int64) >> 11) * (2.0**-53 * 2.0 * np.pi))
+    result = torch.empty(2, len(radius), dtype=torch.float64)
     torch.cos(angle, out=result[0]).mul_(radius)
     torch.sin(angle, out=result[1]).mul_(radius)
+    return result.view(-1).numpy()
 
 
 def _uniform(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -118,21 +115,20 @@ def on_grid(total: Tensor, noise: Tensor, sd: float) -> Tensor:
 
     Args:
         total: [D] what is to be released; finite.
-        noise: [D] standard normal numbers, float64.
+        noise: [D] standard normal numbers, float64; the result takes their place.
         sd: standard deviation of the noise, sigma times the sensitivity.
 
     Returns:
         [D] float64, whole multiples of `grid_of(sd)`.
     """
     grid = grid_of(sd)
-    released = torch.empty_like(noise)
-    for part, z, result in zip(*(torch.split(each, BLOCK) for each in (total, noise, released)), strict=True):
+    for part, result in zip(torch.split(total, 2 * BLOCK), torch.split(noise, 2 * BLOCK), strict=True):
         cells = part.double() * (1.0 / grid)
         # Whole cells are exact integers; only the rest meets the noise, so a large sum costs the noise no digits.
         # Adding zero takes the sign from a zero.
         whole = cells.floor().add_(0.0)
-        torch.sub(cells, whole, out=result).add_(z, alpha=sd / grid).round_().add_(whole).mul_(grid)
-    return released
+        result.mul_(sd / grid).add_(cells.sub_(whole)).round_().add_(whole).mul_(grid)
+    return noise
 
 
 def numerical_epsilon(coordinates: int, steps: int, slack: float = 1e-10) -> Numerics:
