@@ -16,7 +16,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -192,10 +192,18 @@ class Ledger:
         """Whether the cap leaves room for further events, beside what is spent and reserved."""
         return Budget(self.view).allows(events)
 
-    def reserve(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> int:
+    def reserve(
+        self, run: str, study: str, events: Sequence[PrivacyEvent], setting: Mapping[str, Any] | None = None
+    ) -> int:
         """Set aside the longest prefix of a run's events that the cap allows.
 
         Repeating it for the same run changes nothing.
+
+        Args:
+            run: our own id of the run.
+            study: hash of the study.
+            events: that the run plans.
+            setting: what a report says of the run beside its events (`setting.run_setting`).
 
         Returns:
             Number of events reserved.
@@ -216,7 +224,8 @@ class Ledger:
                 remedy="Lower the study's epsilon or its rounds, or raise policy.epsilon",
             )
         planned = [event.to_dict() for event in events[:count]]
-        self._append("reserve", {"run": run, "study": study, "figure": figure, "events": planned})
+        body = {"run": run, "study": study, "figure": figure, "events": planned}
+        self._append("reserve", body if setting is None else {**body, "setting": dict(setting)})
         return count
 
     def charge(self, run: str, study: str, request: str, event: PrivacyEvent, value: int | None = None) -> None:

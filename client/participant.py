@@ -20,6 +20,7 @@ from gapweave.client.evaluation import ReleasedModel, noised_table, score_table,
 from gapweave.client.ledger import Ledger
 from gapweave.client.policy import check_counts, check_guarantee, check_policy, check_size
 from gapweave.client.preparation import Preparation
+from gapweave.client.setting import run_setting
 from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_arrays, to_tensors
 from gapweave.client.training import Sgd, Step, build_engine, train
@@ -139,7 +140,8 @@ class Participant:
             check_guarantee(self.study, self.site, ledger.view)
             ledger.approve(self.study.sha256, self.study.name, by)
             plan = self._plan(ledger, run)
-            reserved = ledger.reserve(run, self.study.sha256, plan.schedule())
+            setting = run_setting(self.site, self.held, self.shared, self.initial)
+            reserved = ledger.reserve(run, self.study.sha256, plan.schedule(), setting)
         return Capability(
             site=self.site.name,
             modalities=self.held,
