@@ -9,13 +9,15 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from audit_faults import FAULTS
+from audit_faults import FAULTS as LISTED
+from audit_faults_rare import RARE_FAULTS
 from batches import EVERY_KIND, TASKS
 from cohorts import LABS, study
 from hospitals import build, plan_of, publish
@@ -24,15 +26,18 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from gapweave.client.audit import AuditResult, audit_site, gaussian_epsilon, run_audit, stage
+from gapweave.client.audit_box import black_box, mu_bound
 from gapweave.client.audit_cli import audit
-from gapweave.client.audit_noise import black_box, mu_bound, noise_law
-from gapweave.client.audit_record import inclusion_faults, provenance, record, rehearse, size_spread
+from gapweave.client.audit_noise import noise_law
+from gapweave.client.audit_provenance import provenance, rehearse
+from gapweave.client.audit_record import inclusion_faults, record, size_spread
 from gapweave.client.audit_sensitivity import sensitivity
 from gapweave.client.audit_site import Finding, Scene
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 
+FAULTS = {**LISTED, **RARE_FAULTS}
 SCHEDULE = {"batch": 32, "rounds": 3, "local_steps": 2, "momentum": 0.5}
 PARTS: dict[str, Callable[[Scene], Finding]] = {
     "sensitivity": sensitivity,
@@ -71,13 +76,14 @@ def test_the_real_step_passes(tmp_path: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_part_in_charge_finds_a_planted_fault(name: str, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_part_in_charge_finds_a_planted_fault(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = staged(tmp_path, sharing={"policy": "heads" if name in RARE_FAULTS else "all"})
     plant, parts = FAULTS[name]
-    monkeypatch.setattr("gapweave.client.audit_noise.SIDE", 1500)
+    monkeypatch.setattr("gapweave.client.audit_box.SIDE", 1500)
     monkeypatch.setattr("gapweave.client.audit_noise.VALUES", 500_000)
     plant(monkeypatch)
     for part in parts:
-        assert finds(part, scene), part
+        assert finds(part, replace(scene, folder=scene.folder / part)), part
 
 
 def finds(part: str, scene: Scene) -> bool:
@@ -228,7 +234,7 @@ def run(path: Path, *options: str) -> Any:
 
 
 def test_the_command_prints_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gapweave.client.audit_noise.SIDE", 1000)
+    monkeypatch.setattr("gapweave.client.audit_box.SIDE", 1000)
     hospital = build(tmp_path / "hospital", "north")
     publish(hospital)
     plan = plan_of(private=True, training=SCHEDULE)
