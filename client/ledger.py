@@ -17,6 +17,8 @@ import os
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +51,10 @@ CREATE TRIGGER IF NOT EXISTS entries_remain BEFORE DELETE ON entries
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
 
+DISK = ("SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")
+"""How the names of SQLite's errors begin that come from the disk: they say nothing of what the ledger holds."""
+PUT_ASIDE = "changed-"
+"""How the name of a ledger begins that `site recover` put aside."""
 PATIENCE_S = 60.0
 """How long a process waits for another one that holds the ledger: a training step of another study, as a rule."""
 
@@ -69,23 +75,38 @@ class Ledger:
     """
 
     def __init__(self, state: Path, site: Site, anchor: Path | None = None, *, lost: bool = False) -> None:
-        private_folder(state)
         self._state, self._where = state, str(state / LEDGER_FILE)
         self._anchor = None if anchor is None else Anchor(anchor, self._where)
-        self._lock = _locked(state / "ledger.lock", self._where)
-        os.close(os.open(state / LEDGER_FILE, os.O_RDWR | os.O_CREAT, 0o600))
-        sync_folder(state)
-        self._connection = sqlite3.connect(state / LEDGER_FILE, isolation_level=None)
-        try:
-            self._open(site, lost)
-        except sqlite3.DatabaseError:
-            self.close()
-            raise RefusedError(
-                "the ledger cannot be read", where=self._where, remedy="Restore it from the newest backup"
-            ) from None
-        except BaseException:
-            self.close()
-            raise
+        # What is lost must stay visible until it is declared: the anchor then keeps what it has seen.
+        self._keeper = None if lost else self._anchor
+        with ExitStack() as opened:
+            try:
+                self._connection = self._connected(opened)
+                self._open(site, lost)
+            except OSError as error:
+                raise self._unwritable(error.strerror) from None
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorname", "").startswith(DISK):
+                    raise self._unwritable(error) from None
+                raise RefusedError(
+                    "the ledger cannot be read", where=self._where, remedy="Restore it from the newest backup"
+                ) from None
+            self._opened = opened.pop_all()
+
+    def _connected(self, opened: ExitStack) -> sqlite3.Connection:
+        """The file, which is there after a power cut too, and which no other process holds."""
+        private_folder(self._state)
+        os.close(os.open(self._where, os.O_RDWR | os.O_CREAT, 0o600))
+        sync_folder(self._state)
+        opened.callback(os.close, _locked(self._state / "ledger.lock", self._where))
+        connection = sqlite3.connect(self._where, isolation_level=None)
+        opened.callback(connection.close)
+        return connection
+
+    def _unwritable(self, why: object) -> GapweaveError:
+        return GapweaveError(
+            f"the ledger cannot be written ({why})", where=self._where, remedy="Check the disk; nothing was released"
+        )
 
     def _open(self, site: Site, lost: bool) -> None:
         self._connection.execute("PRAGMA journal_mode=WAL")
@@ -104,8 +125,8 @@ class Ledger:
                 where=self._where,
                 remedy="Give each site its own state folder",
             )
-        if self._anchor is not None and not lost:
-            self._anchor.check(self.view)
+        if not lost:
+            self._check_declared()
         delta = self.view.delta if self.view.entries else min(site.policy.delta, 0.1 / site.patients.upper)
         opening = {
             "site": site.name,
@@ -115,10 +136,22 @@ class Ledger:
             "cap": site.policy.epsilon,
             "anchor": None if self._anchor is None else str(self._anchor.path),
         }
+        if self._keeper is not None:
+            # Before an entry names the anchor: a crash between the two would look like an anchor that is gone.
+            self._keeper.write(replace(self.view.head, site=site.name))
         if self.view.opening != opening:
             self._append("open", opening)
-        elif self._anchor is not None and not lost:
-            self._anchor.write(self.view.head)
+
+    def _check_declared(self) -> None:
+        """Refuse a ledger that lost entries, unless their cost was declared."""
+        if self._anchor is not None:
+            self._anchor.check(self.view)
+        if not self.view.recovered and any(self._state.glob(f"{PUT_ASIDE}*{LEDGER_FILE}")):
+            raise RefusedError(
+                "a changed ledger was put aside, and nobody declared what it had spent",
+                where=self._where,
+                remedy="Declare it with `gapweave site recover`",
+            )
 
     def check_echo(self, head: Head | None) -> None:
         """Compare with what the server remembers; it can stop the site, never change what counts as spent.
@@ -136,8 +169,7 @@ class Ledger:
 
     def close(self) -> None:
         """Let another process have the ledger."""
-        self._connection.close()
-        os.close(self._lock)
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -158,8 +190,8 @@ class Ledger:
         self._insert(sequence, now, kind, text, previous, digest)
         entry = Entry(sequence=sequence, time=now, kind=kind, body=json.loads(text), previous=previous, hash=digest)
         self.view = LedgerView(entries=(*entries, entry), intact=True)
-        if self._anchor is not None:
-            self._anchor.write(self.view.head)
+        if self._keeper is not None:
+            self._keeper.write(self.view.head)
 
     def _insert(self, *values: int | str) -> None:
         try:
@@ -171,11 +203,7 @@ class Ledger:
                 remedy="Run one process a state folder, on a file system with locks",
             ) from None
         except sqlite3.DatabaseError as error:
-            raise GapweaveError(
-                f"the ledger cannot be written ({error})",
-                where=self._where,
-                remedy="Check the disk; nothing was released",
-            ) from None
+            raise self._unwritable(error) from None
 
     def _has(self, kind: str, **match: str) -> bool:
         return any(
@@ -315,6 +343,7 @@ class Ledger:
     def recover(self, assume_spent: float, lost: Sequence[Head]) -> None:
         """Declare entries lost, and what they may have cost: it counts as spent from now on."""
         heads = [{"length": head.length, "hash": head.hash} for head in lost]
+        self._keeper = self._anchor
         self._append("recover", {"assume_spent": assume_spent, "lost": heads})
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gapweave.client.anchor import REMEMBERED_FILE
-from gapweave.client.ledger import Ledger
+from gapweave.client.ledger import PUT_ASIDE, Ledger
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.privacy.head import Head, read_anchor
@@ -58,7 +58,7 @@ def _put_aside(state: Path) -> None:
     """Rename the ledger with SQLite's own files beside it."""
     mark = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     for file in sorted(state.glob(f"{LEDGER_FILE}*")):
-        file.rename(file.with_name(f"changed-{mark}-{file.name}"))
+        file.rename(file.with_name(f"{PUT_ASIDE}{mark}-{file.name}"))
 
 
 def _head(path: Path) -> Head | None:

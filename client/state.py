@@ -101,10 +101,21 @@ class RunFolder:
         self._write(self._round, tensorfile.dump(arrays, note))
 
     def _write(self, file: Path, content: bytes) -> None:
-        """Write a file; a run gets its folder with its first one, so that refused runs leave nothing."""
-        private_folder(self.path.parent)
-        private_folder(self.path)
-        write_atomically(file, content)
+        """Write a file; a run gets its folder with its first one, so that refused runs leave nothing.
+
+        Raises:
+            GapweaveError: when the disk does not take it; the file is then as it was.
+        """
+        try:
+            private_folder(self.path.parent)
+            private_folder(self.path)
+            write_atomically(file, content)
+        except OSError as error:
+            raise GapweaveError(
+                f"the site's state cannot be written ({error.strerror or error})",
+                where=str(file),
+                remedy="Check the disk; nothing was released",
+            ) from None
 
     def save_model(self, name: str, groups: Mapping[str, Mapping[str, Tensor]], card: Mapping[str, Any]) -> None:
         """Keep the whole model for prediction.

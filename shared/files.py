@@ -12,15 +12,27 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a crash leaves the old content or the new one, never a part.
 
     The content is durable when this returns: file and folder are synced.
+
+    Raises:
+        OSError: naming the file; of a full disk the system does not.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        _write_durably(temporary, content)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
 
 
 def write_new(path: Path, text: str) -> None:
@@ -48,6 +60,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def private_folder(folder: Path) -> Path:
-    """Create a folder that only its owner may enter."""
+    """Create a folder that only its owner may enter, durably: what is synced in it must not be lost with its name."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in new:
+        sync_folder(path.parent)
     return folder

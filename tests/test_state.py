@@ -59,12 +59,12 @@ def test_a_crash_leaves_the_old_round_or_the_new_one(tmp_path: Path, monkeypatch
     folder.save(some_state(1))
 
     def crash(*_: object) -> None:
-        raise OSError("power cut")
+        raise OSError(5, "power cut")
 
     for moment in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os if moment == "fsync" else Path, moment, crash)
-            with pytest.raises(OSError, match="power cut"):
+            with pytest.raises(GapweaveError, match="power cut"):
                 folder.save(some_state(2))
         assert_same(RunFolder(tmp_path, "run").load(), some_state(1))
     folder.save(some_state(2))
