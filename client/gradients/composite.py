@@ -100,24 +100,38 @@ class GruCell:
 
     @staticmethod
     def back(outer: Tensor, states: Tensor, saved: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients in the input products and in the state products, [T, R, 3H] each."""
+        """Gradients in the input products and in the state products, [T, R, 3H] each.
+
+        The former take the place of what was saved, which nobody reads again: fresh memory is slow.
+        """
         size = outer.shape[2]
-        reset, update, new = saved[0].split(size, 2)
-        # All factors that do not depend on what comes later, at once.
-        into_gates = torch.empty_like(saved[0])
-        of_reset, of_update, of_new = into_gates.split(size, 2)
-        torch.sub(states[:-1], new, out=of_update).mul_(update).mul_(1 - update)
-        torch.mul(new, new, out=of_new).neg_().add_(1).mul_(1 - update)
-        torch.mul(of_new, saved[1], out=of_reset).mul_(reset).mul_(1 - reset)
-        into_products = torch.empty_like(into_gates)
+        gates, inner = saved
+        into_products, found = torch.empty_like(gates), torch.empty_like(gates[0])
+        of_reset, of_update, of_new = found.split(size, 1)
         carried = torch.zeros_like(outer[0])
         for at in range(len(outer) - 1, -1, -1):
+            reset, update, new = gates[at].split(size, 1)
             total = carried.add_(outer[at])
-            into_gates[at].view(len(total), 3, size).mul_(total.unsqueeze(1))
-            product = into_products[at].copy_(into_gates[at])
-            product[:, 2 * size :].mul_(reset[at])
-            carried = torch.addmm(total.mul_(update[at]), product, weight)
-        return into_gates, into_products
+            carried = total * update
+            _through_tanh(torch.sub(total, carried, out=of_new), new)
+            torch.mul(of_new, inner[at], out=of_reset)
+            torch.sub(states[at], new, out=of_update).mul_(total)
+            _through_sigmoid(found[:, : 2 * size], gates[at, :, : 2 * size])
+            product = into_products[at].copy_(found)
+            product[:, 2 * size :].mul_(reset)
+            carried.addmm_(product, weight)
+            gates[at] = found
+        return gates, into_products
+
+
+def _through_sigmoid(gradient: Tensor, output: Tensor) -> None:
+    """Gradient in a sigmoid's output to that in its input, in place."""
+    torch.ops.aten.sigmoid_backward(gradient, output, grad_input=gradient)
+
+
+def _through_tanh(gradient: Tensor, output: Tensor) -> None:
+    """The same for tanh."""
+    torch.ops.aten.tanh_backward(gradient, output, grad_input=gradient)
 
 
 class LstmCell:
@@ -141,26 +155,28 @@ class LstmCell:
 
     @staticmethod
     def back(outer: Tensor, states: Tensor, saved: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients in both kinds of products, which are equal, [T, R, 4H]."""
+        """Gradients in both kinds of products, which are equal, [T, R, 4H], in the place of what was saved."""
         gates, cells, squashed = saved
-        enter, forget, inner, leave = gates.split(outer.shape[2], 2)
-        found = torch.empty_like(gates)
-        of_enter, of_forget, of_inner, of_leave = found.split(outer.shape[2], 2)
-        # All factors that do not depend on what comes later, at once.
-        torch.mul(inner, enter, out=of_enter).mul_(1 - enter)
-        torch.mul(cells[:-1], forget, out=of_forget).mul_(1 - forget)
-        torch.mul(inner, inner, out=of_inner).neg_().add_(1).mul_(enter)
-        torch.mul(squashed, leave, out=of_leave).mul_(1 - leave)
-        into_cell = leave * (1 - squashed.square())
+        size, found = outer.shape[2], torch.empty_like(gates[0])
+        of_enter, of_forget, of_inner, of_leave = found.split(size, 1)
         carried, of_cell = torch.zeros_like(outer[0]), torch.zeros_like(outer[0])
         for at in range(len(outer) - 1, -1, -1):
+            enter, forget, inner, leave = gates[at].split(size, 1)
             total = carried.add_(outer[at])
-            of_cell.addcmul_(total, into_cell[at])
-            found[at].view(len(total), 4, -1)[:, :3].mul_(of_cell.unsqueeze(1))
-            of_leave[at].mul_(total)
-            torch.mm(found[at], weight, out=carried)
-            of_cell.mul_(forget[at])
-        return found, found
+            squeezed = total * leave
+            _through_tanh(squeezed, squashed[at])
+            of_cell.add_(squeezed)
+            torch.mul(of_cell, inner, out=of_enter)
+            torch.mul(of_cell, cells[at], out=of_forget)
+            torch.mul(of_cell, enter, out=of_inner)
+            torch.mul(total, squashed[at], out=of_leave)
+            _through_sigmoid(found[:, : 2 * size], gates[at, :, : 2 * size])
+            _through_tanh(of_inner, inner)
+            _through_sigmoid(of_leave, leave)
+            torch.mm(found, weight, out=carried)
+            of_cell.mul_(forget)
+            gates[at] = found
+        return gates, gates
 
 
 def recurrent(cell: Any) -> Callable[..., Any]:
