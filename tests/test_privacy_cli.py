@@ -13,7 +13,9 @@ from gapweave.shared.config.base import parse
 from gapweave.shared.config.site import Site
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import LEDGER_FILE, entry_hash, read_ledger
+from gapweave.shared.privacy.room import further_epsilon
 from gapweave.shared.report.ledger_report import POINTS, ledger_facts
+from gapweave.shared.report.ledger_text import left_figure
 
 SITE = {
     "version": 1,
@@ -69,7 +71,9 @@ def test_an_unchanged_ledger_passes_and_says_what_an_anchor_would_add(state, cap
     code, out, _ = gapweave(capsys, "privacy", "verify", state)
     assert code == 0
     assert "unanchored: every entry follows from the one before" in out
-    assert f"epsilon {read_ledger(state).spent():.2f} at delta 1e-5, of a cap of 10" in out
+    view = read_ledger(state)
+    assert f"epsilon {view.bound():.2f} of a cap of 10, whoever planned which study after seeing what" in out
+    assert f"epsilon {view.spent():.2f} for schedules fixed in advance; delta 1e-5" in out
 
 
 def test_verify_prints_the_contract_as_json(state, capsys):
@@ -77,7 +81,17 @@ def test_verify_prints_the_contract_as_json(state, capsys):
     content = json.loads(out)
     assert code == 0
     assert content.items() >= read_ledger(state).summary().items()
-    assert content.keys() >= {"site", "cohort", "unit", "epsilon", "delta", "cap", "releases", "intact"}
+    assert content.keys() >= {
+        "site",
+        "cohort",
+        "unit",
+        "epsilon",
+        "epsilon_filter",
+        "delta",
+        "cap",
+        "releases",
+        "intact",
+    }
     assert (content["site"], content["cohort"], content["cap"], content["intact"]) == (
         "north",
         "icu-2014",
@@ -165,12 +179,13 @@ def test_no_ledger_is_a_usage_error_and_no_database_a_refusal(tmp_path, capsys):
 def test_the_report_in_words(state, capsys):
     code, out, _ = gapweave(capsys, "privacy", "report", state)
     assert code == 0
-    spent = read_ledger(state).spent()
+    view = read_ledger(state)
     assert "Site north, cohort icu-2014" in out
-    assert f"spent      epsilon {spent:.2f}" in out
-    assert f"left       {10 - spent:.2f}" in out
+    assert f"spent      epsilon {view.bound():.2f} of a cap of 10" in out
+    assert f"left       a further study of epsilon up to {left_figure(further_epsilon(view))} fits" in out
     assert "Study sepsis (aaaaaaaaaaaa), 1 run" in out
     text = re.sub(r"\s+", " ", out)
+    assert f"epsilon {view.spent():.2f} for schedules fixed in advance; delta 1e-5" in text
     assert "updates of shared model parameters, 8 times: 40 steps, sigma 1.3, q 0.1, clip 1, for 640 patients" in text
     assert "number of training patients, noised, once: discrete Laplace noise of scale 2.5" in text
     assert "What it does not cover:" in out
@@ -180,9 +195,11 @@ def test_the_report_as_json_adds_studies_and_reservations(state, capsys):
     _, out, _ = gapweave(capsys, "privacy", "report", state, "--json")
     content = json.loads(out)
     assert [study["name"] for study in content["studies"]] == ["sepsis", "<b>los</b>"]
-    assert content["epsilon"] + content["left"] == pytest.approx(10)
+    assert content["left"] == further_epsilon(read_ledger(state))
+    assert content["epsilon_filter"] < content["reserved_filter"] < 10
     assert max(study["epsilon"] for study in content["studies"]) < content["epsilon"] < content["reserved"] < 10
     assert content["curve"][-1] == [10, pytest.approx(content["epsilon"])]
+    assert content["curve_filter"][-1] == [10, pytest.approx(content["epsilon_filter"])]
     assert content["entries"] == len(read_ledger(state).entries)
 
 
@@ -226,7 +243,7 @@ def test_a_release_without_noise_ends_the_guarantee(state, tmp_path, capsys):
     assert code == 0
     assert "no guarantee: something was released without noise" in out
     assert "WITHOUT NOISE" in out
-    assert "left  " not in out
+    assert "left       no private study: something was released without noise" in out
     facts = ledger_facts(read_ledger(state))
     assert (facts.left, facts.reserved, facts.studies[-1].epsilon, facts.studies[-1].name) == (None, None, None, "")
     gapweave(capsys, "privacy", "report", state, "--out", tmp_path / "board.html")

@@ -82,8 +82,9 @@ def report(
     Example: gapweave privacy report state --out privacy.html
     """
     from gapweave.shared.privacy.ledger import read_ledger
+    from gapweave.shared.report.ledger_page import ledger_page
     from gapweave.shared.report.ledger_report import ledger_facts
-    from gapweave.shared.report.ledger_text import ledger_lines, ledger_page
+    from gapweave.shared.report.ledger_text import ledger_lines
 
     facts = ledger_facts(read_ledger(path))
     if as_json:

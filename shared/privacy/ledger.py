@@ -158,9 +158,13 @@ class LedgerView:
         Its order is fixed by the ledger's delta and its first cap, before it has seen any result (Feldman and Zrnic
         2021, arXiv 2008.11193).
         """
+        return self.assumed + renyi_epsilon([*self.events(), *more], self._share(), self.order)
+
+    @property
+    def order(self) -> int:
+        """Renyi order of the filter."""
         first = next(entry.body for entry in self.entries if entry.kind == "open")
-        order = renyi_order(self.delta, first["cap"])
-        return self.assumed + renyi_epsilon([*self.events(), *more], self._share(), order)
+        return renyi_order(self.delta, first["cap"])
 
     def alone(self, study: str) -> bool:
         """Whether the ledger has seen no other study: its schedule is then fixed in advance, but for n_hat."""
@@ -168,12 +172,12 @@ class LedgerView:
             entry.body["study"] == study for entry in self.entries if entry.kind in ("reserve", "charge")
         )
 
-    def bound(self) -> float:
-        """The figure that the cap binds (docs/decisions/0005)."""
+    def bound(self, more: Sequence[PrivacyEvent] = ()) -> float:
+        """The figure that the cap binds (docs/decisions/0005), of everything charged and of `more` that is reserved."""
         reserved = [entry for entry in self.entries if entry.kind == "reserve"]
         if len(reserved) == 1 and reserved[0].body["figure"] == "fixed" and self.alone(reserved[0].body["study"]):
-            return min(self.filtered(), fixed_epsilon(self.events(), self.delta))
-        return self.filtered()
+            return min(self.filtered(more), fixed_epsilon([*self.events(), *more], self.delta))
+        return self.filtered(more)
 
     def summary(self) -> dict[str, Any]:
         """What `gapweave privacy verify --json` prints."""

@@ -16,18 +16,28 @@ COVERED = (
     "patient together, whatever else an attacker knows and whatever is computed later from what was released. It adds "
     "up over all rounds, runs and studies of the site in one ledger, and the site stops at its cap."
 )
+PRECISION = "the finite precision of computers, which adds a little; a site's privacy report says how much"
 NOT_COVERED = (
-    "what stays inside the site: data, private models, and results that only its own staff look at",
+    "a patient treated at several of the sites: the epsilons of these sites add up for this patient",
+    "exchanging one patient for another, which counts as two changes, and costs about twice the epsilon",
     "that the site exists and takes part, and what it declares in public: its modalities, classes, vocabulary, record "
-    "cap and minimum number of patients",
+    "cap, minimum number of patients, and its number of patients where that was not counted with noise",
+    "what stays inside the site: data, private models, and results that only its own staff look at",
     "when replies arrive, beyond the fixed reply times",
     "a person's decision to join or to leave, and settings that somebody chose after looking at un-noised results",
-    "a patient treated at several of the sites: the epsilons of these sites add up for this patient",
-    "a study that was planned after seeing an earlier one's results: over several studies, epsilon is computed as for "
-    "schedules fixed in advance",
-    "exchanging one patient for another, which counts as two changes, and costs about twice the epsilon",
+    "studies that were chosen after seeing an earlier one's results, in the exact figure: it holds for schedules fixed "
+    "in advance. The figure that the cap binds holds in any case",
+    PRECISION,
     "facts about a disease or a group of patients that the model learns: to find them is its purpose",
 )
+NOT_COVERED_SHORT = (
+    "a patient treated at several sites: the epsilons of these sites add up",
+    "exchanging one patient for another: about twice the epsilon",
+    "what the site declares: modalities, classes, record cap",
+    "what stays inside the site; timing; who joins or leaves",
+    "what the model learns about a disease or a group of patients",
+)
+"""The same for a first look."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,73 +3,38 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gapweave.shared.errors import GapweaveError, RefusedError
 from gapweave.shared.privacy.accountant import epsilon
-from gapweave.shared.privacy.events import PrivacyEvent
-from gapweave.shared.privacy.ledger import LedgerView, folded
+from gapweave.shared.privacy.ledger import LedgerView
+from gapweave.shared.privacy.room import further_epsilon
+from gapweave.shared.report.ledger_studies import StudyCost, finite, run_settings, study_costs
 
+Curve = tuple[tuple[int, float], ...]
+"""(number of charges, epsilon)."""
 POINTS = 40
 """At most so many points of the curve: each costs an accounting of all events before it."""
 
-WORDS = {
-    "number of training patients": "number of training patients, noised",
-    "update of round": "updates of shared model parameters",
-    "fine-tuning": "fine-tuning; charged, but its result stays at the site",
-}
-"""What an event's text, without its number, is called in a report."""
+UNKNOWN_PARAMETERS = 10**7
+"""Trained numbers that finite precision is computed for where a ledger does not say how many there were."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Release:
-    """Equal events of one study.
+class Precision:
+    """What the finite precision of Gaussian noise adds to the guarantee (shared/privacy/noise.py).
 
     Attributes:
-        what: in words.
-        noised: whether noise was added.
-        times: number of events.
-        steps: noised steps in all of them.
-        noise_multiplier: sigma.
-        sample_rate: q.
-        max_grad_norm: clipping bound.
-        n_hat: public number of training patients, None where none was used.
+        epsilon: to every epsilon of the report.
+        delta: to delta.
+        assumed: whether the number of trained parameters was assumed for a part, as `UNKNOWN_PARAMETERS`.
     """
 
-    what: str
-    noised: bool
-    times: int
-    steps: int
-    noise_multiplier: float
-    sample_rate: float
-    max_grad_norm: float
-    n_hat: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyCost:
-    """One study's part of a ledger.
-
-    Attributes:
-        name: as it was approved; empty if it never was.
-        study: its hash.
-        runs: number of runs.
-        first: day of the first charge.
-        last: day of the last charge.
-        epsilon: of this study alone; None after a release without noise.
-        releases: what left, or was charged.
-    """
-
-    name: str
-    study: str
-    runs: int
-    first: str
-    last: str
-    epsilon: float | None
-    releases: tuple[Release, ...]
+    epsilon: float
+    delta: float
+    assumed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,23 +43,35 @@ class LedgerFacts:
 
     Attributes:
         summary: as `LedgerView.summary` gives it.
-        left: of the cap; None after a release without noise.
-        reserved: epsilon of everything charged and everything reserved by runs that are not closed.
+        left: the largest epsilon of one further study that the cap has room for; None after a release without noise.
+        reserved: exact epsilon of everything charged and everything reserved by runs that are not closed.
+        reserved_filter: the same as the cap binds it.
+        lost: epsilon that was assumed for lost entries; part of all figures of the whole ledger.
+        precision: what finite precision adds.
+        filter_order: Renyi order of the figure that the cap binds.
         studies: in order of their first charge.
-        curve: (number of charges, cumulative epsilon); it ends before a release without noise.
+        curve: (number of charges, cumulative exact epsilon); it ends before a release without noise.
+        curve_filter: the same as the cap binds it.
         entries: number of entries.
         broken_at: sequence number at which the chain breaks.
         head: hash of the last entry.
+        written: when the last entry was written; UTC, ISO 8601.
     """
 
     summary: dict[str, Any]
     left: float | None
     reserved: float | None
+    reserved_filter: float | None
+    lost: float
+    precision: Precision
+    filter_order: int
     studies: tuple[StudyCost, ...]
-    curve: tuple[tuple[int, float], ...]
+    curve: Curve
+    curve_filter: Curve
     entries: int
     broken_at: int | None
     head: str
+    written: str
 
     def to_dict(self) -> dict[str, Any]:
         """As `gapweave privacy report --json` prints it."""
@@ -119,7 +96,7 @@ def verified(view: LedgerView) -> dict[str, Any]:
     except (GapweaveError, StopIteration, KeyError, TypeError, ValueError):
         if view.intact:
             raise
-    keys = ("site", "cohort", "unit", "epsilon", "delta", "cap", "releases")
+    keys = ("site", "cohort", "unit", "epsilon", "epsilon_filter", "delta", "cap", "releases")
     return {**dict.fromkeys(keys), "intact": False, **extra}
 
 
@@ -132,18 +109,22 @@ def ledger_facts(view: LedgerView) -> LedgerFacts:
     summary = verified(view)
     if not view.intact:
         raise RefusedError(broken_text(view), remedy="Restore the newest backup; figures of this ledger mean nothing")
-    charges = [entry for entry in view.entries if entry.kind == "charge"]
-    studies = dict.fromkeys(entry.body["study"] for entry in charges)
-    spent = summary["epsilon"]
+    reserved = list(view.outstanding())
     return LedgerFacts(
         summary=summary,
-        left=None if spent is None else max(0.0, summary["cap"] - spent),
-        reserved=_finite(epsilon([*view.events(), *view.outstanding()], view.delta)),
-        studies=tuple(_study(view, study) for study in studies),
-        curve=_curve(view.events(), view.delta),
+        left=further_epsilon(view),
+        reserved=finite(view.assumed + epsilon([*view.events(), *reserved], view.delta)),
+        reserved_filter=finite(view.bound(reserved)),
+        lost=view.assumed,
+        precision=_precision(view),
+        filter_order=view.order,
+        studies=study_costs(view),
+        curve=_curve(view, LedgerView.spent),
+        curve_filter=_curve(view, LedgerView.bound),
         entries=len(view.entries),
         broken_at=None,
         head=view.entries[-1].hash,
+        written=view.entries[-1].time,
     )
 
 
@@ -155,50 +136,29 @@ def broken_text(view: LedgerView) -> str:
     )
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _study(view: LedgerView, study: str) -> StudyCost:
-    charges = [entry for entry in view.entries if entry.kind == "charge" and entry.body["study"] == study]
-    names = [entry.body["name"] for entry in view.entries if entry.kind == "approve" and entry.body["study"] == study]
-    events = [PrivacyEvent.from_dict(entry.body["event"]) for entry in charges]
-    return StudyCost(
-        name=names[-1] if names else "",
-        study=study,
-        runs=len({entry.body["run"] for entry in charges}),
-        first=charges[0].time[:10],
-        last=charges[-1].time[:10],
-        epsilon=_finite(epsilon(events, view.delta)),
-        releases=_releases(events),
-    )
-
-
-def _releases(events: Sequence[PrivacyEvent]) -> tuple[Release, ...]:
-    """Equal events of equal meaning counted together."""
-    kinds: dict[tuple[str, int | None], list[PrivacyEvent]] = {}
-    for event in events:
-        kinds.setdefault((re.sub(r"\s*\d+$", "", event.released), event.n_hat), []).append(event)
-    return tuple(
-        Release(
-            what=WORDS.get(what, what),
-            noised=line["kind"] != "unnoised",
-            times=line["releases"],
-            n_hat=n_hat,
-            **{key: line[key] for key in ("steps", "noise_multiplier", "sample_rate", "max_grad_norm")},
-        )
-        for (what, n_hat), members in kinds.items()
-        for line in folded(members)
-    )
-
-
-def _curve(events: Sequence[PrivacyEvent], delta: float) -> tuple[tuple[int, float], ...]:
-    count = len(events)
-    numbers = sorted({round(count * at / POINTS) for at in range(1, POINTS + 1)} - {0})
+def _curve(view: LedgerView, figure: Callable[[LedgerView], float]) -> Curve:
+    """A figure of the ledger as it stood after each of some charges."""
+    charges = [entry.sequence for entry in view.entries if entry.kind == "charge"]
+    numbers = sorted({round(len(charges) * at / POINTS) for at in range(1, POINTS + 1)} - {0})
     points = [(0, 0.0)]
     for number in numbers:
-        value = epsilon(events[:number], delta)
+        value = figure(replace(view, entries=view.entries[: charges[number - 1]]))
         if math.isinf(value):
             break
         points.append((number, value))
     return tuple(points)
+
+
+def _precision(view: LedgerView) -> Precision:
+    """Over all numbers that Gaussian noise was added to."""
+    from gapweave.shared.privacy.noise import numerical_epsilon
+
+    settings, numbers, assumed = run_settings(view), 0, False
+    for entry in view.entries:
+        if entry.kind != "charge" or entry.body["event"]["kind"] not in ("dp_sgd", "noisy_statistic"):
+            continue
+        setting = settings.get(entry.body["run"])
+        assumed = assumed or setting is None
+        numbers += entry.body["event"]["steps"] * (UNKNOWN_PARAMETERS if setting is None else setting["parameters"])
+    added = numerical_epsilon(numbers, 1)
+    return Precision(epsilon=added.epsilon, delta=added.delta, assumed=assumed)

@@ -1,22 +1,22 @@
-"""The report of a site's ledger, for a screen and as a page."""
+"""The report of a site's ledger in words, for a screen."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from markupsafe import Markup
-
-from gapweave.shared.report.guarantee import NOT_COVERED, meaning
-from gapweave.shared.report.ledger_report import LedgerFacts, Release
+from gapweave.shared.report.guarantee import NOT_COVERED, PRECISION, meaning
+from gapweave.shared.report.ledger_report import UNKNOWN_PARAMETERS, LedgerFacts
+from gapweave.shared.report.ledger_studies import Release, StudyCost
 from gapweave.shared.report.wording import budget, short
 
 WIDTH = 100
 
 CHAIN = {
     True: "intact, and confirmed by a copy of its head that is kept elsewhere",
-    False: "NOT INTACT",
+    False: "NOT INTACT: a copy of its head that is kept elsewhere shows entries which are missing here",
     "unanchored": (
         "unanchored: every entry follows from the one before, but no copy of the ledger's head is kept elsewhere, "
         "so a ledger whose last entries were removed, or an older copy of it, would look the same"
@@ -24,49 +24,120 @@ CHAIN = {
 }
 """What `intact` means."""
 
+LAW = {
+    "dp_sgd": "Gaussian",
+    "noisy_statistic": "Gaussian",
+    "noisy_count": "discrete Laplace",
+    "count_table": "discrete Laplace",
+    "noisy_max": "Gumbel",
+    "unnoised": "none",
+}
+"""The noise of each kind of event."""
+
 
 def spent_words(summary: dict[str, Any]) -> str:
-    """What was spent, in words."""
+    """What was spent, in words: the figure that the cap binds, and the exact one."""
     if summary["epsilon"] is None:
         return "no guarantee: something was released without noise"
     return (
-        f"epsilon {budget(summary['epsilon'])} at delta {short(summary['delta'])}, of a cap of {short(summary['cap'])}"
+        f"epsilon {budget(summary['epsilon_filter'])} of a cap of {short(summary['cap'])}, whoever planned which study "
+        f"after seeing what; epsilon {budget(summary['epsilon'])} for schedules fixed in advance; "
+        f"delta {short(summary['delta'])}"
+    )
+
+
+def left_figure(left: float) -> str:
+    """Epsilon of a further study that fits, never above the truth.
+
+    >>> left_figure(6.919), left_figure(0.0)
+    ('6.91', '0.00')
+    """
+    return f"{math.floor(left * 100) / 100:.2f}"
+
+
+def left_words(facts: LedgerFacts) -> str:
+    """What the cap has room for."""
+    if facts.left is None:
+        return "no private study: something was released without noise"
+    if not facts.left:
+        return "no further study fits"
+    return f"a further study of epsilon up to {left_figure(facts.left)} fits"
+
+
+def not_covered(facts: LedgerFacts) -> list[str]:
+    """What the guarantee does not cover at this site."""
+    items = [precision_words(facts) if item is PRECISION else item for item in NOT_COVERED]
+    return [*items, lost_words(facts)] if facts.lost else items
+
+
+def precision_words(facts: LedgerFacts) -> str:
+    """What finite precision adds, in words."""
+    added = facts.precision
+    told = f", with {UNKNOWN_PARAMETERS:,} trained numbers where the ledger names none" if added.assumed else ""
+    return (
+        f"the finite precision of computers, which adds at most {short(added.epsilon)} to epsilon and "
+        f"{short(added.delta)} to delta{told}"
+    )
+
+
+def lost_words(facts: LedgerFacts) -> str:
+    """What lost entries were assumed to cost."""
+    return (
+        f"entries of this ledger were lost: the site's operator assumed that they cost epsilon {budget(facts.lost)}, "
+        "which is part of all totals; if they cost more, so does everything"
     )
 
 
 def ledger_lines(facts: LedgerFacts) -> Iterator[str]:
     """The report as lines of text."""
-    summary = facts.summary
-    yield f"Site {summary['site']}, cohort {summary['cohort'] or 'without a name'}"
-    yield "  protected  each patient, with all records"
-    yield f"  spent      {spent_words(summary)}"
-    if facts.left is not None:
-        yield f"  left       {budget(facts.left)}"
-        yield f"  reserved   {budget(facts.reserved)} once everything is used that open runs have reserved"
-    yield from _wrapped(f"  ledger     {facts.entries} entries; {CHAIN[summary['intact']]}", "             ")
+    yield from _head(facts)
     yield ""
     for study in facts.studies:
-        days = study.first if study.first == study.last else f"{study.first} to {study.last}"
-        runs = "1 run" if study.runs == 1 else f"{study.runs} runs"
-        yield f"Study {study.name or 'without approval'} ({study.study[:12]}), {runs}, {days}: {_alone(study.epsilon)}"
-        for release in study.releases:
-            yield from _wrapped(f"  - {release_line(release)}", "    ")
+        yield from _study(study)
     if not facts.studies:
         yield "Nothing was released."
     yield ""
-    yield from _wrapped(f"What it means: {meaning(summary['epsilon'])}", "")
+    yield from _wrapped(f"What it means: {meaning(facts.summary['epsilon_filter'])}", "")
     yield ""
     yield "What it does not cover:"
-    for item in NOT_COVERED:
+    for item in not_covered(facts):
         yield from _wrapped(f"  - {item}", "    ")
+
+
+def _head(facts: LedgerFacts) -> Iterator[str]:
+    summary, indent = facts.summary, " " * 13
+    yield f"Site {summary['site']}, cohort {summary['cohort'] or 'without a name'}"
+    yield "  protected  each patient, with all records"
+    yield from _wrapped(f"  spent      {spent_words(summary)}", indent)
+    yield from _wrapped(f"  left       {left_words(facts)}", indent)
+    if facts.left is not None:
+        planned = (
+            f"epsilon {budget(facts.reserved_filter)}, {budget(facts.reserved)} for schedules fixed in advance, once "
+            "open runs have used all that they reserved"
+        )
+        yield from _wrapped(f"  planned    {planned}", indent)
+    yield from _wrapped(f"  ledger     {facts.entries} entries; {CHAIN[summary['intact']]}", indent)
+
+
+def _study(study: StudyCost) -> Iterator[str]:
+    days = study.first if study.first == study.last else f"{study.first} to {study.last}"
+    runs = "1 run" if study.runs == 1 else f"{study.runs} runs"
+    cost = "no guarantee" if study.epsilon is None else f"epsilon {budget(study.epsilon)} alone"
+    yield f"Study {study.name or 'without approval'} ({study.study[:12]}), {runs}, {days}: {cost}"
+    for release in study.releases:
+        yield from _wrapped(f"  - {release_line(release)}", "    ")
+    if study.setting is not None:
+        yield from _wrapped(f"  left the site: {groups_words(study.setting.shared)}", "    ")
+        yield from _wrapped(f"  trained and stayed: {groups_words(study.setting.kept)}", "    ")
+
+
+def groups_words(groups: tuple[str, ...]) -> str:
+    """Parameter groups by name."""
+    return ", ".join(groups) or "none"
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _alone(value: float | None) -> str:
-    return "no guarantee" if value is None else f"epsilon {value:.2f}"
 
 
 def release_line(release: Release) -> str:
@@ -74,45 +145,10 @@ def release_line(release: Release) -> str:
     times = "once" if release.times == 1 else f"{release.times} times"
     if not release.noised:
         return f"{release.what}, {times}, WITHOUT NOISE"
-    if release.sample_rate >= 1 and release.n_hat is None:
-        return f"{release.what}, {times}: discrete Laplace noise of scale {short(release.noise_multiplier)}"
+    if release.kind != "dp_sgd":
+        return f"{release.what}, {times}: {LAW[release.kind]} noise of scale {short(release.noise_multiplier)}"
     size = f", for {release.n_hat} patients (noised or declared number)" if release.n_hat is not None else ""
     return (
         f"{release.what}, {times}: {release.steps} steps, sigma {short(release.noise_multiplier)}, "
         f"q {short(release.sample_rate)}, clip {short(release.max_grad_norm)}{size}"
     )
-
-
-def ledger_page(facts: LedgerFacts) -> str:
-    """The report as a self-contained page."""
-    from gapweave.shared.report.render import render
-
-    return render(
-        "ledger.html",
-        facts=facts,
-        summary=facts.summary,
-        chain=CHAIN[facts.summary["intact"]],
-        meaning=meaning(facts.summary["epsilon"]),
-        spent=spent_words(facts.summary),
-        curve_plot=_curve_plot(facts),
-    )
-
-
-def _curve_plot(facts: LedgerFacts) -> Markup | None:
-    """Cumulative epsilon over charges, below the cap."""
-    from gapweave.shared.report.figure import BLUE, RED, drawing, new_figure, to_svg, whole_numbers
-
-    if len(facts.curve) < 2:
-        return None
-    with drawing("budget"):
-        figure = new_figure(12.0, 3.2)
-        axes = figure.add_subplot()
-        axes.plot(*zip(*facts.curve, strict=True), color=BLUE, linewidth=2, marker="o", markersize=3, label="spent")
-        axes.axhline(facts.summary["cap"], color=RED, linestyle=(0, (5, 3)), label="cap")
-        axes.set(xlabel="charges", ylabel="epsilon")
-        axes.set_xlim(left=0)
-        whole_numbers(axes)
-        axes.set_ylim(bottom=0)
-        axes.grid(axis="y")
-        figure.legend(loc="outside upper left", ncols=2)
-        return to_svg(figure, "Line plot: cumulative epsilon over the charges of the ledger, and the cap.")
