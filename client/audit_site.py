@@ -146,14 +146,16 @@ class Heard:
         self.normals: list[NDArray[np.float64]] = []
 
     def uniform(self, *shape: int) -> NDArray[np.float64]:
-        """Handed through."""
-        self.uniforms.append(self._draws.uniform(*shape))
-        return self.uniforms[-1]
+        """Handed through; a step may go on to work in the array that it got."""
+        drawn = self._draws.uniform(*shape)
+        self.uniforms.append(drawn.copy())
+        return drawn
 
     def normal(self, size: int) -> NDArray[np.float64]:
         """Handed through."""
-        self.normals.append(self._draws.normal(size))
-        return self.normals[-1]
+        drawn = self._draws.normal(size)
+        self.normals.append(drawn.copy())
+        return drawn
 
 
 class Watched:
