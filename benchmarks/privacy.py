@@ -18,7 +18,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,6 @@ def stopwatches(spent: dict[str, float]) -> Iterator[None]:
 
 def work(pipe: Connection, model: str, size: int, name: str) -> None:
     """A child process: one engine, a step a message; each answer is the time spent, or why there is none."""
-    torch.set_num_threads(1)
-    register()
     of = study(model)
     batch = patients(of, size)
     try:
@@ -214,16 +212,14 @@ class Child:
     """
 
     def __init__(self, model: str, size: int, name: str) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=work, args=(theirs, model, size, name), daemon=True)
+        fork = multiprocessing.get_context("fork")
+        self.pipe, theirs = fork.Pipe()
+        self.process = fork.Process(target=work, args=(theirs, model, size, name), daemon=True)
         self.process.start()
         theirs.close()
         self.failure: str | None = None
         self.steps: list[dict[str, float]] = []
         self.megabytes: float | None = None
-        self.step()
-        self.steps.clear()
 
     def step(self) -> None:
         """One step, unless the engine has failed."""
@@ -245,8 +241,9 @@ class Child:
         return statistics.median(step.get(share, 0.0) for step in self.steps)
 
     def _ask(self, what: str) -> Any:
-        try:
+        with suppress(OSError):  # it has said why and gone
             self.pipe.send(what)
+        try:
             return self.pipe.recv()
         except (EOFError, OSError):  # the system ended a process that took too much
             return "oom"
@@ -282,14 +279,16 @@ def main() -> None:
     cells = [(model, size) for model in ("gru", "attention") for size in (32, 128, 256)]
     cells += [("cnn", size) for size in (8, 16, 32)]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="smallest batches, few repeats")
+    parser.add_argument("--smoke", action="store_true", help="one tiny cell: does it run?")
     parser.add_argument("--only", metavar="MODEL:BATCH", nargs="+", help="these cells")
     parser.add_argument("--repeats", type=int, default=15, help="steps of each engine")
     chosen = parser.parse_args()
     if chosen.smoke:
-        cells, chosen.repeats = [("gru", 32), ("attention", 32), ("cnn", 8)], 3
+        cells, chosen.repeats = [("cnn", 2)], 2
     if chosen.only:
         cells = [(model, int(size)) for model, _, size in (name.partition(":") for name in chosen.only)]
+    torch.set_num_threads(1)
+    register()
     for model, size in cells:
         print(json.dumps(cell(model, size, chosen.repeats)), flush=True)
 
