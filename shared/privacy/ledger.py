@@ -144,9 +144,12 @@ class LedgerView:
                 if charged[planned["released"]] == 0:
                     yield PrivacyEvent.from_dict(planned)
 
-    def spent(self) -> float:
-        """Epsilon of everything charged, exact for schedules fixed in advance; infinite after an un-noised release."""
-        return self.assumed + epsilon(self.events(), self._share())
+    def spent(self, more: Sequence[PrivacyEvent] = ()) -> float:
+        """Epsilon of everything charged, and of `more`, exact for schedules fixed in advance.
+
+        Infinite after an un-noised release.
+        """
+        return self.assumed + epsilon([*self.events(), *more], self._share())
 
     def _share(self) -> float:
         """Delta for what the entries show: lost entries have had a part of the ledger's (basic composition)."""

@@ -15,6 +15,9 @@ from gapweave.shared.report.wording import NOTHING, size
 STANDING = {True: ("good", "✓ intact, anchored"), False: ("bad", "✗ NOT INTACT"), "unanchored": ("", "○ unanchored")}
 """Class and words of the badge."""
 
+NAMED = 12
+"""At most so many groups of parameters are named in a box."""
+
 
 class Sent(NamedTuple):
     """Releases of one meaning, of all studies, that left the site."""
@@ -55,6 +58,7 @@ def ledger_page(facts: LedgerFacts) -> str:
         who=who(facts),
         sent=sent(facts),
         groups=groups(facts),
+        named=named,
         left=None if facts.left is None else left_figure(facts.left),
         bar=bar(facts),
         law=LAW,
@@ -118,6 +122,11 @@ def groups(facts: LedgerFacts) -> Groups:
     left = list(dict.fromkeys(group for setting in settings for group in setting.shared))
     kept = dict.fromkeys(group for setting in settings for group in setting.kept)
     return Groups(left=left, stayed=[group for group in kept if group not in left])
+
+
+def named(names: list[str]) -> str:
+    """Names, as long as they fit a box; all of them stand in a table further down."""
+    return ", ".join(names) or "none" if len(names) <= NAMED else f"{len(names)} parts, named below"
 
 
 def bar(facts: LedgerFacts) -> Bar | None:

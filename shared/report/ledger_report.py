@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gapweave.shared.errors import GapweaveError, RefusedError
-from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.ledger import LedgerView
 from gapweave.shared.privacy.room import further_epsilon
 from gapweave.shared.report.ledger_studies import StudyCost, finite, run_settings, study_costs
@@ -113,7 +112,7 @@ def ledger_facts(view: LedgerView) -> LedgerFacts:
     return LedgerFacts(
         summary=summary,
         left=further_epsilon(view),
-        reserved=finite(view.assumed + epsilon([*view.events(), *reserved], view.delta)),
+        reserved=finite(view.spent(reserved)),
         reserved_filter=finite(view.bound(reserved)),
         lost=view.assumed,
         precision=_precision(view),
