@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from batches import CXR, LABS, NOTE, VITALS, flat, length, random_batch, random_model
+from batches import CXR, LABS, NOTE, VITALS, flat, four_kinds, length, random_batch, random_model
 from cohorts import study
 from test_gradients import double, hide_some, naive
 from torch import Tensor, nn
 
 from gapweave.client.gradients import fast
 from gapweave.client.gradients.fast import FastEngine
+from gapweave.client.gradients.probe import PROBES, synthetic
 from gapweave.shared.config.study import Study
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import UsageError
@@ -213,3 +214,38 @@ def test_cancelling_products_are_clipped_by_what_rounding_may_leave() -> None:
     for patient in (0, 1):
         alone = bad.of_patients(torch.tensor([patient]))
         assert length(flat(engine.sum(alone, alone.present))) <= engine.sensitivity
+
+
+# Parts of a batch.
+
+
+@pytest.mark.parametrize("records", [(3, 1, 5, 2, 4, 1, 1), (1,) * 7], ids=str)
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.6])
+def test_a_batch_that_does_not_fit_is_worked_on_in_parts(
+    monkeypatch: pytest.MonkeyPatch, records: tuple[int, ...], share: float
+) -> None:
+    """To the same result, and never with more activations at a time than the limit and one patient's."""
+    of = four_kinds("concat")
+    batch = double(random_batch(of, records))
+    used = hide_some(batch)
+    engine = FastEngine(random_model(of).double(), "binary", BOUND)
+    whole = flat(engine.sum(batch, used))
+    a_record = engine._kept_for_backward(synthetic(engine.model, batch)) / PROBES
+    monkeypatch.setattr(fast, "ACTIVATIONS", int(share * len(batch) * a_record))
+    sizes: list[int] = []
+    small = FastEngine(random_model(of).double(), "binary", BOUND)
+    once = small._clipped_sum
+    monkeypatch.setattr(small, "_clipped_sum", lambda part, shown: sizes.append(len(part)) or once(part, shown))
+    torch.testing.assert_close(flat(small.sum(batch, used)), whole, rtol=1e-9, atol=1e-12)
+    assert sum(sizes) == len(batch)
+    assert len(sizes) >= min(batch.patients, 1 / share - 1)
+    assert max(sizes) <= max(1, share * len(batch)) + max(records) - 1
+
+
+def test_what_a_forward_pass_keeps_grows_with_what_it_reads() -> None:
+    """In bytes, more than the inputs and less than twenty times as much."""
+    of = four_kinds("concat")
+    engine = FastEngine(random_model(of), "binary", BOUND)
+    probe = synthetic(engine.model, random_batch(of))
+    inputs = sum(value.nbytes for value in probe.inputs.values())
+    assert inputs < engine._kept_for_backward(probe) < 20 * inputs

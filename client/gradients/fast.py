@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from gapweave.client.gradients import Gradient
 from gapweave.client.gradients.composite import COMPOSITES, Product
 from gapweave.client.gradients.layers import RULES, Part, Single, Use, singles
 from gapweave.client.gradients.patients import Factors, Patients
+from gapweave.client.gradients.probe import probe_independence, synthetic
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import TaskKind, record_losses
@@ -28,8 +28,9 @@ ROUNDING = 256
 """Rounding errors of a sum are taken as at most this many units of the sum of magnitudes (see `FastEngine`)."""
 SLACK = 2e-4
 """Share by which rounding can exceed the clipping bound under that assumption; part of the declared sensitivity."""
-PROBES = 4
-"""Patients of the synthetic batch on which independence is tested."""
+ACTIVATIONS = 2**30
+"""Bytes that a forward pass may keep for its backward; a larger batch is worked on in parts. A constant, not a share of
+the memory that is free: parts differ in their last bits, and a run should not depend on what else the machine does."""
 
 
 class FastEngine:
@@ -56,21 +57,49 @@ class FastEngine:
             (self._replace_forward if type(layer) in COMPOSITES else self._record)(layer)
         for parameter in self._names:
             parameter.requires_grad_(False)
-        self._probed = False
+        self._at_once: int | None = None
 
     def sum(self, batch: Batch, used: Tensor) -> Gradient:
         """The sum of clipped per-patient gradients."""
         if len(batch) == 0:
             return {name: torch.zeros_like(parameter) for parameter, name in self._names.items()}
-        if not self._probed:
+        if self._at_once is None:
             probe_independence(self.model, self.kind, batch)
-            self._probed = True
+            probe = synthetic(self.model, batch)
+            self._at_once = max(1, ACTIVATIONS * len(probe) // self._kept_for_backward(probe))
+        if len(batch) <= self._at_once:
+            return self._clipped_sum(batch, used)
+        total: Gradient = {name: torch.zeros_like(parameter) for parameter, name in self._names.items()}
+        for chosen in parts_of(batch, self._at_once):
+            rows = torch.isin(batch.patient, chosen)
+            for name, value in self._clipped_sum(batch.of_patients(chosen), used[rows]).items():
+                total[name] += value
+        return total
+
+    def _clipped_sum(self, batch: Batch, used: Tensor) -> Gradient:
         patients = Patients(batch.patient, batch.patients)
         with torch.enable_grad(), self._recording() as tape, _naming_edits():
             losses = self._losses(batch, used)
             uses = tape.differentiate((torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum())
         with torch.no_grad():
             return self._combine(_parts(uses, patients), patients)
+
+    def _kept_for_backward(self, probe: Batch) -> int:
+        """Bytes of all different tensors that a forward pass keeps, less parameters; at least 1."""
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self._names}
+        sizes: dict[int, int] = {}
+
+        def note(kept: Tensor) -> Tensor:
+            storage = kept.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return kept.detach()
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
+        with torch.enable_grad(), self._recording(), hooks:
+            losses = self._losses(probe, probe.present)
+        del losses
+        return max(1, sum(sizes.values()))
 
     def _losses(self, batch: Batch, used: Tensor) -> Tensor:
         outputs = self.model(batch.inputs, batch.present, used)
@@ -238,41 +267,8 @@ def _unknown(name: str, module: nn.Module, why: str, remedy: str) -> UsageError:
     return UsageError(f"{type(module).__name__} at `{name}` {why}", where="study:model", remedy=remedy)
 
 
-def probe_independence(model: MultimodalModel, kind: TaskKind, like: Batch) -> None:
-    """Replace one record by other values: the losses of all others must stay bit for bit.
-
-    The probe is synthetic; of the batch it takes shapes only.
-
-    Raises:
-        UsageError: when records are coupled, so that per-patient clipping would mean nothing.
-    """
-    generator = torch.Generator().manual_seed(0)
-    device = like.present.device
-    inputs = {
-        name: torch.randn(PROBES, *value.shape[1:], generator=generator).to(device=device, dtype=value.dtype)
-        for name, value in like.inputs.items()
-    }
-    held = torch.tensor([name in inputs for name in model.order], device=device)
-    present = held.expand(PROBES, -1)
-    target = torch.zeros(PROBES, like.target.shape[1], device=device, dtype=like.target.dtype)
-    target[:, 0] = 1
-    probe = replace(
-        like, inputs=inputs, present=present, target=target, label_mask=torch.ones_like(target, dtype=torch.bool)
-    )
-    others = {name: torch.cat([-3 * value[:1], value[1:]]) for name, value in inputs.items()}
-    alone = present.clone()
-    alone[0] = False
-    before = _probe_losses(model, kind, probe)
-    for changed in (replace(probe, inputs=others), replace(probe, present=alone)):
-        if not torch.equal(before[1:], _probe_losses(model, kind, changed)[1:]):
-            raise UsageError(
-                "one patient's values change another's loss: per-patient clipping would protect nobody",
-                where="study:model",
-                remedy="Remove what couples the rows of a batch (a batch mean, a batch norm, attention over patients)",
-            )
-
-
-def _probe_losses(model: MultimodalModel, kind: TaskKind, probe: Batch) -> Tensor:
-    with torch.no_grad():
-        outputs = model(probe.inputs, probe.present, probe.present)
-        return record_losses(outputs, probe.target, probe.label_mask, kind)
+def parts_of(batch: Batch, records: int) -> list[Tensor]:
+    """Positions of the patients of each part, in order: about that many records a part, no patient in two."""
+    last = torch.cumsum(torch.bincount(batch.patient, minlength=batch.patients), 0)
+    part = (last - 1).clamp(min=0) // records
+    return [(part == number).nonzero()[:, 0] for number in part.unique()]

@@ -1,0 +1,71 @@
+"""Does one patient's data change another's loss? Asked of synthetic patients before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gapweave.shared.errors import UsageError
+from gapweave.shared.model import MultimodalModel
+from gapweave.shared.objective import TaskKind, record_losses
+from gapweave.shared.schema import Batch
+
+PROBES = 4
+"""Patients of the synthetic batch."""
+
+
+def synthetic(model: MultimodalModel, like: Batch) -> Batch:
+    """Records of `PROBES` synthetic patients; of the batch only the shapes are taken."""
+    generator = torch.Generator().manual_seed(0)
+    device = like.present.device
+    inputs = {
+        name: torch.randn(PROBES, *value.shape[1:], generator=generator).to(device=device, dtype=value.dtype)
+        for name, value in like.inputs.items()
+    }
+    held = torch.tensor([name in inputs for name in model.order], device=device)
+    present = held.expand(PROBES, -1)
+    target = torch.zeros(PROBES, like.target.shape[1], device=device, dtype=like.target.dtype)
+    target[:, 0] = 1
+    return replace(
+        like,
+        inputs=inputs,
+        present=present,
+        target=target,
+        label_mask=torch.ones_like(target, dtype=torch.bool),
+        patient=torch.arange(PROBES, device=device),
+        weight=torch.ones(PROBES, device=device, dtype=like.weight.dtype),
+        patients=PROBES,
+    )
+
+
+def probe_independence(model: MultimodalModel, kind: TaskKind, like: Batch) -> None:
+    """Replace one record by other values: the losses of all others must stay bit for bit.
+
+    Args:
+        model: of the site.
+        kind: of the task.
+        like: a batch, of which only the shapes are taken.
+
+    Raises:
+        UsageError: when records are coupled, so that per-patient clipping would mean nothing.
+    """
+    probe = synthetic(model, like)
+    others = {name: torch.cat([-3 * value[:1], value[1:]]) for name, value in probe.inputs.items()}
+    alone = probe.present.clone()
+    alone[0] = False
+    before = _probe_losses(model, kind, probe)
+    for changed in (replace(probe, inputs=others), replace(probe, present=alone)):
+        if not torch.equal(before[1:], _probe_losses(model, kind, changed)[1:]):
+            raise UsageError(
+                "one patient's values change another's loss: per-patient clipping would protect nobody",
+                where="study:model",
+                remedy="Remove what couples the rows of a batch (a batch mean, a batch norm, attention over patients)",
+            )
+
+
+def _probe_losses(model: MultimodalModel, kind: TaskKind, probe: Batch) -> Tensor:
+    with torch.no_grad():
+        outputs = model(probe.inputs, probe.present, probe.present)
+        return record_losses(outputs, probe.target, probe.label_mask, kind)
