@@ -1,7 +1,8 @@
 """The audit of a site's private step: does the code do what its privacy event says?
 
-Five parts, all through the real participant, step, engine, draws and ledger, on synthetic patients of the study's
-shapes: sensitivity, noise law, black box, provenance, record (docs/decisions/0008).
+Six parts, all through the real participant, step, engine, draws and ledger, on synthetic patients: sensitivity, noise
+law, black box, provenance and record of a step of the study's shapes, and one whole run on canaries at a small claimed
+epsilon (docs/decisions/0008).
 
 Guarantee: a site whose code does what its events say fails with probability below 1e-5 a run; there is no seed to
 choose. A pass says that none of the known kinds of fault was seen, not that there is none.
@@ -25,6 +26,7 @@ from scipy import optimize, stats
 
 from gapweave.client.audit_box import black_box
 from gapweave.client.audit_noise import noise_law
+from gapweave.client.audit_one_run import one_run
 from gapweave.client.audit_provenance import provenance, rehearse
 from gapweave.client.audit_record import record
 from gapweave.client.audit_sensitivity import sensitivity
@@ -36,6 +38,8 @@ from gapweave.shared.errors import UsageError
 
 PATIENTS = 24
 """Synthetic patients."""
+ONE_RUN = 1.0
+"""Epsilon that the one-run audit claims: small enough that right guesses can contradict it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class AuditResult:
         claimed: epsilon, at the site's delta, of one step for a patient who takes part in it, by its event.
         lower_bound: the same from what an attacker could tell apart; with probability 1 - 1e-6 not above the truth.
         passed: whether every part passed.
-        parts: sensitivity, noise law, black box, provenance, record.
+        parts: sensitivity, noise law, black box, provenance, record, one run.
     """
 
     claimed: float
@@ -71,7 +75,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def audit_site(study: Study, site: Site, site_file: Path, data_dir: Path | None = None) -> AuditResult:
+def audit_site(
+    study: Study, site: Site, site_file: Path, data_dir: Path | None = None, claim: float = ONE_RUN
+) -> AuditResult:
     """Audit the code that a site would train a study with.
 
     Args:
@@ -79,6 +85,7 @@ def audit_site(study: Study, site: Site, site_file: Path, data_dir: Path | None 
         site: the hospital's file; its modalities and public numbers are used, its data are never opened.
         site_file: where it was read from, for messages.
         data_dir: not opened either.
+        claim: epsilon of the one-run audit.
 
     Raises:
         UsageError: for a study without privacy, or a site that has none of its modalities.
@@ -93,7 +100,7 @@ def audit_site(study: Study, site: Site, site_file: Path, data_dir: Path | None 
     if not any(site.holds(name) for name in study.order):
         raise UsageError("the site has none of the study's modalities", where=str(site_file), remedy="Add one")
     with tempfile.TemporaryDirectory(prefix="gapweave-audit-") as folder:
-        return run_audit(stage(study, site, Path(folder)))
+        return run_audit(stage(study, site, Path(folder)), claim)
 
 
 def stage(study: Study, site: Site, folder: Path) -> Scene:
@@ -108,8 +115,8 @@ def stage(study: Study, site: Site, folder: Path) -> Scene:
     return Scene(study=study, site=copy, folder=folder, patients=patients.to(draft.device), plan=plan)
 
 
-def run_audit(scene: Scene) -> AuditResult:
-    """All five parts."""
+def run_audit(scene: Scene, claim: float = ONE_RUN) -> AuditResult:
+    """All parts."""
     mu = 0.0
 
     def box() -> Finding:
@@ -129,6 +136,7 @@ def run_audit(scene: Scene) -> AuditResult:
     else:
         parts.append(_guarded("provenance", lambda: provenance(scene, rehearsal)))
         parts.append(_guarded("record", lambda: record(scene, rehearsal)))
+    parts.append(_guarded("one run", lambda: one_run(scene.study, scene.site, scene.folder, claim)))
     return AuditResult(
         claimed=gaussian_epsilon(1 / scene.plan.noise_multiplier, scene.plan.delta),
         lower_bound=gaussian_epsilon(mu, scene.plan.delta),

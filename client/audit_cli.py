@@ -15,6 +15,9 @@ def audit(
     study: Annotated[Path, typer.Argument(help="Study file.", metavar="STUDY.yaml")],
     site: Annotated[Path, typer.Option("--site", help="Site file; its data are not opened.")],
     data: DataOption = None,
+    claim: Annotated[
+        float, typer.Option("--one-run", min=0.05, help="Epsilon that the training run on canaries claims.")
+    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Test on synthetic patients that the private step does what its events say; exits 3 when it does not.
@@ -25,7 +28,7 @@ def audit(
     from gapweave.shared.config import load_site, load_study
     from gapweave.shared.errors import RefusedError
 
-    result = audit_site(load_study(study), load_site(site), site, data)
+    result = audit_site(load_study(study), load_site(site), site, data, claim)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
     else:

@@ -37,7 +37,7 @@ class Finding:
     """What one part of an audit found.
 
     Attributes:
-        part: sensitivity, noise law, black box, provenance or record.
+        part: sensitivity, noise law, black box, provenance, record or one run.
         passed: whether the declared event stood.
         text: what was seen, in words.
         figures: the numbers behind it.
@@ -287,6 +287,7 @@ def audit_copy(study: Study, site: Site, patients: int) -> Site:
             "epsilon": 1e6,
             "min_patients": min(site.policy.min_patients, patients),
             "releases": ("update", "counts"),
+            "anchor": None,
         }
     )
     return site.model_copy(update={"patients": public, "policy": policy})

@@ -269,7 +269,7 @@ def unnoised_step_at_home(patch: Patch) -> None:
 FAULTS: dict[str, tuple[Callable[[Patch], None], set[str]]] = {
     "noise x 0.75": (louder(0.75), {"noise law"}),
     "noise x 1.33": (louder(1.33), {"noise law"}),
-    "no noise": (louder(0.0), {"noise law", "black box"}),
+    "no noise": (louder(0.0), {"noise law", "black box", "one run"}),
     "noise over B": (noise_over_batch, {"noise law"}),
     "seed reuse": (seed_reuse, {"noise law"}),
     "forked key": (forked_key, {"noise law"}),

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from audit_faults import FAULTS as LISTED
+from audit_faults import louder
 from audit_faults_rare import RARE_FAULTS
 from batches import EVERY_KIND, TASKS
 from cohorts import LABS, study
@@ -29,6 +30,7 @@ from gapweave.client.audit import AuditResult, audit_site, gaussian_epsilon, run
 from gapweave.client.audit_box import black_box, mu_bound
 from gapweave.client.audit_cli import audit
 from gapweave.client.audit_noise import noise_law
+from gapweave.client.audit_one_run import ALPHA, ceiling, epsilon_bound, one_run, p_value
 from gapweave.client.audit_provenance import provenance, rehearse
 from gapweave.client.audit_record import inclusion_faults, record, size_spread
 from gapweave.client.audit_sensitivity import sensitivity
@@ -45,6 +47,7 @@ PARTS: dict[str, Callable[[Scene], Finding]] = {
     "black box": lambda scene: black_box(scene)[0],
     "provenance": lambda scene: provenance(scene, rehearse(scene)),
     "record": lambda scene: record(scene, rehearse(scene)),
+    "one run": lambda scene: one_run(scene.study, scene.site, scene.folder, 1.0),
 }
 
 
@@ -160,7 +163,7 @@ def test_an_error_in_a_part_is_a_failed_part(scene: Scene, monkeypatch: pytest.M
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    for name in ("sensitivity", "noise_law", "black_box", "rehearse"):
+    for name in ("sensitivity", "noise_law", "black_box", "rehearse", "one_run"):
         monkeypatch.setattr(f"gapweave.client.audit.{name}", broken)
     result = run_audit(scene)
     assert not result.passed
@@ -222,6 +225,53 @@ def test_the_spread_of_batch_sizes_is_bounded_on_both_sides(rate: float) -> None
     assert ((low < found) & (found < high)).all()
     assert high - found.mean() < 14 * found.std()
     assert found.mean() - low < 14 * found.std()
+
+
+# The one-run audit.
+
+
+def test_one_run_passes_and_stays_below_what_the_ledger_says(scene: Scene) -> None:
+    """False alarms: 5e-7."""
+    found = one_run(scene.study, scene.site, scene.folder, 1.0)
+    assert found.passed
+    assert found.text == "as declared"
+    assert found.figures["lower_bound"] < found.figures["claimed"] <= 1.0
+    assert found.figures["ceiling"] > 3.5
+    assert found.figures["confidence"] == 1 - ALPHA
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.05])
+def test_one_run_finds_too_little_noise(factor: float, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    louder(factor)(monkeypatch)
+    found = one_run(scene.study, scene.site, scene.folder, 1.0)
+    assert not found.passed
+    assert found.figures["lower_bound"] > 1.5
+    assert "the ledger says 0.999" in found.text
+
+
+def test_one_run_says_when_it_proves_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At epsilon 8 not even a run without noise is contradicted: a pass must not sound like one."""
+    louder(0.0)(monkeypatch)
+    found = one_run(scene.study, scene.site, scene.folder, 8.0)
+    assert found.passed
+    assert found.text.startswith("proves nothing at epsilon 7.9")
+
+
+def test_guesses_of_a_private_run_are_bounded() -> None:
+    """Randomised response at epsilon 1 is the best that the guesser can have: the bound comes close from below."""
+    generator = np.random.default_rng(2)
+    hits = int((generator.random(20_000) < 1 / (1 + math.exp(-1))).sum())
+    assert 0.85 < epsilon_bound({20_000: hits}, 1e-12, 20_000) < 1.0
+    assert epsilon_bound({100: 50}, 1e-9, 100) == 0
+
+
+def test_the_p_value_is_the_binomial_tail_and_what_delta_adds() -> None:
+    """Theorem 5.2, by hand: three guesses, all right, at epsilon 0."""
+    assert p_value(0.0, 3, 3, 0.0, 3) == pytest.approx(1 / 8)
+    slope = max(3 / 8, (3 / 8 + 3 / 8) / 2, 7 / 8 / 3)
+    assert p_value(0.0, 3, 3, 1e-3, 3) == pytest.approx(1 / 8 + 2 * 3 * 1e-3 * slope)
+    assert p_value(5.0, 3, 0, 1e-3, 3) == 1
+    assert ceiling(800, 1e-9) > ceiling(400, 1e-9) > ceiling(400, 1e-6)
 
 
 # The command.
