@@ -10,6 +10,7 @@ Guarantee: everything here is computed from tables that were released; it costs 
 |------------------------------------------|------------------------------------------------------------|
 | fewer than `FEWEST` patients in it       | all metrics None                                           |
 | fewer than `FEWEST_EVENTS` of a class    | AUROC and AUPRC None                                       |
+| most scores fall into one bin or two     | AUROC and AUPRC None                                       |
 | noise alone could make such numbers      | the same: the bounds are at least `CLEAR` sd of the noise  |
 | cells below 0                            | projected: non-negative, with the row's noised sum kept    |
 """
@@ -41,6 +42,8 @@ FEWEST, FEWEST_EVENTS = 50, 10
 """Patients and events below which nothing is said; compared with noised numbers."""
 CLEAR = 3.0
 """How many standard deviations of their noise these numbers must reach."""
+COARSEST = 0.4
+"""Share of pairs of a positive and a negative patient in one bin, above which a table cannot rank."""
 REPLICATES = 400
 """Simulated tables behind an interval."""
 
@@ -144,6 +147,7 @@ def _estimates(table: ScoreTable, generator: np.random.Generator) -> dict[str, _
     if not scored:
         return {}
     counts = nonnegative(table.counts)
+    ranked = ranked and _ties(counts) <= COARSEST
     spread = _refined(counts, _slopes(counts))
     points, replicates = _metrics(spread), _metrics(_again(counts, table, generator))
     # Noise makes a calibration error, and never a negative one: see what it makes of a calibrated model.
@@ -160,6 +164,12 @@ def _enough(table: ScoreTable) -> tuple[bool, bool]:
     rows, noise = table.counts.sum(1), table.noise_sd * np.sqrt(BINS)
     scored = rows.sum() >= max(FEWEST, CLEAR * noise * np.sqrt(2))
     return bool(scored and rows.min() >= max(FEWEST_EVENTS, CLEAR * noise)), bool(scored)
+
+
+def _ties(counts: Array) -> float:
+    """Share of pairs of a positive and a negative patient that are in one bin."""
+    negative, positive = counts
+    return float((negative * positive).sum() / (negative.sum() * positive.sum()))
 
 
 def _again(counts: Array, table: ScoreTable, generator: np.random.Generator) -> Array:

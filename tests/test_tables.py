@@ -207,6 +207,17 @@ def test_what_too_few_patients_cannot_tell_is_none(
         assert (found[f"{name}_interval"] is None) == (name in undefined), name
 
 
+def test_a_table_whose_scores_share_a_bin_cannot_rank_and_does_not_try() -> None:
+    """A model of an AUROC of 1 whose probabilities are all between 0.41 and 0.49 would have been called a coin."""
+    counts = np.zeros((2, BINS))
+    counts[:, 5] = 500, 500
+    found = table_metrics([ScoreTable(counts=counts, scale=1.0)])
+    assert found["auroc"] is found["auprc"] is None
+    assert found["brier"] == pytest.approx(0.2525, abs=0.002)
+    counts[0, 3], counts[1, 7] = 1000, 1000
+    assert table_metrics([ScoreTable(counts=counts, scale=1.0)])["auroc"] > 0.8
+
+
 def test_several_problems_are_averaged_as_the_exact_metrics_are() -> None:
     generator = np.random.default_rng(5)
     tables = [ScoreTable(counts=counted(*patients(3000, generator, apart=apart)), scale=0.0) for apart in (0.5, 1.5)]
