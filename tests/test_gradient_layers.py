@@ -147,7 +147,7 @@ def test_nothing_of_a_step_is_kept(of: Study, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(fast, "Recording", Watched)
     batch = random_batch(of, (1, 2, 3))
     FastEngine(random_model(of), "binary", BOUND).sum(batch, batch.present)
-    assert [tape() for tape in tapes] == [None]
+    assert [tape() for tape in tapes] == [None, None], "of the probe and of the step"
 
 
 def test_a_broken_patient_disturbs_nobody(of: Study) -> None:

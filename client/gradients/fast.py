@@ -96,7 +96,7 @@ class FastEngine:
             return kept.detach()
 
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
-        with torch.enable_grad(), self._recording(), hooks:
+        with torch.enable_grad(), self._recording(), _naming_edits(), hooks:
             losses = self._losses(probe, probe.present)
         del losses
         return max(1, sum(sizes.values()))
