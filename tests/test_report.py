@@ -8,8 +8,10 @@ import pytest
 
 from gapweave.shared.config.study import load_study
 from gapweave.shared.errors import UsageError
+from gapweave.shared.privacy.events import KINDS
 from gapweave.shared.report import events, scores
 from gapweave.shared.report.figure import spread
+from gapweave.shared.report.guarantee import KIND_WORDS, release_words
 from gapweave.shared.report.run_report import write_report
 from gapweave.shared.rundir import RunDirectory
 
@@ -109,6 +111,7 @@ def round_line(number, sites, **groups):
 
 
 def run_directory(tmp_path, summary, *, rounds=None, curve=None, study=STUDY):
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "short.yaml").write_text(study)
     path = tmp_path / "run"
     directory = RunDirectory.create(path, load_study(tmp_path / "short.yaml"))
@@ -263,6 +266,62 @@ def test_noised_metrics_are_shown_with_their_interval(tmp_path):
     )
     assert cells(page)["a"][3] == "0.7100.65 to 0.77"
     assert "carry no noise" not in page
+
+
+def scores_of(auroc, reach=0.05):
+    found = {}
+    for name in ("auroc", "auprc", "brier", "ece"):
+        found |= {name: auroc, f"{name}_interval": [auroc - reach, auroc + reach]}
+    return found
+
+
+def test_a_simulation_shows_what_a_deployment_would_have_shown(tmp_path):
+    given = {"metrics": scores_of(0.69), "reason": "", "table": [[[1]]], "noise_scale": 2.0}
+    none = {"metrics": None, "reason": "too few patients for this privacy level", "table": None, "noise_scale": None}
+    sites = {"a": site(released=given), "b": site(released=none), "c": site(released=None)}
+    page = page_of(tmp_path, summary_of(sites, released={"pooled": scores_of(0.705)}))
+    _, _, part = page.partition("What left the sites about these scores")
+    part, _, _ = part.partition("</details>")
+    assert "as a deployment would have shown it" in part
+    assert "0.64 to 0.74" in part
+    assert "nothing: too few patients for this privacy level" in part
+    assert ">c<" not in part
+    assert "0.705" in part
+    assert "What left the sites about these scores" not in page_of(tmp_path / "old", summary_of({"a": site()}))
+
+
+def test_a_deployments_page_speaks_of_its_own_run_and_not_of_the_ledger(tmp_path):
+    given = {"metrics": scores_of(0.69), "reason": "", "table": [[[1]]], "noise_scale": 2.0}
+    page = page_of(
+        tmp_path,
+        summary_of(
+            {"a": site(metrics=scores_of(0.69), local_only=None, released=given)},
+            engine="deployed",
+            metrics_are="from noised count tables",
+            pooled=scores_of(0.705),
+        ),
+    )
+    assert "What this run charged at each site" in page
+    assert "over what this run released; a site&#39;s own ledger says" in page
+    assert "one index record a patient" in page
+    assert "over everything that the site&#39;s ledger records" not in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("dp_sgd", "training with noise, once"),
+        ("noisy_count", "number of patients with noise, once"),
+        ("count_table", "tables of counts with noise, once"),
+        ("noisy_statistic", "means and spreads with noise, once"),
+        ("noisy_max", "choice of the largest score with noise, once"),
+        ("unnoised", "release WITHOUT NOISE, once"),
+        ("of_a_later_version", "release of the kind of_a_later_version, once"),
+    ],
+)
+def test_every_kind_of_release_has_true_words(kind, words):
+    assert release_words({"kind": kind, "releases": 1}) == words
+    assert set(KINDS) == set(KIND_WORDS)
 
 
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x>', "a & b", "$x_1$ {{ 7 * 7 }}", "日本"])

@@ -40,6 +40,8 @@ def write_report(directory: RunDirectory) -> None:
         exact=summary.get("metrics_are") == EXACT,
         **_results(summary, study, found),
         **_figures(found, list(summary["sites"]), rounds, curve),
+        released=_released(summary),
+        pooled_scores=summary.get("pooled") or (summary.get("released") or {}).get("pooled"),
         groups=events.group_table(study, rounds),
         trouble=[span for span in events.spans(rounds) if span.status != "ok"],
         guarantee=guarantee_sentence(summary),
@@ -50,6 +52,11 @@ def write_report(directory: RunDirectory) -> None:
         study_differs=summary.get("study_sha256", study.sha256) != study.sha256,
     )
     write_atomically(directory.report, page.encode())
+
+
+def _released(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """By site, what left it of how well the model does; empty for runs of a version that asked no site."""
+    return {site: row["released"] for site, row in summary["sites"].items() if row.get("released")}
 
 
 def _results(summary: Mapping[str, Any], study: Study, found: Mapping[str, scores.Model]) -> dict[str, Any]:
