@@ -175,7 +175,7 @@ def test_an_error_in_a_part_is_a_failed_part(scene: Scene, monkeypatch: pytest.M
 
 
 def test_the_bound_of_mu_is_below_the_truth_and_not_far() -> None:
-    """False alarms: 2e-6 a value of mu."""
+    """False alarms: 1e-6 a value of mu."""
     generator = np.random.default_rng(3)
     for mu in (0.1, 0.5, 1.0, 2.0):
         inside, outside = generator.normal(mu, 1, 8000) > mu / 2, generator.normal(0, 1, 8000) > mu / 2
@@ -203,7 +203,7 @@ def test_epsilon_of_no_and_of_endless_evidence() -> None:
 
 @pytest.mark.parametrize("rate", [1e-3, 0.01, 0.3, 1.0])
 def test_poisson_sampling_is_accepted_and_others_are_not(rate: float) -> None:
-    """False alarms: 2e-6 a rate; by a fixed seed none."""
+    """False alarms: 2e-6 a rate at most; by a fixed seed none."""
     steps, patients = 1500, 24
     generator = np.random.default_rng(8)
     poisson = (generator.random((steps, patients)) < rate).astype(float)
