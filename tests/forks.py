@@ -1,14 +1,15 @@
-"""The fork server of `kills.py`, for several test files."""
+"""A fork server for `kills.py` and `served.py`: what takes long, imports and data, is done once for many processes."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
         self.folder = folder
-        program = [sys.executable, str(Path(__file__).with_name("kills.py")), str(folder)]
+        program = [sys.executable, str(Path(__file__)), str(folder)]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
         self._process = subprocess.Popen(
             program,
@@ -49,7 +50,7 @@ class Server:
         return answer
 
     def perform(self, job: str, **how: Any) -> dict[str, Any]:
-        """One process of a job, as `kills.perform` and `kills.serve` describe."""
+        """One process of a job, as `kills.perform` and `served.serve` describe."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"name": job, **how}) + "\n")
         self._process.stdin.flush()
@@ -59,12 +60,33 @@ class Server:
         self._process.communicate(timeout=60)
 
 
-@contextmanager
-def fork_server(folder: Path) -> Iterator[Server]:
-    """A fork server in a new folder."""
-    require_strace()
-    running = Server(folder)
-    try:
-        yield running
-    finally:
+@cache
+def fork_server() -> Server:
+    """The fork server of this process, which is started once."""
+    folder = Path(tempfile.mkdtemp(prefix="gapweave-forks-"))
+    running = Server(folder / "jobs")
+
+    def end() -> None:
         running.close()
+        shutil.rmtree(folder)
+
+    atexit.register(end)
+    return running
+
+
+def main(folder: Path) -> None:
+    """Answer jobs, one a line, until the input ends."""
+    from kills import Federation, perform
+    from served import serve
+
+    federation = Federation(folder)
+    federation.patch()
+    federation.work("first")  # imports what only a run needs, and plans the noise
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        print(json.dumps((serve if "broken" in job else perform)(federation, job)), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

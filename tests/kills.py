@@ -1,9 +1,6 @@
 """A federation that is killed: private runs in forked processes, stopped by a signal at a chosen system call.
 
-    python tests/kills.py FOLDER
-
-reads one job a line (JSON) from its input and answers with one line each. What takes long, the imports and the
-sites' data, is done once, before the first fork. A job runs to its end in a process of its own, and goes on where an
+What takes long, the imports and the sites' data, is done once, before the first fork (`forks.py`). A job runs to its end in a process of its own, and goes on where an
 earlier one with the same name was stopped. `strace` counts its system calls, sends SIGKILL at one, or lets one fail:
 SQLite writes in C, where nothing in Python could.
 """
@@ -15,32 +12,21 @@ import json
 import os
 import shutil
 import signal
-import socket
-import sqlite3
-import struct
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from commandline import edit, hospitals
 from flwr.app import Message
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict
 
-from gapweave.client import app as client_app
-from gapweave.client import ledger as ledger_module
 from gapweave.client import participant as participant_module
 from gapweave.client.data import Cohort, load_cohort
-from gapweave.server.aggregation import initial_groups
-from gapweave.shared import files, wire
+from gapweave.shared import wire
 from gapweave.shared.config import load_site, load_study
 from gapweave.shared.privacy import once
-from gapweave.shared.tensorfile import Arrays
 from gapweave.sites.simulate import commands
 from gapweave.sites.simulate import run as run_module
 from gapweave.sites.simulate.commands import Places
@@ -165,118 +151,6 @@ class Federation:
         places = Places(sites=folder / "sites", data=None, out=run, state=folder / "state")
         commands.start(self.study, {}, places, baselines=(), continue_without=False)
 
-    def serve(self, job: str, wire_end: socket.socket, broken: str) -> None:
-        """Answer messages from a socket with the ClientApp, as a site that lacks one of its precautions."""
-        if broken:
-            BROKEN[broken]()
-        folder = self.prepare(job)
-        config = {"site": str(folder / "sites" / "alder.yaml"), "state": str(folder / "state"), "simulation": True}
-        grid = InlineGrid(client_app.app, [{**config, "anchored": True}])
-        while request := receive(wire_end):
-            kind, content = request.split(b"\n", 1)
-            message = Message(recorddict_from_proto(RecordDict.FromString(content)), 1000, kind.decode(), group_id="")
-            (reply,) = grid.send_and_receive([message])
-            send(wire_end, recorddict_to_proto(reply.content).SerializeToString())
-
-
-def send(wire_end: socket.socket, content: bytes) -> None:
-    """One message, with its length before it."""
-    wire_end.sendall(struct.pack(">I", len(content)) + content)
-
-
-def receive(wire_end: socket.socket) -> bytes:
-    """One message; empty when there will be none."""
-    with wire_end.makefile("rb", buffering=0) as stream:
-        head = stream.read(4)
-        if not head:
-            return b""
-        (size,), content = struct.unpack(">I", head), b""
-        while len(content) < size:
-            content += stream.read(size - len(content))
-        return content
-
-
-def converse(federation: Federation, wire_end: socket.socket) -> list[dict[str, Any]]:
-    """The server's side of a handshake and a round.
-
-    Returns:
-        The headers of the answers.
-    """
-    study, headers = load_study(federation.study, {}), []
-
-    def ask(kind: str, header: dict[str, Any], arrays: Arrays) -> dict[str, Any]:
-        content = recorddict_to_proto(wire.pack(header, arrays)).SerializeToString()
-        send(wire_end, kind.encode() + b"\n" + content)
-        answer, _ = wire.unpack(recorddict_from_proto(RecordDict.FromString(receive(wire_end))))
-        headers.append(answer)
-        return answer
-
-    asked = ask(wire.PREPARE, {"run": "run", "study": study.canonical()}, {})
-    start = initial_groups(study)
-    groups = {name: start[name] for name in asked.get("groups", [])}
-    ask(wire.TRAIN, {"run": "run", "study": study.sha256, "round": 1}, groups)
-    wire_end.close()
-    return headers
-
-
-def no_sync_of_folders() -> None:
-    """A name may be lost although the file is there."""
-    files.sync_folder = ledger_module.sync_folder = lambda folder: None
-
-
-def no_sync_of_files() -> None:
-    """What Python writes may be lost; SQLite syncs by itself."""
-    os.fsync = lambda descriptor: None
-
-
-def no_sync_of_entries() -> None:
-    """SQLite syncs its log at checkpoints only."""
-    ledger_module.sqlite3 = SimpleNamespace(**vars(sqlite3))  # type: ignore[assignment]
-    ledger_module.sqlite3.connect = lambda *args, **keys: sqlite3.connect(*args, factory=Normal, **keys)
-
-
-class Normal(sqlite3.Connection):
-    """A connection that cannot be made to sync each entry."""
-
-    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        """Run a statement."""
-        return super().execute(sql.replace("synchronous=FULL", "synchronous=NORMAL"), *values)
-
-
-def no_mark() -> None:
-    """A reply leaves that the ledger does not call released."""
-    ledger_module.Ledger.released = lambda *_: None  # type: ignore[assignment,method-assign]
-
-
-def late_charge() -> None:
-    """The charge of a round is written after its work."""
-    charge, released = ledger_module.Ledger.charge, ledger_module.Ledger.released
-    waiting: list[Any] = []
-
-    def later(self: Any, run: str, study: str, request: str, event: Any, value: int | None = None) -> None:
-        if event.kind == "dp_sgd":
-            waiting.append((self, run, study, request, event))
-        else:
-            charge(self, run, study, request, event, value)
-
-    def mark(*args: Any) -> None:
-        while waiting:
-            charge(*waiting.pop())
-        released(*args)
-
-    ledger_module.Ledger.charge = later  # type: ignore[method-assign]
-    ledger_module.Ledger.released = mark  # type: ignore[method-assign]
-
-
-BROKEN: dict[str, Child] = {
-    "sync of folders": no_sync_of_folders,
-    "sync of files": no_sync_of_files,
-    "sync of entries": no_sync_of_entries,
-    "mark": no_mark,
-    "charge before work": late_charge,
-}
-"""Precautions that a site may lack: each must be missed by the test of system calls."""
-
 
 def strace(pid: int, out: Path, inject: str, calls: Sequence[str] = CALLS) -> subprocess.Popen[str]:
     """Attach to a stopped process."""
@@ -305,33 +179,6 @@ def fork(work: Child, errors: Path) -> int:
         errors.write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(1)
     os._exit(0)
-
-
-def serve(federation: Federation, job: dict[str, Any]) -> dict[str, Any]:
-    """A site in a process of its own, which is asked over a socket while its system calls are listed.
-
-    Args:
-        federation: of this server.
-        job: `name`; `broken`: of `BROKEN`, or empty.
-
-    Returns:
-        `headers` of the answers and `trace`: the file of system calls.
-    """
-    folder = federation.prepare(job["name"])
-    ours, theirs = socket.socketpair()
-
-    def work() -> None:
-        ours.close()
-        federation.serve(job["name"], theirs, job["broken"])
-
-    pid = fork(work, folder / "error.txt")
-    theirs.close()
-    tracer = strace(pid, folder / "trace.txt", "", (*CALLS, "openat", "sendto", "read", "recvfrom", "getrandom"))
-    os.kill(pid, signal.SIGCONT)
-    headers = converse(federation, ours)
-    os.waitpid(pid, 0)
-    tracer.communicate()
-    return {"headers": headers, "trace": str(folder / "trace.txt")}
 
 
 def perform(federation: Federation, job: dict[str, Any]) -> dict[str, Any]:
@@ -364,18 +211,3 @@ def perform(federation: Federation, job: dict[str, Any]) -> dict[str, Any]:
     code = os.waitstatus_to_exitcode(status)
     error = errors.read_text(encoding="utf-8") if errors.exists() else ""
     return {"code": code, "seconds": seconds, "trace": str(out) if tracer else None, "error": error}
-
-
-def main(folder: Path) -> None:
-    """Answer jobs until the input ends."""
-    federation = Federation(folder)
-    federation.patch()
-    federation.work("first")  # imports what only a run needs, and plans the noise
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        print(json.dumps((serve if "broken" in job else perform)(federation, job)), flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from forks import Server, fork_server
-from kills import BROKEN
+from forks import Server, fork_server, require_strace
+from served import BROKEN
 
 WRITES, SYNCS = ("write", "pwrite64"), ("fsync", "fdatasync")
 LEDGER = re.compile(r"/ledger\.sqlite(-wal)?$")
@@ -101,9 +100,9 @@ def first(calls: list[Call], *names: str, text: re.Pattern[str] = re.compile("")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with fork_server(tmp_path_factory.mktemp("syscalls") / "jobs") as running:
-        yield running
+def server() -> Server:
+    require_strace()
+    return fork_server()
 
 
 def check_site(server: Server, broken: str) -> None:
