@@ -263,6 +263,8 @@ HOSTILE: dict[str, Callable[[], Request]] = {
         for name, keys in OTHER_STUDIES.items()
     },
     "handshake: another approved study": lambda: prepare(SECOND),
+    "handshake with an echo of text": lambda: prepare(ASKED, echo="ledger"),
+    "handshake with an echo of fractions": lambda: prepare(ASKED, echo={"site": "north", "length": 1.5, "hash": "f"}),
     "handshake: no JSON": lambda: prepare("{"),
     "handshake: no study": lambda: prepare("[1]"),
     "handshake: unknown key": lambda: prepare(ASKED.canonical()[:-1] + ',"n_hat":1}'),
@@ -404,6 +406,16 @@ def test_a_handshake_again_reserves_nothing_more(site: Site) -> None:
     before = site.ledger.entries
     assert site.prepare() == site.prepare()
     assert site.ledger.entries == before
+
+
+def test_a_lying_echo_stops_the_site_and_tells_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that claims entries which the ledger lacks: the hospital's people have to look at it."""
+    before, tried = site.ledger.entries, no_data(monkeypatch)
+    for length, digest in ((10**6, "f" * 64), (1, "f" * 64)):
+        echo = {"site": "north", "length": length, "hash": digest}
+        check_reply(*site.ask(*prepare(ASKED, echo=echo)))
+    assert site.ledger.entries == before
+    assert not tried
 
 
 def test_a_run_that_is_over_stays_over(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
