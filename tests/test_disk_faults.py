@@ -14,6 +14,7 @@ FAULTS: dict[str, tuple[str, int, str, str]] = {
 }
 RARE_FAULTS: dict[str, tuple[str, int, str, str]] = {
     "the ledger's log, full": (r"pwrite64\(.*birch/ledger.sqlite-wal", -30, "ENOSPC", "the ledger cannot be written"),
+    "the first ledger's journal": (r"pwrite64\(.*sqlite-journal", 0, "ENOSPC", "the ledger cannot be written"),
     "the first ledger's folder": (r"fsync\(.*state/alder>", 0, "EIO", "the ledger cannot be written"),
     "a new folder": (r"mkdir\(.*state/birch\"", 0, "ENOSPC", "the ledger cannot be written"),
     "the state, not synced": (r"fsync\(.*alder.*round.safetensors", 0, "EIO", "the site's state cannot be written"),

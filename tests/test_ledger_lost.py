@@ -117,6 +117,27 @@ def test_a_fork_is_refused(tmp_path: Path, state: Path, anchor: Path) -> None:
         spend(tmp_path / "fork", range(9, 10), anchor)
 
 
+def test_a_crash_before_the_first_entry_or_the_first_anchor_is_no_loss(
+    state: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was believed that the anchor may come after the entry that names it: a crash between them looked like a loss."""
+    written = ledger_module.Anchor.write
+
+    def kill(self: Any, head: Head) -> None:
+        if head.length == 1:
+            raise KeyboardInterrupt
+        written(self, head)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module.Anchor, "write", kill)
+        with pytest.raises(KeyboardInterrupt):
+            spend(state, range(1, 2), anchor)
+    assert kinds(state) == ["open"]
+    assert read_ledger(state).summary()["intact"] is True
+    head = spend(state, range(1, 2), anchor)
+    assert read_anchor(anchor) == head
+
+
 def test_a_ledger_ahead_of_its_anchor_goes_on(state: Path, anchor: Path) -> None:
     """A crash between the entry and the anchor: nothing is lost."""
     spend(state, range(1, 3), anchor)
@@ -234,6 +255,44 @@ def test_a_lost_folder_recovers_to_what_was_assumed(restored: Path, anchor: Path
     shutil.rmtree(restored)
     assert recover(restored, hospital(), anchor, 4.0).spent() == 4.0
     spend(restored, range(1, 2), anchor)
+
+
+def killed_in_recovery(state: Path, anchor: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`site recover`, killed after it opened the ledger and before it declared anything."""
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "recover", kill)
+        with pytest.raises(KeyboardInterrupt):
+            recover(state, hospital(), anchor, 3.0)
+
+
+def test_a_recovery_that_was_killed_does_not_make_the_anchor_forget(
+    restored: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was believed that a recovery may write the anchor as every opening does: the loss was then forgotten."""
+    seen = read_anchor(anchor)
+    shutil.rmtree(restored)
+    killed_in_recovery(restored, anchor, monkeypatch)
+    assert read_anchor(anchor) == seen
+    with pytest.raises(RefusedError, match="seen 6 entries"):
+        spend(restored, range(1, 2), anchor)
+    assert recover(restored, hospital(), anchor, 4.0).spent() == 4.0
+
+
+def test_a_recovery_that_was_killed_leaves_no_fresh_ledger(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The changed ledger is aside, the new one is empty: without the declaration it would say that nothing was spent."""
+    spend(state, range(1, 4))
+    with closing(sqlite3.connect(state / LEDGER_FILE, isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER entries_remain")
+        connection.execute("DELETE FROM entries WHERE sequence = 2")
+    killed_in_recovery(state, None, monkeypatch)
+    with pytest.raises(RefusedError, match="put aside, and nobody declared"):
+        spend(state, range(1, 2))
+    assert recover(state, hospital(), None, 4.0).spent() == 4.0
+    spend(state, range(1, 2))
 
 
 @pytest.mark.parametrize("assumed", [-1.0, math.nan, math.inf])
