@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # One thread a process: small models lose more to hand-offs than they win.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-system demo test test-long test-docs test-all check format docs bench bench-privacy clean
+.PHONY: help setup setup-system demo test test-long test-docs test-all check format docs picture bench bench-privacy clean
 
 help:               ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -56,6 +56,9 @@ format: setup       ## apply lint fixes and formatting
 
 docs: setup         ## regenerate docs/reference.md
 	python -m gapweave.shared.config.reference > docs/reference.md
+
+picture: setup      ## make docs/privacy-report.png again (needs chromium)
+	docs/privacy-report.sh
 
 bench: bench-privacy  ## all benchmarks, one JSON line a cell
 

@@ -268,3 +268,49 @@ def test_a_long_ledger_has_a_curve_of_few_points(tmp_path):
     assert facts.curve[0] == (0, 0.0)
     assert facts.curve[-1] == (100, pytest.approx(facts.summary["epsilon"]))
     assert all(before <= after + 0.01 for (_, before), (_, after) in zip(facts.curve, facts.curve[1:], strict=False))
+
+
+PARTS = [
+    {"part": "sensitivity", "passed": True, "text": "at most 1.0", "figures": {}},
+    {"part": "noise law", "passed": True, "text": "sd <1.001>", "figures": {}},
+]
+
+
+def test_the_result_of_an_audit_is_shown_beside_the_ledger(state, tmp_path, capsys):
+    result = tmp_path / "audit.json"
+    result.write_text(json.dumps({"claimed": 1.0, "lower_bound": 0.5, "passed": True, "parts": PARTS}))
+    page = tmp_path / "board.html"
+    code, out, _ = gapweave(capsys, "privacy", "report", state, "--audit", result, "--json", "--out", page)
+    assert code == 0
+    content = json.loads(out)["audit"]
+    assert content["passed"] is True
+    assert [part["part"] for part in content["parts"]] == ["sensitivity", "noise law"]
+    assert content["sha256"] in page.read_text()
+    assert "sd &lt;1.001&gt;" in page.read_text()
+    assert "Passed:" in page.read_text()
+    assert "trains: passed" in gapweave(capsys, "privacy", "report", state, "--audit", result)[1]
+
+
+def test_a_failed_part_fails_the_audit_whatever_the_file_says(state, tmp_path, capsys):
+    result = tmp_path / "audit.json"
+    result.write_text(json.dumps({"passed": True, "parts": [PARTS[0], {**PARTS[1], "passed": False}]}))
+    gapweave(capsys, "privacy", "report", state, "--audit", result, "--out", tmp_path / "board.html")
+    assert "FAILED:" in (tmp_path / "board.html").read_text()
+    _, out, _ = gapweave(capsys, "privacy", "report", state, "--audit", result)
+    assert "trains: FAILED (noise law)" in out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"passed": true, "parts": [1]}', None])
+def test_what_is_no_audit_is_refused(state, tmp_path, capsys, text):
+    result = tmp_path / "audit.json"
+    if text is not None:
+        result.write_text(text)
+    code, out, err = gapweave(capsys, "privacy", "report", state, "--audit", result)
+    assert (code, out) == (2, "")
+    assert "this is no result of an audit" in err
+
+
+def test_without_an_audit_the_report_claims_none(state, tmp_path, capsys):
+    gapweave(capsys, "privacy", "report", state, "--out", tmp_path / "board.html")
+    assert "No result of an audit was given to this report: none is claimed" in (tmp_path / "board.html").read_text()
+    assert json.loads(gapweave(capsys, "privacy", "report", state, "--json")[1])["audit"] is None

@@ -76,17 +76,21 @@ def report(
     path: PathArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write a page for an ethics board (HTML) here.")] = None,
+    audit: Annotated[
+        Path | None, typer.Option("--audit", help="Show this result of `gapweave privacy audit --json`, too.")
+    ] = None,
 ) -> None:
     """Say what left a site, what was spent and is left, and what the guarantee covers.
 
     Example: gapweave privacy report state --out privacy.html
     """
     from gapweave.shared.privacy.ledger import read_ledger
+    from gapweave.shared.report.audit_result import read_audit
     from gapweave.shared.report.ledger_page import ledger_page
     from gapweave.shared.report.ledger_report import ledger_facts
     from gapweave.shared.report.ledger_text import ledger_lines
 
-    facts = ledger_facts(read_ledger(path))
+    facts = ledger_facts(read_ledger(path), None if audit is None else read_audit(audit))
     if as_json:
         typer.echo(json.dumps(facts.to_dict(), indent=1))
     elif out is None:

@@ -18,7 +18,7 @@ def further_epsilon(view: LedgerView) -> float | None:
     The filter starts at the constant of its conversion to epsilon, which is paid once: the cap less what is spent
     says nothing of what is left. A further study is taken as one full-batch Gaussian release, which costs
     order / (2 sigma^2) of the filter's room; its epsilon is exact, at the ledger's delta. A study that samples its
-    patients may cost the filter somewhat more. Before a ledger's first study the exact figure has room for the cap.
+    patients may cost the filter more. Before a ledger's first study the exact figure has room for the cap.
 
     Args:
         view: the ledger.

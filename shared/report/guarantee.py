@@ -16,7 +16,7 @@ COVERED = (
     "patient together, whatever else an attacker knows and whatever is computed later from what was released. It adds "
     "up over all rounds, runs and studies of the site in one ledger, and the site stops at its cap."
 )
-PRECISION = "the finite precision of computers, which adds a little; a site's privacy report says how much"
+PRECISION = "the finite precision of the noise, which adds a little; a site's privacy report says how much"
 NOT_COVERED = (
     "a patient treated at several of the sites: the epsilons of these sites add up for this patient",
     "exchanging one patient for another, which counts as two changes, and costs about twice the epsilon",

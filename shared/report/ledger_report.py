@@ -10,6 +10,7 @@ from typing import Any
 from gapweave.shared.errors import GapweaveError, RefusedError
 from gapweave.shared.privacy.ledger import LedgerView
 from gapweave.shared.privacy.room import further_epsilon
+from gapweave.shared.report.audit_result import AuditResult
 from gapweave.shared.report.ledger_studies import StudyCost, finite, run_settings, study_costs
 
 Curve = tuple[tuple[int, float], ...]
@@ -51,6 +52,7 @@ class LedgerFacts:
         studies: in order of their first charge.
         curve: (number of charges, cumulative exact epsilon); it ends before a release without noise.
         curve_filter: the same as the cap binds it.
+        audit: result of an audit that the report was given; None for none.
         entries: number of entries.
         broken_at: sequence number at which the chain breaks.
         head: hash of the last entry.
@@ -67,6 +69,7 @@ class LedgerFacts:
     studies: tuple[StudyCost, ...]
     curve: Curve
     curve_filter: Curve
+    audit: AuditResult | None
     entries: int
     broken_at: int | None
     head: str
@@ -99,8 +102,12 @@ def verified(view: LedgerView) -> dict[str, Any]:
     return {**dict.fromkeys(keys), "intact": False, **extra}
 
 
-def ledger_facts(view: LedgerView) -> LedgerFacts:
+def ledger_facts(view: LedgerView, audit: AuditResult | None = None) -> LedgerFacts:
     """Add up a ledger whose chain holds.
+
+    Args:
+        view: the ledger.
+        audit: of the code that trains, to be shown beside it.
 
     Raises:
         RefusedError: when it was changed: its figures would mean nothing.
@@ -120,6 +127,7 @@ def ledger_facts(view: LedgerView) -> LedgerFacts:
         studies=study_costs(view),
         curve=_curve(view, LedgerView.spent),
         curve_filter=_curve(view, LedgerView.bound),
+        audit=audit,
         entries=len(view.entries),
         broken_at=None,
         head=view.entries[-1].hash,

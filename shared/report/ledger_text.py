@@ -75,7 +75,7 @@ def precision_words(facts: LedgerFacts) -> str:
     added = facts.precision
     told = f", with {UNKNOWN_PARAMETERS:,} trained numbers where the ledger names none" if added.assumed else ""
     return (
-        f"the finite precision of computers, which adds at most {short(added.epsilon)} to epsilon and "
+        f"the finite precision of the noise, which adds at most {short(added.epsilon)} to epsilon and "
         f"{short(added.delta)} to delta{told}"
     )
 
@@ -102,6 +102,16 @@ def ledger_lines(facts: LedgerFacts) -> Iterator[str]:
     yield "What it does not cover:"
     for item in not_covered(facts):
         yield from _wrapped(f"  - {item}", "    ")
+    yield ""
+    yield f"Audit of the code that trains: {audit_words(facts)}"
+
+
+def audit_words(facts: LedgerFacts) -> str:
+    """The result of an audit in a few words."""
+    if facts.audit is None:
+        return "no result was given to this report"
+    failed = ", ".join(part.part for part in facts.audit.parts if not part.passed)
+    return "passed" if facts.audit.passed else f"FAILED ({failed or 'it says so'})"
 
 
 def _head(facts: LedgerFacts) -> Iterator[str]:
