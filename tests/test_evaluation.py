@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from cohorts import Hospital
-from hospitals import Wire, build, participant, plan_of
+from hospitals import Wire, build, participant, plan_of, publish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gapweave.client import app as client_app
 from gapweave.client import evaluation
 from gapweave.client import participant as participant_module
+from gapweave.client.app import FIXED_TEXTS
 from gapweave.client.audit_site import canaries, joined
 from gapweave.client.evaluation import ReleasedModel, noised_table, score_table
 from gapweave.client.participant import Participant
@@ -43,6 +44,7 @@ from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.rundir import RunDirectory
 from gapweave.shared.tables import BINS, ScoreTable
 from gapweave.shared.tensorfile import Arrays
+from gapweave.sites.simulate.run import Setup, simulate
 
 RUN = "run-1"
 HELD = ["labs", "note", "vitals"]
@@ -522,6 +524,71 @@ def test_sites_with_too_few_patients_are_not_asked_and_the_summary_says_why(tmp_
         assert row["metrics"] is None
         assert row["released"] == {"metrics": None, "reason": TOO_FEW, "table": None, "noise_scale": None}
         assert row["patients"]["test"] is None
+
+
+class _Nobody:
+    """A watcher who does not watch."""
+
+    def prepared(self, sites: int, rounds: int, done: int) -> None: ...
+
+    def replied(self, number: int, site: str) -> None: ...
+
+    def round_done(self, number: int, auroc: float | None) -> None: ...
+
+    def baseline(self, name: str) -> None: ...
+
+
+def test_a_simulation_shows_beside_its_exact_metrics_what_would_have_left(tmp_path: Path) -> None:
+    of = study_of(training=SPREAD)
+    files = []
+    for name, patients in (("east", 1400), ("north", 60)):
+        hospital = hospital_of(tmp_path / name, name, patients)
+        hospital.update("policy", epsilon=30.0)
+        files.append(publish(hospital))
+    setup = Setup(sites=tuple(files), data=None, state=tmp_path / "state")
+    summary = simulate(of, setup, RunDirectory.create(tmp_path / "run", of), _Nobody())
+    assert summary["metrics_are"] == "exact (simulation)"
+    assert summary["released"]["metrics_are"] == "from noised count tables"
+    exact, found = (summary["sites"]["east"][key] for key in ("metrics", "released"))
+    low, high = found["metrics"]["auroc_interval"]
+    assert exact["auroc"] == pytest.approx(found["metrics"]["auroc"], abs=high - low)
+    assert exact["auroc"] != found["metrics"]["auroc"]
+    assert np.shape(found["table"]) == (1, 2, BINS)
+    assert summary["sites"]["north"]["released"]["reason"] == TOO_FEW
+    assert summary["released"]["pooled"] == found["metrics"], "one table is all tables"
+    assert summary["released"]["mean"]["auroc"] == found["metrics"]["auroc"]
+    assert summary["released"]["worst"]["site"] == "east"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "text"),
+    [
+        ({"n_hat": 10**9}, "failed", "a request of another form. Both sides must run the same Gapweave"),
+        ({"round": True}, "failed", "a request of another form. Both sides must run the same Gapweave"),
+        ({"run": "never-prepared"}, "refused", FIXED_TEXTS[RefusedError]),
+        ({"study": "0" * 64}, "refused", FIXED_TEXTS[RefusedError]),
+        ({"groups": {}}, "refused", FIXED_TEXTS[RefusedError]),
+    ],
+    ids=str,
+)
+def test_a_hostile_request_for_a_table_learns_one_fixed_text(
+    tmp_path: Path, change: dict[str, Any], status: str, text: str
+) -> None:
+    of = study_of()
+    hospital = build(tmp_path / "a", "north", patients=60)
+    hospital.update("policy", studies=[of.sha256], epsilon=30.0)
+    hospital.update("patients", declared=600)
+    grid, start = Wire([hospital], simulation=False), initial_groups(of)
+    grid.ask(wire.PREPARE, wire.pack({"run": RUN, "study": of.canonical()}, {}))
+    header = {"run": RUN, "study": of.sha256, "round": 1}
+    grid.ask(wire.TRAIN, wire.pack(header, start))
+    before = [entry.kind for entry in read_ledger(hospital.folder / "state").entries]
+    groups = change.pop("groups", start)
+    answer, arrays = wire.unpack(grid.ask(wire.EVALUATE, wire.pack({**header, **change}, groups)).content)
+    assert (answer["status"], answer["text"], arrays) == (status, text, {})
+    assert [entry.kind for entry in read_ledger(hospital.folder / "state").entries] == before
+    asked, _ = wire.unpack(grid.ask(wire.EVALUATE, wire.pack(header, start)).content)
+    assert set(asked) == {"protocol", "status", "table", "event"}
 
 
 def test_a_declared_number_of_patients_is_no_count(tmp_path: Path) -> None:
