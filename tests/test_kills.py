@@ -197,23 +197,25 @@ def survive(server: Server, job: str, kills: list[dict[str, Any]], least: dict[s
 
 # Kills at the points that matter, found by what the call does.
 
-POINTS: dict[str, tuple[str, int]] = {
-    "as the first ledger is created": (r"pwrite64\(.*alder/ledger.sqlite>", 0),
-    "between the first entry and the anchor": (r"write\(.*anchors/.alder", 0),
-    "as the patients were counted": (r"fdatasync\(.*birch/ledger.sqlite-wal", -1),
-    "between a charge and the anchor": (r"write\(.*anchors/.birch.*length\W+7,", 0),
-    "as a round's state is replaced": (r"rename\(.*birch.*round.safetensors", 1),
-    "after a round's state was replaced": (r"fsync\(.*alder/runs/[^./]*>", 2),
-    "between the mark and the wire": (r"write\(.*wire.jsonl.*\Wtrain\W", 2),
-    "as the checkpoint is replaced": (r"rename\(.*server.safetensors", 3),
-    "as the table of scores is kept": (r"write\(.*anchors/.birch.*length\W+14,", 0),
-    "as the fine-tuned model is kept": (r"rename\(.*birch.*finetuned", 0),
+POINTS: dict[str, tuple[str, int, int]] = {
+    # name: a call, which of those that match, and how many calls after it
+    "as the first ledger is created": (r"pwrite64\(.*alder/ledger.sqlite>", 0, 0),
+    "between the first entry and the anchor": (r"write\(.*anchors/.alder.*length\W+1,", 0, 0),
+    "as the count of patients is written": (r"write\(.*anchors/.birch.*length\W+3,", 0, -2),
+    "as a charge is synced": (r"write\(.*anchors/.alder.*length\W+6,", 0, -1),
+    "between a charge and the anchor": (r"write\(.*anchors/.birch.*length\W+7,", 0, 0),
+    "as a round's state is replaced": (r"rename\(.*birch.*round.safetensors", 1, 0),
+    "after a round's state was replaced": (r"rename\(.*alder.*round.safetensors", 1, 1),
+    "between the mark and the wire": (r"write\(.*wire.jsonl.*\Wtrain\W", 2, 0),
+    "as the checkpoint is replaced": (r"rename\(.*server.safetensors", 3, 0),
+    "as the table of scores is kept": (r"write\(.*anchors/.birch.*length\W+14,", 0, 0),
+    "as the fine-tuned model is kept": (r"rename\(.*birch.*finetuned", 0, 0),
 }
 
 
 def test_a_run_killed_where_it_matters_goes_on(server: Server, undisturbed: list[str], least: dict[str, float]) -> None:
-    for name, point in POINTS.items():
-        index = find(undisturbed, *point)
+    for name, (pattern, which, after) in POINTS.items():
+        index = find(undisturbed, pattern, which) + after
         assert survive(server, name, [{"inject": at(undisturbed, index)}], least) == 1, name
 
 
