@@ -24,7 +24,7 @@ from gapweave.shared.privacy.noise import numerical_epsilon
 from gapweave.shared.privacy.room import further_epsilon
 from gapweave.shared.report.ledger_page import ledger_page
 from gapweave.shared.report.ledger_report import UNKNOWN_PARAMETERS, ledger_facts
-from gapweave.shared.report.ledger_text import ledger_lines
+from gapweave.shared.report.ledger_text import ledger_lines, left_figure
 
 SITE: dict[str, Any] = {
     "version": 1,
@@ -239,3 +239,8 @@ def test_the_newest_limits_and_versions_are_added_not_replaced(tmp_path: Path) -
     assert setting is not None
     assert (setting.policies, setting.versions) == (("f" * 64, "e" * 64), ("0.1.0",))
     assert setting.modalities == ("labs", "note")
+
+
+@pytest.mark.parametrize(("left", "text"), [(6.919, "6.91"), (6.91, "6.91"), (0.004, "0.00"), (10.0, "10.00")])
+def test_what_is_left_is_never_rounded_up(left: float, text: str) -> None:
+    assert left_figure(left) == text
