@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gapweave.shared.errors import UsageError
@@ -14,15 +16,25 @@ def write_atomically(path: Path, content: bytes) -> None:
     The content is durable when this returns: file and folder are synced.
 
     Raises:
-        OSError: naming the file; of a full disk the system does not.
+        OSError: naming the file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            _write_durably(temporary, content)
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file an error is about that comes up here: of a full disk the system does not."""
     try:
-        _write_durably(temporary, content)
-        temporary.replace(path)
-        sync_folder(path.parent)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         error.filename = error.filename or str(path)
         raise
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gapweave.shared.config.study import Study, load_study
 from gapweave.shared.errors import UsageError
-from gapweave.shared.files import write_atomically
+from gapweave.shared.files import naming, write_atomically
 
 
 class RunDirectory:
@@ -42,7 +42,7 @@ class RunDirectory:
     def create(cls, path: Path, study: Study) -> RunDirectory:
         """A new run in a folder that `require_new` let pass."""
         path.mkdir(parents=True, exist_ok=True)
-        (path / "study.yaml").write_text(study.to_yaml(), encoding="utf-8")
+        write_atomically(path / "study.yaml", study.to_yaml().encode())
         return cls(path)
 
     @classmethod
@@ -62,7 +62,8 @@ class RunDirectory:
 
     def write_round(self, line: dict[str, Any]) -> None:
         """Append one line to rounds.jsonl."""
-        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "rounds.jsonl"
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def rounds(self) -> Iterator[dict[str, Any]]:

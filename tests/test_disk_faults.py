@@ -20,7 +20,8 @@ RARE_FAULTS: dict[str, tuple[str, int, str, str]] = {
     "the state, not synced": (r"fsync\(.*alder.*round.safetensors", 0, "EIO", "the site's state cannot be written"),
     "the state, not renamed": (r"rename\(.*alder.*round.safetensors", 2, "EIO", "the site's state cannot be written"),
     "the anchor, not synced": (r"fsync\(.*anchors>", 12, "EIO", "the anchor cannot be written"),
-    "the checkpoint, full": (r"write\(.*server.safetensors", 3, "ENOSPC", "No space left on device"),
+    "the checkpoint, full": (r"write\(.*server.safetensors", 3, "ENOSPC", "server.safetensors'"),
+    "the log of rounds, full": (r"write\(.*rounds.jsonl>", 1, "ENOSPC", "rounds.jsonl'"),
 }
 
 
