@@ -188,6 +188,7 @@ SNIPPET = """
 from gapweave.client.evaluation import ReleasedModel, score_table
 from gapweave.client.predict import SiteModel
 from gapweave.shared.model import MultimodalModel
+from gapweave.shared.schema import Batch
 
 
 def tables(released: ReleasedModel, kept: SiteModel, local: MultimodalModel, test: Batch) -> None:
@@ -216,6 +217,7 @@ def test_the_type_checker_refuses_a_table_of_any_other_model(tmp_path: Path) -> 
     ).stdout
     lines = {line.split(":")[1] for line in found.splitlines() if "arg-type" in line}
     assert lines == {"10", "11", "12"}, found
+    assert found.count("error:") == 3, found
 
 
 def test_a_table_of_any_other_model_fails_when_it_is_made(tmp_path: Path) -> None:
