@@ -12,11 +12,12 @@ and its head is kept outside the folder where the site file names an anchor.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -256,7 +257,7 @@ class Ledger:
         self._append("reserve", body if setting is None else {**body, "setting": dict(setting)})
         return count
 
-    def charge(self, run: str, study: str, request: str, event: PrivacyEvent, value: int | None = None) -> None:
+    def charge(self, run: str, study: str, request: str, event: PrivacyEvent) -> None:
         """Write an event before the work that it covers.
 
         A request that was charged but never answered (a crash in between) may be recomputed once under the
@@ -267,7 +268,6 @@ class Ledger:
             study: hash of the study.
             request: hash of the whole request.
             event: what will be released.
-            value: the released number itself, for a noisy count.
 
         Raises:
             RefusedError: when the same release of the run was charged for another request.
@@ -282,12 +282,11 @@ class Ledger:
         budget = Budget(self.view)
         if not (budget.affords if again else budget.covers)(run, study, event):
             raise BudgetExhausted(
-                "the site's cap leaves no room for this release",
+                f"the site's cap leaves no room for this release: {event.released}",
                 where=self._where,
                 remedy="`gapweave privacy report` shows what was spent",
             )
-        body = {"run": run, "study": study, "request": request, "event": event.to_dict()}
-        self._append("charge", body if value is None else {**body, "value": value})
+        self._append("charge", {"run": run, "study": study, "request": request, "event": event.to_dict()})
 
     def _refuse_another(self, run: str, request: str, event: PrivacyEvent) -> None:
         """Refuse a second request for one release: its answer could differ from what may have left."""
@@ -314,12 +313,29 @@ class Ledger:
                 remedy=f"Restore the newest copy, or {RECOVER}",
             )
 
-    def value(self, study: str, kind: str) -> int | None:
-        """A number released earlier for the same study; using it again costs nothing."""
-        for entry in self.view.entries:
-            if entry.kind == "charge" and entry.body["study"] == study and entry.body["event"]["kind"] == kind:
-                return int(entry.body["value"])
-        return None
+    def once(self, run: str, study: str, event: PrivacyEvent, compute: Callable[[], list[float]]) -> list[float]:
+        """What a study released here before, or a new value: charged, computed, and kept.
+
+        Args:
+            run: that asks first.
+            study: hash of the study; another run of it uses the value again, at no cost.
+            event: the release.
+            compute: gives the noised value; called after the charge only.
+
+        Raises:
+            BudgetExhausted: when the cap leaves no room.
+        """
+        value = self.released_once(study, event)
+        if value is None:
+            request = _request_once(study, event)
+            self.charge(run, study, request, event)
+            value = compute()
+            self.keep(request, value)
+        return value
+
+    def released_once(self, study: str, event: PrivacyEvent) -> list[float] | None:
+        """What `once` gave for a study before."""
+        return self.kept(_request_once(study, event))
 
     def keep(self, request: str, value: list[float]) -> None:
         """Keep what a charged request released, so that it can be given again at no cost."""
@@ -345,6 +361,10 @@ class Ledger:
         heads = [{"length": head.length, "hash": head.hash} for head in lost]
         self._keeper = self._anchor
         self._append("recover", {"assume_spent": assume_spent, "lost": heads})
+
+
+def _request_once(study: str, event: PrivacyEvent) -> str:
+    return hashlib.sha256(f"{study}/{event.released}".encode()).hexdigest()
 
 
 def _locked(path: Path, where: str) -> int:

@@ -142,6 +142,7 @@ class Participant:
             plan = self._plan(ledger, run)
             setting = run_setting(self.site, self.held, self.shared, self.initial)
             reserved = ledger.reserve(run, self.study.sha256, plan.schedule(), setting)
+            self._require_patients(ledger, run)
         return Capability(
             site=self.site.name,
             modalities=self.held,
@@ -160,13 +161,15 @@ class Participant:
             ledger=ledger.view.head.to_dict(),
         )
 
-    def _plan(self, ledger: Ledger, run: str) -> Plan:
-        """The plan of a site that has enough patients."""
-        plan = self._planned(ledger, run)
-        check_size(self.training.patients, self.site)
-        return plan
+    def _require_patients(self, ledger: Ledger, run: str) -> None:
+        """Refuse a study that the site has too few patients for, and give back what it reserved."""
+        try:
+            check_size(self.training.patients, self.site)
+        except RefusedError:
+            ledger.finish(run)
+            raise
 
-    def _planned(self, ledger: Ledger, run: str) -> Plan:
+    def _plan(self, ledger: Ledger, run: str) -> Plan:
         """What the site does in this study, from public and released numbers; the model gets its constants."""
         delta = min(self.study.privacy.delta, ledger.view.delta)
         n_hat, counted = self._n_hat(ledger, run)
@@ -182,23 +185,15 @@ class Participant:
         if not self.study.privacy.enabled:
             return self.training.patients, ()
         event = count_event(self.study)
-        n_hat = ledger.value(self.study.sha256, event.kind)
-        return self._count(ledger, run, event) if n_hat is None else n_hat, (event,)
-
-    def _count(self, ledger: Ledger, run: str, event: PrivacyEvent) -> int:
-        """Release the number of training patients once, with noise, and charge it."""
         check_counts(self.site, "`patients.declared` is not set: the number of patients would be counted")
-        if not ledger.allows([event]):
-            raise RefusedError(
-                "the site's cap leaves no room for counting patients",
-                where=f"{self.site.name}:policy.epsilon",
-                remedy="Declare `patients.declared`, or raise the cap",
-            )
-        check_size(self.training.patients, self.site)
-        n_hat = max(1, self.training.patients + discrete_laplace(event.noise_multiplier, SecretDraws()))
-        request = hashlib.sha256(f"{self.study.sha256}/n_hat".encode()).hexdigest()
-        ledger.charge(run, self.study.sha256, request, event, n_hat)
-        return n_hat
+        if ledger.released_once(self.study.sha256, event) is None and ledger.allows([event]):
+            check_size(self.training.patients, self.site)  # a study that is too large for the site costs it nothing
+        (noised,) = ledger.once(run, self.study.sha256, event, lambda: [self._count(event)])
+        return max(1, int(noised)), (event,)
+
+    def _count(self, event: PrivacyEvent) -> float:
+        """The number of training patients, with noise."""
+        return float(self.training.patients + discrete_laplace(event.noise_multiplier, SecretDraws()))
 
     def train(self, run: str, number: int, request: str, received: Arrays) -> RoundState:
         """Train one round, or give the stored reply to a request that was answered before.
@@ -228,6 +223,7 @@ class Participant:
             plan = self._plan(ledger, run)
             event = plan.event(f"update of round {number}")
             ledger.charge(run, self.study.sha256, request, event)
+            check_size(self.training.patients, self.site)
             trained = self._train(plan, number, request, before, received)
             after = replace(trained, ledger=ledger.view.head.to_dict())
             folder.save(after)
@@ -348,7 +344,7 @@ class Participant:
         trained = RunFolder(self.state, run).load()
         with self.ledger() as ledger:
             ledger.require_charged(trained.request)
-            plan = self._planned(ledger, run)
+            plan = self._plan(ledger, run)
             if plan.table is None:
                 return {"table": None, "reason": plan.no_table}
             value = ledger.kept(request) or self._table(ledger, run, request, plan.table, trained, received)

@@ -16,7 +16,6 @@ patient's records share one weight of 1.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -80,7 +79,9 @@ class Preparation:
         if isinstance(asked, list):
             return log_odds(asked, self._study.task.kind)
         event = balance_event(self._study)
-        counts = self._once(ledger, run, event, lambda: noised_counts(label_counts(self._study, training()), event))
+        counts = ledger.once(
+            run, self._study.sha256, event, lambda: noised_counts(label_counts(self._study, training()), event)
+        )
         return log_odds(shares(np.array(counts).reshape(event.steps, -1), self._study.task.kind), self._study.task.kind)
 
     def _rescaling(self, ledger: Ledger, run: str, training: Callable[[], Batch]) -> dict[str, Rescaling]:
@@ -89,18 +90,8 @@ class Preparation:
             return {}
         event = statistics_event(self._study, self._held, self._delta)
         noise = event.noise_multiplier * event.max_grad_norm
-        sums = self._once(ledger, run, event, lambda: noised_sums(column_sums(columns, training()), noise))
+        sums = ledger.once(run, self._study.sha256, event, lambda: noised_sums(column_sums(columns, training()), noise))
         return rescaling(columns, torch.tensor(sums, dtype=torch.float64).view(3, -1), noise)
-
-    def _once(self, ledger: Ledger, run: str, event: PrivacyEvent, compute: Callable[[], list[float]]) -> list[float]:
-        """The value that this study released here before, or a new one: charged, computed, and kept."""
-        request = hashlib.sha256(f"{self._study.sha256}/{event.released}".encode()).hexdigest()
-        value = ledger.kept(request)
-        if value is None:
-            ledger.charge(run, self._study.sha256, request, event)
-            value = compute()
-            ledger.keep(request, value)
-        return value
 
 
 # Class balance.

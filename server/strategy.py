@@ -200,8 +200,8 @@ class RoundLoop:
             "bytes_down": down,
         }
         self.directory.write_round(line)
-        self._save()
         self.observer.round_done(number, current)
+        self._save()
 
     def _take(self, number: int, peer: Peer, answer: Answer, combine: GroupAggregation) -> dict[str, str]:
         """Take one site's answer; what is wrong with it is said, and the round goes on without it."""

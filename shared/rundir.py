@@ -67,8 +67,12 @@ class RunDirectory:
             file.write(json.dumps(line) + "\n")
 
     def rounds(self) -> Iterator[dict[str, Any]]:
-        """The lines of rounds.jsonl; a line cut off by a crash is left out."""
-        file = self.path / "rounds.jsonl"
+        """The lines of rounds.jsonl."""
+        return self.lines("rounds.jsonl")
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The lines of a JSON lines file; one that was cut off by a crash is left out."""
+        file = self.path / name
         for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
             try:
                 yield json.loads(line)
@@ -76,9 +80,11 @@ class RunDirectory:
                 return
 
     def keep_rounds(self, last: int) -> None:
-        """Drop lines after round `last`: a resumed run writes them again."""
-        lines = [json.dumps(line) + "\n" for line in self.rounds() if line["round"] <= last]
-        write_atomically(self.path / "rounds.jsonl", "".join(lines).encode())
+        """Drop what was written after round `last`: a resumed run writes it again."""
+        for name in ("rounds.jsonl", "curve.jsonl"):
+            lines = [json.dumps(line) + "\n" for line in self.lines(name) if line["round"] <= last]
+            if lines or name == "rounds.jsonl":
+                write_atomically(self.path / name, "".join(lines).encode())
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file atomically."""

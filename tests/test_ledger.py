@@ -300,12 +300,22 @@ def test_after_a_release_without_noise_nothing_private_is_left_to_promise(tmp_pa
 def test_a_number_released_for_a_study_is_kept_for_that_study(tmp_path: Path) -> None:
     event = PrivacyEvent(kind="noisy_count", released="number of training patients", noise_multiplier=4.0)
     with Ledger(tmp_path, hospital()) as ledger:
-        assert ledger.value("study", "noisy_count") is None
-        ledger.charge("run", "study", "count", event, 57)
+        assert ledger.once("run", "study", event, lambda: [57.0]) == [57.0]
     with Ledger(tmp_path, hospital()) as ledger:
-        assert ledger.value("study", "noisy_count") == 57
-        assert ledger.value("another", "noisy_count") is None
-        assert ledger.value("study", "dp_sgd") is None
+        assert ledger.once("another run", "study", event, pytest.fail) == [57.0]
+        assert ledger.once("run 3", "another study", event, lambda: [58.0]) == [58.0]
+    assert kinds(tmp_path) == ["open", "charge", "value", "charge", "value"]
+
+
+def test_what_a_study_releases_once_is_charged_before_it_is_computed(tmp_path: Path) -> None:
+    event = PrivacyEvent(kind="noisy_count", released="number of training patients", noise_multiplier=4.0)
+
+    def compute() -> list[float]:
+        assert kinds(tmp_path)[-1] == "charge"
+        return [57.0]
+
+    with Ledger(tmp_path, hospital()) as ledger:
+        ledger.once("run", "study", event, compute)
 
 
 # Tampering.

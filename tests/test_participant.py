@@ -159,7 +159,7 @@ def test_the_charge_is_durable_before_any_work(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(participant_module, "train", work)
     with pytest.raises(RuntimeError):
         train(site)
-    assert seen == ["open", "approve", "charge", "reserve", "charge"], "n_hat, then the round"
+    assert seen == ["open", "approve", "charge", "value", "reserve", "charge"], "n_hat, then the round"
     assert read_ledger(site.state).entries[-1].body["request"] == "request 1"
     assert RunFolder(site.state, RUN).load().round == 0
 

@@ -6,7 +6,6 @@ It is built from the run's files only, so that it can be rebuilt anywhere; equal
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def write_report(directory: RunDirectory) -> None:
         UsageError: when the run is not finished, or its study cannot be read.
     """
     summary, study = directory.read_json("summary.json"), directory.study()
-    rounds, curve = list(directory.rounds()), _curve(directory.path / "curve.jsonl")
+    rounds, curve = list(directory.rounds()), list(directory.lines("curve.jsonl"))
     found = scores.models(summary)
     page = render(
         "run.html",
@@ -93,18 +92,6 @@ def _figures(
         "norm_plot": plots.update_norms(events.norms(rounds)),
         "strip_plot": plots.participation(strips, everyone, last),
     }
-
-
-def _curve(file: Path) -> list[dict[str, Any]]:
-    """The last line of each round: a resumed run may have looked at a round twice."""
-    points: dict[int, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            point = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        points[point["round"]] = point
-    return [points[number] for number in sorted(points)]
 
 
 def _hashes(path: Path) -> list[tuple[str, str]]:
