@@ -25,6 +25,7 @@ from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_arrays, to_tensors
 from gapweave.client.training import Sgd, Step, build_engine, train
 from gapweave.shared.config import Site, Study
+from gapweave.shared.constants import Constants
 from gapweave.shared.errors import BudgetExhausted, RefusedError
 from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups, shared_groups
 from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws, discrete_laplace
@@ -89,6 +90,7 @@ class Participant:
         self.findings: list[Finding] = []
         self.held = [name for name in study.order if site.holds(name)]
         self.device = _device(site.device)
+        self._features: tuple[Constants, Batch] | None = None
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -318,7 +320,15 @@ class Participant:
 
     def _steps(self, plan: Plan, draws: Draws, optimizer: Sgd, steps: int) -> None:
         step = Step(study=self.study, plan=plan, engine=self._engine, draws=draws)
-        train(self.model, self.training, step, optimizer, steps)
+        train(self.model, self._ready(), step, optimizer, steps)
+
+    def _ready(self) -> Batch:
+        """The training patients as the encoders read them; done once, since the model's constants stay."""
+        constants, ready = self._features or (None, None)
+        if ready is None or constants != self.model.constants:
+            ready = replace(self.training, inputs=self.model.features(self.training.inputs, self.training.present))
+            self._features = (self.model.constants, ready)
+        return ready
 
     @cached_property
     def _engine(self) -> Any:

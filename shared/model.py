@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from gapweave.shared.config.study import Study
 from gapweave.shared.constants import Constants
-from gapweave.shared.encoders import build_encoder
+from gapweave.shared.encoders import TwoStage, build_encoder
 from gapweave.shared.fusion import FUSIONS
 from gapweave.shared.imputers import IMPUTERS
-from gapweave.shared.schema import modalities
+from gapweave.shared.schema import Features, modalities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +104,36 @@ class MultimodalModel(nn.Module):
             weights=fused.weights,
         )
 
+    def features(self, inputs: Mapping[str, Tensor], present: Tensor) -> Features:
+        """What encoders read: absent rows blanked, the site's constants applied, parameter-free features taken.
+
+        Nothing of it changes in training, so a site does it once for all its records.
+
+        Args:
+            inputs: [B, ...] by held modality.
+            present: [B, M] bool.
+        """
+        result = Features()
+        for position, name in enumerate(self.order):
+            if name not in self.encoders:
+                continue
+            rows = present[:, position].view(-1, *[1] * (inputs[name].ndim - 1))
+            values = self.constants.inputs(name, torch.where(rows, inputs[name], 0.0))
+            encoder = self.encoders[name]
+            result[name] = encoder.features(values) if isinstance(encoder, TwoStage) else values
+        return result
+
     def _embed(self, inputs: Mapping[str, Tensor], present: Tensor) -> Tensor:
+        ready = inputs if isinstance(inputs, Features) else self.features(inputs, present)
         absent = torch.zeros(len(present), self.embedding, device=present.device)
         columns = []
         for position, name in enumerate(self.order):
             if name not in self.encoders:
                 columns.append(absent)
                 continue
-            here = present[:, position]
-            rows = here.view(-1, *[1] * (inputs[name].ndim - 1))
-            embedded = self.encoders[name](self.constants.inputs(name, torch.where(rows, inputs[name], 0.0)))
-            columns.append(torch.where(here.unsqueeze(-1), embedded, absent))
+            encoder = self.encoders[name]
+            embedded = encoder.embed(ready[name]) if isinstance(encoder, TwoStage) else encoder(ready[name])
+            columns.append(torch.where(present[:, [position]], embedded, absent))
         return torch.stack(columns, dim=1)
 
     def _vote(self, embeddings: Tensor, used: Tensor) -> Tensor:
@@ -134,7 +153,8 @@ def _seeded(seed: int, group: str) -> Iterator[None]:
     """
     digest = hashlib.sha256(f"{seed}/{group}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        # torch.manual_seed would also queue a call, with a traceback, for every kind of accelerator.
+        torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
         yield
 
 

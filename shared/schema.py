@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,12 +41,17 @@ def input_shape(spec: ModalitySpec) -> tuple[int, ...]:
     return (spec.buckets,)
 
 
+class Features(dict[str, Tensor]):
+    """Inputs by modality of which all that training does not change is done: see `MultimodalModel.features`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Records of some patients. All of a patient's records are together; nothing else couples patients.
 
     Attributes:
-        inputs: by modality that the site holds, [R, ...]; a row whose modality is absent is never read.
+        inputs: by modality that the site holds, [R, ...]; a row whose modality is absent is never read. As `Features`
+            where the model has taken them before.
         present: [R, M] bool, in the study's canonical order; False throughout for modalities not held.
         target: [R, K] float: 0/1 a binary or multilabel output, one-hot for multiclass.
         label_mask: [R, K] bool: which targets are known.
@@ -66,11 +71,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.patient)
 
+    def each_input(self, change: Callable[[Tensor], Tensor]) -> Mapping[str, Tensor]:
+        """The inputs, each changed; `Features` stay what they are."""
+        changed = {name: change(tensor) for name, tensor in self.inputs.items()}
+        return Features(changed) if isinstance(self.inputs, Features) else changed
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return replace(
             self,
-            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
+            inputs=self.each_input(lambda tensor: tensor.to(device)),
             present=self.present.to(device),
             target=self.target.to(device),
             label_mask=self.label_mask.to(device),
@@ -102,7 +112,7 @@ class Batch:
         """The given records, patients numbered as before."""
         return replace(
             self,
-            inputs={name: tensor[rows] for name, tensor in self.inputs.items()},
+            inputs=self.each_input(lambda tensor: tensor[rows]),
             present=self.present[rows],
             target=self.target[rows],
             label_mask=self.label_mask[rows],

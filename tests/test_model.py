@@ -14,14 +14,17 @@ from gapweave.client.gradients import GradientEngine
 from gapweave.client.gradients.opacus import OpacusEngine
 from gapweave.client.gradients.plain import PlainEngine
 from gapweave.shared.config.study import Study
+from gapweave.shared.constants import Constants, Rescaling
 from gapweave.shared.fusion import FUSIONS
 from gapweave.shared.imputers import IMPUTERS
 from gapweave.shared.model import MultimodalModel, Outputs, group_of, groups, load_groups, shared_groups
 from gapweave.shared.objective import record_losses
-from gapweave.shared.schema import Batch
+from gapweave.shared.schema import Batch, Features
 
 few = settings(derandomize=True, deadline=None, max_examples=10)
 FILLS = [float("nan"), 1e30, "random"]
+MOVED = Rescaling(values=(0,), flags=(1,), centers=(0.3,), scales=(0.5,))
+RESCALED = Constants(rescaling={"labs": MOVED, "vitals": MOVED}, offset=(0.7,))
 
 
 def run(model: MultimodalModel, batch: Batch, used: torch.Tensor | None = None) -> Outputs:
@@ -74,6 +77,23 @@ def test_content_of_an_absent_modality_changes_no_gradient(
     for name, tensor in clean.items():
         assert torch.isfinite(tensor).all(), name
         torch.testing.assert_close(filled[name], tensor, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("fill", [0.0, *FILLS], ids=str)
+@pytest.mark.parametrize("constants", [Constants(), RESCALED], ids=["public", "rescaled"])
+def test_features_taken_once_for_all_records_give_the_same_outputs(constants: Constants, fill: float | str) -> None:
+    """Bit for bit, for any part of the records, and with absent rows never read."""
+    study = four_kinds("late", "cra")
+    batch = random_batch(study, [1, 2, 3, 1, 2])
+    model = random_model(study)
+    model.constants = constants
+    filled = blank(batch, study.order, fill)
+    ready = replace(filled, inputs=model.features(filled.inputs, filled.present))
+    assert_same_outputs(run(model, ready), run(model, batch))
+    some = torch.tensor([1, 2, 4])
+    assert isinstance(ready.of_patients(some).inputs, Features)
+    assert_same_outputs(run(model, ready.of_patients(some)), run(model, batch.of_patients(some)))
+    assert_same_outputs(run(model, ready.to(torch.device("cpu"))), run(model, batch))
 
 
 @pytest.mark.parametrize("imputer", list(IMPUTERS))

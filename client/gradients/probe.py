@@ -20,10 +20,9 @@ def synthetic(model: MultimodalModel, like: Batch) -> Batch:
     """Records of `PROBES` synthetic patients; of the batch only the shapes are taken."""
     generator = torch.Generator().manual_seed(0)
     device = like.present.device
-    inputs = {
-        name: torch.randn(PROBES, *value.shape[1:], generator=generator).to(device=device, dtype=value.dtype)
-        for name, value in like.inputs.items()
-    }
+    inputs = like.each_input(
+        lambda value: torch.randn(PROBES, *value.shape[1:], generator=generator).to(device=device, dtype=value.dtype)
+    )
     held = torch.tensor([name in inputs for name in model.order], device=device)
     present = held.expand(PROBES, -1)
     target = torch.zeros(PROBES, like.target.shape[1], device=device, dtype=like.target.dtype)
@@ -52,7 +51,7 @@ def probe_independence(model: MultimodalModel, kind: TaskKind, like: Batch) -> N
         UsageError: when records are coupled, so that per-patient clipping would mean nothing.
     """
     probe = synthetic(model, like)
-    others = {name: torch.cat([-3 * value[:1], value[1:]]) for name, value in probe.inputs.items()}
+    others = probe.each_input(lambda value: torch.cat([-3 * value[:1], value[1:]]))
     alone = probe.present.clone()
     alone[0] = False
     before = _probe_losses(model, kind, probe)

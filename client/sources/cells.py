@@ -20,7 +20,9 @@ EXACT = 2.0**53
 
 def missing(text: pl.Series) -> pl.Series:
     """Which texts stand for an empty cell; null does."""
-    return text.is_null() | text.str.strip_chars().str.to_lowercase().is_in(MISSING)
+    cell = pl.col("cell")  # one query: each step of a series by itself would be one
+    query = cell.is_null() | cell.str.strip_chars().str.to_lowercase().is_in(MISSING)
+    return text.alias("cell").to_frame().select(query)["cell"].alias(text.name)
 
 
 def id_text(series: pl.Series) -> pl.Series:

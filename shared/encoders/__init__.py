@@ -8,9 +8,9 @@ which per-patient gradients are known. One module a kind of data; `DEFAULTS` nam
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from gapweave.shared.registry import Registry
 
@@ -22,6 +22,22 @@ EncoderFactory = Callable[["Modality", int], nn.Module]
 
 ENCODERS: Registry[EncoderFactory] = Registry("encoder", "gapweave.shared.encoders")
 DEFAULTS = {"table": "table", "series": "series", "image": "image", "text": "text"}
+
+
+@runtime_checkable
+class TwoStage(Protocol):
+    """An encoder whose first stage has no parameters: a site runs that once for all its records.
+
+    `forward` is `embed(features(inputs))`.
+    """
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """[B, *shape] -> [B, F], row by row."""
+        ...
+
+    def embed(self, features: Tensor) -> Tensor:
+        """[B, F] -> [B, d]."""
+        ...
 
 
 def build_encoder(modality: Modality, embedding: int) -> nn.Module:

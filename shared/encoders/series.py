@@ -21,6 +21,7 @@ class SeriesEncoder(nn.Module):
     def __init__(self, modality: Modality, embedding: int, hidden: int = 16) -> None:
         super().__init__()
         width = modality.shape[1]
+        self.hours, self.channels = modality.shape
         statistics = len(STATISTICS) * width // 2
         self.convolution = nn.Conv1d(width, hidden, kernel_size=3, padding=1)
         self.norm = nn.GroupNorm(1, hidden)
@@ -30,7 +31,16 @@ class SeriesEncoder(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Embed a window of hours."""
-        statistics = summary(inputs)
-        hours = torch.tanh(self.norm(self.convolution(inputs.transpose(1, 2))))
+        return self.embed(self.features(inputs))
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """[B, T, 2V] -> [B, 2VT + 8V]: the hours, channels first, then the summary statistics."""
+        return torch.cat([inputs.transpose(1, 2).flatten(1), summary(inputs)], dim=1)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """[B, 2VT + 8V] -> [B, d]."""
+        window, statistics = features.tensor_split((self.hours * self.channels,), dim=1)
+        window = window.view(-1, self.channels, self.hours)
+        hours = torch.tanh(self.norm(self.convolution(window)))
         pooled = torch.cat([statistics, hours.mean(2), hours[:, :, -3:].mean(2)], dim=-1)
         return torch.tanh(self.wide(statistics) + self.deep(torch.tanh(self.hidden(pooled))))

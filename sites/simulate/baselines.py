@@ -7,6 +7,7 @@ patients. Nothing here is tuned on the test patients.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ def train_alone(study: Study, data: Batch, held: list[str], name: str) -> Multim
     plan = make_plan(study, max(1, data.patients), study.privacy.delta)
     draws = SeededDraws(study.seed, name, "alone")
     step = Step(study=study, plan=plan, engine=build_engine(model, study), draws=draws)
-    train(model, data, step, Sgd(study, {}), plan.steps * plan.rounds)
+    ready = replace(data, inputs=model.features(data.inputs, data.present))
+    train(model, ready, step, Sgd(study, {}), plan.steps * plan.rounds)
     return model
 
 
