@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gapweave.client.gradients import GradientEngine
+from gapweave.client.gradients.clipping import GROUPINGS
 from gapweave.client.gradients.fast import FastEngine
 from gapweave.client.gradients.opacus import OpacusEngine
 from gapweave.client.gradients.plain import PlainEngine
@@ -25,9 +26,8 @@ def build_engine(model: MultimodalModel, study: Study) -> GradientEngine:
     """The gradient engine that the study's privacy asks for."""
     if not study.privacy.enabled:
         return PlainEngine(model, study.task.kind)
-    if study.privacy.engine == "opacus":
-        return OpacusEngine(model, study.task.kind, study.privacy.max_grad_norm)
-    return FastEngine(model, study.task.kind, study.privacy.max_grad_norm)
+    clipped = OpacusEngine if study.privacy.engine == "opacus" else FastEngine
+    return clipped(model, study.task.kind, study.privacy.max_grad_norm, GROUPINGS[study.privacy.clipping])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,11 +112,11 @@ def late_charge() -> None:
     charge, released = ledger_module.Ledger.charge, ledger_module.Ledger.released
     waiting: list[Any] = []
 
-    def later(self: Any, run: str, study: str, request: str, event: Any, value: int | None = None) -> None:
+    def later(self: Any, run: str, study: str, request: str, event: Any) -> None:
         if event.kind == "dp_sgd":
             waiting.append((self, run, study, request, event))
         else:
-            charge(self, run, study, request, event, value)
+            charge(self, run, study, request, event)
 
     def mark(*args: Any) -> None:
         while waiting:

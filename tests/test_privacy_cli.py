@@ -41,7 +41,7 @@ def state(tmp_path):
     folder = tmp_path / "north"
     with Ledger(folder, parse(Site, SITE, "site.yaml")) as ledger:
         ledger.approve("a" * 64, "sepsis", "officer")
-        ledger.charge("run-1", "a" * 64, "request-0", COUNT, value=640)
+        ledger.once("run-1", "a" * 64, COUNT, lambda: [640.0])
         ledger.reserve("run-1", "a" * 64, [update(number) for number in range(1, 9)])
         for number in range(1, 9):
             ledger.charge("run-1", "a" * 64, f"request-{number}", update(number))
@@ -107,15 +107,15 @@ def test_the_ledger_file_itself_is_a_path_too(state, capsys):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_an_edited_entry_is_named_and_refused(state, capsys, as_json):
     """Somebody halves what a round cost."""
-    body = json.loads(_body(state, 5))
+    body = json.loads(_body(state, 6))
     body["event"]["steps"] = 2
-    edit(state, "UPDATE entries SET body = ? WHERE sequence = 5", json.dumps(body, sort_keys=True))
+    edit(state, "UPDATE entries SET body = ? WHERE sequence = 6", json.dumps(body, sort_keys=True))
     code, out, _ = gapweave(capsys, "privacy", "verify", state, *(["--json"] if as_json else []))
     assert code == 3
     if as_json:
-        assert (json.loads(out)["intact"], json.loads(out)["broken_at"]) == (False, 5)
+        assert (json.loads(out)["intact"], json.loads(out)["broken_at"]) == (False, 6)
     else:
-        assert "breaks at entry 5" in out
+        assert "breaks at entry 6" in out
         assert out.count("\n") == 1
 
 

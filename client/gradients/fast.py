@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gapweave.client.gradients import Gradient
+from gapweave.client.gradients.clipping import Grouping, clip_factors, grouped, together
 from gapweave.client.gradients.composite import COMPOSITES, Product
-from gapweave.client.gradients.layers import RULES, Part, Single, Use, singles
+from gapweave.client.gradients.layers import RULES, Gradients, Part, Single, Use, singles
 from gapweave.client.gradients.patients import Factors, Patients
 from gapweave.client.gradients.probe import probe_independence, synthetic
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import TaskKind, record_losses
 from gapweave.shared.schema import Batch
+
+Uses = dict[nn.Module | Product, list[Use]]
+"""Of each layer, or product inside a layer."""
 
 ROUNDING = 256
 """Rounding errors of a sum are taken as at most this many units of the sum of magnitudes (see `FastEngine`)."""
@@ -36,22 +40,24 @@ the memory that is free: parts differ in their last bits, and a run should not d
 class FastEngine:
     """Per-patient clipping by book-keeping.
 
-    Guarantee: as the package's, with sensitivity bound (1 + `SLACK`): the clip uses sqrt(n^2 + e^2), n the norm in
-    float64 and e a bound of what float32 products can lose to cancellation.
+    Guarantee: as the package's, with sensitivity bound (1 + `SLACK`): the clip uses sqrt(n^2 + e^2) of each group of
+    parameters, n the norm in float64 and e a bound of what float32 products can lose to cancellation.
 
     Args:
         model: updated in place by the caller between calls; its parameters are taken out of autograd.
         kind: of the task.
-        bound: clipping bound of one patient's gradient over all parameters together.
+        bound: clipping bound of one patient's gradient over all parameters.
+        grouping: which parameters are clipped together.
 
     Raises:
         UsageError: naming a layer that the engine does not know, with the ways out.
     """
 
-    def __init__(self, model: MultimodalModel, kind: TaskKind, bound: float) -> None:
+    def __init__(self, model: MultimodalModel, kind: TaskKind, bound: float, grouping: Grouping = together) -> None:
         self.model, self.kind, self.bound = model, kind, bound
         self.sensitivity = bound * (1 + SLACK)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._groups = [set(names) for names in grouped(self._names.values(), grouping)]
         self._tape: Recording | None = None
         for layer in _known_layers(model):
             (self._replace_forward if type(layer) in COMPOSITES else self._record)(layer)
@@ -82,7 +88,7 @@ class FastEngine:
             losses = self._losses(batch, used)
             uses = tape.differentiate((torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum())
         with torch.no_grad():
-            return self._combine(_parts(uses, patients), patients)
+            return self._combine([_parts(found, patients) for found in self._by_group(uses)], patients)
 
     def _kept_for_backward(self, probe: Batch) -> int:
         """Bytes of all different tensors that a forward pass keeps, less parameters; at least 1."""
@@ -137,24 +143,36 @@ class FastEngine:
 
         layer.forward = either
 
-    def _combine(self, parts: list[Part], patients: Patients) -> Gradient:
+    def _by_group(self, uses: Uses) -> list[Uses]:
+        """The uses of each group; a layer's parameters are all of one."""
+        owner = {key: self._names[cast(Tensor, key.weight)] for key in uses}
+        return [{key: found for key, found in uses.items() if owner[key] in group} for group in self._groups]
+
+    def _combine(self, groups: list[list[Part]], patients: Patients) -> Gradient:
         kind = next(iter(self._names))
-        squares = torch.zeros(patients.count, dtype=torch.float64, device=kind.device)
-        scale = torch.zeros_like(squares)
-        for part in parts:
-            squares += part.squares
-            if part.scale is not None:
-                scale += part.scale
-        lost = ROUNDING * torch.finfo(kind.dtype).eps * scale
-        norms = (squares + lost.square()).sqrt()
-        finite = torch.isfinite(norms)
-        factor = torch.where(finite, (self.bound / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-        factors = Factors(factor.to(kind.dtype), None if bool(finite.all()) else finite, patients)
-        found = {parameter: value for part in parts for parameter, value in part.weighted(factors).items()}
+        norms = torch.stack([_norms(parts, patients.count, kind) for parts in groups])
+        each, keep = clip_factors(norms, self.bound)
+        found: Gradients = {}
+        for parts, factor in zip(groups, each.to(kind.dtype), strict=True):
+            factors = Factors(factor, keep, patients)
+            for part in parts:
+                found |= part.weighted(factors)
         return {
             name: found[parameter] if parameter in found else torch.zeros_like(parameter)
             for parameter, name in self._names.items()
         }
+
+
+def _norms(parts: list[Part], patients: int, kind: Tensor) -> Tensor:
+    """[P] upper bounds of the norms of all parts' gradients together, float64; `kind` has the gradients' type."""
+    squares = torch.zeros(patients, dtype=torch.float64, device=kind.device)
+    scale = torch.zeros_like(squares)
+    for part in parts:
+        squares += part.squares
+        if part.scale is not None:
+            scale += part.scale
+    lost = ROUNDING * torch.finfo(kind.dtype).eps * scale
+    return (squares + lost.square()).sqrt()
 
 
 class Recording:
@@ -162,7 +180,7 @@ class Recording:
 
     def __init__(self) -> None:
         self._open: list[tuple[nn.Module | Product, Tensor, int, Tensor, int]] = []
-        self._done: dict[nn.Module | Product, list[Use]] = {}
+        self._done: Uses = {}
         self.anchor = torch.empty(0, requires_grad=True)
 
     def use(self, key: nn.Module | Product, inputs: Tensor, output: Tensor) -> Tensor:
@@ -180,7 +198,7 @@ class Recording:
         """A use that a composite layer differentiated itself."""
         self._done.setdefault(key, []).append((inputs, gradients))
 
-    def differentiate(self, loss: Tensor) -> dict[nn.Module | Product, list[Use]]:
+    def differentiate(self, loss: Tensor) -> Uses:
         """Gradients of the loss in every recorded output; a use that does not reach the loss has none.
 
         Raises:
@@ -219,7 +237,7 @@ def _edited(layer: str) -> UsageError:
     )
 
 
-def _parts(uses: dict[nn.Module | Product, list[Use]], patients: Patients) -> list[Part]:
+def _parts(uses: Uses, patients: Patients) -> list[Part]:
     """The rules of all layers; those that are used once a record share one."""
     parts, single = [], []
     for key, found in uses.items():

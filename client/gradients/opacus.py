@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gapweave.client.gradients import Gradient
+from gapweave.client.gradients.clipping import Grouping, clip_factors, grouped, together
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import TaskKind, record_losses
@@ -23,13 +24,14 @@ class OpacusEngine:
     Args:
         model: its layers must be known to Opacus; updated in place by the caller between calls.
         kind: of the task.
-        bound: clipping bound of one patient's gradient over all parameters together.
+        bound: clipping bound of one patient's gradient over all parameters.
+        grouping: which parameters are clipped together.
 
     Raises:
         UsageError: naming the layer that mixes patients or that Opacus does not know.
     """
 
-    def __init__(self, model: MultimodalModel, kind: TaskKind, bound: float) -> None:
+    def __init__(self, model: MultimodalModel, kind: TaskKind, bound: float, grouping: Grouping = together) -> None:
         from opacus import GradSampleModule
         from opacus.validators import ModuleValidator
 
@@ -44,6 +46,7 @@ class OpacusEngine:
         self.bound = self.sensitivity = bound
         self.module = GradSampleModule(model, batch_first=True, loss_reduction="sum")
         self.names = dict(model.named_parameters())
+        self._groups = grouped(self.names, grouping)
 
     def sum(self, batch: Batch, used: Tensor) -> Gradient:
         """The sum of clipped per-patient gradients, float64."""
@@ -56,10 +59,19 @@ class OpacusEngine:
             outputs = self.module(batch.inputs, batch.present, used)
             losses = record_losses(outputs, batch.target, batch.label_mask, self.kind)
             (torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum().backward()
-        records = torch.cat([self._samples(parameter, len(batch)) for parameter in self.names.values()], dim=1)
+        groups = [self._patients(batch, names) for names in self._groups]
         self.module.zero_grad(set_to_none=True)
+        each, keep = clip_factors(torch.stack([_norms(group) for group in groups]), self.bound)
+        total: Gradient = {}
+        for names, group, factor in zip(self._groups, groups, each, strict=True):
+            total |= self._split(_weighted_sum(group, factor, keep), names)
+        return {name: total[name] for name in self.names}
+
+    def _patients(self, batch: Batch, names: list[str]) -> Tensor:
+        """[P, D] gradients of each patient in the named parameters."""
+        records = torch.cat([self._samples(self.names[name], len(batch)) for name in names], dim=1)
         patients = torch.zeros(batch.patients, records.shape[1], dtype=records.dtype, device=records.device)
-        return self._split(self._clipped_sum(patients.index_add_(0, batch.patient, records)))
+        return patients.index_add_(0, batch.patient, records)
 
     def _samples(self, parameter: Tensor, records: int) -> Tensor:
         """[R, numel] gradients of each record; zeros for a parameter that nothing used."""
@@ -68,22 +80,24 @@ class OpacusEngine:
             return torch.zeros(records, parameter.numel(), dtype=parameter.dtype, device=parameter.device)
         return samples.reshape(records, -1)
 
-    def _clipped_sum(self, patients: Tensor) -> Tensor:
-        """[P, D] gradients to the float64 sum [D] of those that are finite, each scaled down to the bound."""
-        squares = torch.zeros(len(patients), dtype=torch.float64, device=patients.device)
-        for block in patients.split(COLUMNS, dim=1):
-            squares += torch.linalg.vector_norm(block.double(), dim=1).square()
-        # Selected, not multiplied away: zero times NaN is NaN.
-        finite = torch.isfinite(squares)
-        factor = (self.bound / squares[finite].sqrt().clamp(min=1e-12)).clamp(max=1.0)
-        kept = patients if bool(finite.all()) else patients[finite]
-        return torch.cat([factor @ block.double() for block in kept.split(COLUMNS, dim=1)])
+    def _split(self, total: Tensor, names: list[str]) -> Gradient:
+        parts = total.split([self.names[name].numel() for name in names])
+        return {name: part.view_as(self.names[name]) for name, part in zip(names, parts, strict=True)}
 
-    def _split(self, total: Tensor) -> Gradient:
-        parts = total.split([parameter.numel() for parameter in self.names.values()])
-        return {
-            name: part.view_as(parameter) for (name, parameter), part in zip(self.names.items(), parts, strict=True)
-        }
+
+def _norms(patients: Tensor) -> Tensor:
+    """[P, D] to [P] in float64."""
+    squares = torch.zeros(len(patients), dtype=torch.float64, device=patients.device)
+    for block in patients.split(COLUMNS, dim=1):
+        squares += torch.linalg.vector_norm(block.double(), dim=1).square()
+    return squares.sqrt()
+
+
+def _weighted_sum(patients: Tensor, factor: Tensor, keep: Tensor | None) -> Tensor:
+    """[P, D] gradients and [P] factors to the float64 sum [D] over the patients to keep."""
+    if keep is not None:
+        patients, factor = patients[keep], factor[keep]
+    return torch.cat([factor @ block.double() for block in patients.split(COLUMNS, dim=1)])
 
 
 def _faulty_layer(model: nn.Module) -> tuple[str, nn.Module]:

@@ -298,6 +298,11 @@ class PrivacyConfig(StrictModel):
     epsilon: float = Field(8.0, gt=0, description="target epsilon of the study, at each site, for add/remove")
     delta: float = Field(1e-5, gt=0, lt=1, description="target delta; a site's smaller one wins")
     max_grad_norm: float = Field(1.0, gt=0, description="clipping bound of one patient's gradient")
+    clipping: Literal["flat", "group"] = Field(
+        "flat",
+        description="flat: one bound for all parameters; group: each of a site's G parameter groups on its own, to "
+        "max_grad_norm / sqrt(G), at the same privacy",
+    )
     engine: Literal["fast", "opacus"] = Field("fast", description="per-patient gradient engine")
 
 
