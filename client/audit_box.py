@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
 from gapweave.client.audit_sensitivity import FAINT, STRONG, flat, scaled_model, silent_step
 from gapweave.client.audit_site import Finding, Scene, Scripted, finding, joined, nobody, scaled
 from gapweave.client.audit_tally import ALPHA
+from gapweave.client.gradients.clipping import GROUPINGS, grouped
 from gapweave.client.training import Step
 from gapweave.shared.schema import Batch
 
@@ -74,16 +77,17 @@ def mu_bound(inside: NDArray[np.bool_], outside: NDArray[np.bool_]) -> float:
 
 
 def independent_canaries(scene: Scene, step: Step, most: int = 32) -> tuple[Batch, NDArray[np.float64]]:
-    """Canaries whose clipped gradients hardly overlap, each as long as the bound.
+    """Canaries whose clipped gradients hardly overlap, each as long as the bound of what is clipped together.
 
     Returns:
-        The patients; [K, D] their un-noised contributions to a release times q n_hat.
+        The patients; [K, D] their un-noised contributions to a release times q n_hat, zero where canaries are alike.
     """
     chosen: list[Batch] = []
     rows: list[NDArray[np.float64]] = []
-    size, bound = scene.plan.sample_rate * scene.plan.n_hat, scene.plan.max_grad_norm
+    groups = grouped(step.gradient(nobody(scene.patients)), GROUPINGS[scene.study.privacy.clipping])
+    size, bound = scene.plan.sample_rate * scene.plan.n_hat, scene.plan.max_grad_norm / math.sqrt(len(groups))
     for spike in itertools.islice(_spikes(scene), 4 * most):
-        row = flat(step.gradient(spike)) * size
+        row = _where_they_differ(step.gradient(spike), groups) * size
         overlap = max((abs(float(row @ other)) for other in rows), default=0.0)
         if np.linalg.norm(row) > 0.9 * bound and overlap < 0.02 * bound**2:
             chosen.append(spike)
@@ -94,6 +98,12 @@ def independent_canaries(scene: Scene, step: Step, most: int = 32) -> tuple[Batc
     for spike in chosen:
         batch = joined(batch, spike)
     return batch, np.array(rows).reshape(len(rows), -1)
+
+
+def _where_they_differ(gradient: Mapping[str, Tensor], groups: list[list[str]]) -> NDArray[np.float64]:
+    """The gradient in groups that hold an encoder's parameters: in heads that are clipped alone, canaries are alike."""
+    kept = {name for names in groups if any(name.startswith("encoders.") for name in names) for name in names}
+    return flat({name: value if name in kept else torch.zeros_like(value) for name, value in gradient.items()})
 
 
 def _spikes(scene: Scene) -> Iterator[Batch]:
