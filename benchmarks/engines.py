@@ -16,6 +16,15 @@ from gapweave.shared.schema import Batch
 BOUND = 1.0
 
 
+def with_twins(model: MultimodalModel) -> MultimodalModel:
+    """A copy with GRU, LSTM and attention replaced by those that a user of Opacus has to take; other layers stay."""
+    from opacus.validators import ModuleValidator
+
+    fixed = ModuleValidator.fix(model)
+    assert isinstance(fixed, MultimodalModel)
+    return fixed
+
+
 class GhostEngine:
     """Opacus' ghost clipping: norms from one backward, the clipped sum from a second."""
 
@@ -72,7 +81,10 @@ class VmapEngine:
 
     def sum(self, batch: Batch, used: Tensor) -> Gradient:
         """The clipped sum."""
-        found = self.each(self.names, dict(batch.inputs), batch.present, used, batch.target, batch.label_mask)
+        with warnings.catch_warnings():
+            # Where vmap falls back to a loop over records: the times show it.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            found = self.each(self.names, dict(batch.inputs), batch.present, used, batch.target, batch.label_mask)
         norms = torch.stack([value.flatten(1).norm(dim=1) for value in found.values()]).norm(dim=0)
         factor = (BOUND / norms.clamp(min=1e-12)).clamp(max=1.0)
         return {name: (factor @ value.flatten(1)).view(value.shape[1:]) for name, value in found.items()}

@@ -2,7 +2,8 @@
 
 Each engine works in a process of its own, as in training, with one thread; the processes take turns, so that a slow
 minute of the machine meets them all. Times are medians of process time, as ratios to the plain step. `oom` stands
-where an engine does not fit, `refused` where it does not take the model.
+where an engine does not fit, `refused` where it does not take the model, also not with Opacus' own GRU and attention
+in place of torch's.
 
 Memory, by engine, is the peak of the resident set during the steps above what the same process held idle: library,
 model, batch and engine loaded, one step done, free memory given back.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import GhostEngine, VmapEngine
+from engines import GhostEngine, VmapEngine, with_twins
 from torch import Tensor, nn
 
 from gapweave.client.gradients import GradientEngine, fast
@@ -117,6 +118,9 @@ ENGINES: dict[str, tuple[Callable[[MultimodalModel], GradientEngine], float]] = 
 }
 """Name -> (engine, noise multiplier)."""
 
+TWINNED = ("opacus", "ghost")
+"""Engines that refuse torch's GRU and attention, and get Opacus' own."""
+
 SHARES = {
     "norms": [(fast, "_parts"), (fast.FastEngine, "_combine")],
     "noise": [(Step, "_noised")],
@@ -129,6 +133,8 @@ def runner(of: Study, name: str) -> Callable[[Batch], None]:
     """One training step of an engine on its own model."""
     torch.manual_seed(0)
     model = MultimodalModel(of, of.order)
+    if name in TWINNED:
+        model = with_twins(model)
     build, noise = ENGINES[name]
     plan = Plan(
         noise_multiplier=noise,
