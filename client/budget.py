@@ -55,13 +55,13 @@ class Budget:
 
     def affords(self, run: str, study: str, event: PrivacyEvent) -> bool:
         """Whether the cap has room for an event that nobody reserved."""
-        return self.allows([event]) or self._allows_fixed(run, study, [event])
+        return self.allows([event]) or self._allows_fixed(run, study, [*self._view.outstanding(), event])
 
     def covers(self, run: str, study: str, event: PrivacyEvent) -> bool:
         """Whether the run's reservation pays for an event, or the cap has room for it."""
         if not self._reserved(run, event):
             return self.affords(run, study, event)
-        if not self._cap_lowered(run):
+        if not self._less_room(run):
             return True
         return self.allows([event], run) or self._allows_fixed(run, study, [event])
 
@@ -76,15 +76,12 @@ class Budget:
             and not any(_charges(entry.body, run, event) for entry in self._view.entries if entry.kind == "charge")
         )
 
-    def _cap_lowered(self, run: str) -> bool:
-        """Whether the hospital lowered its cap after the run's reservation."""
-        before = self.cap
-        for entry in self._view.entries:
-            if entry.kind == "open":
-                before = entry.body["cap"]
-            elif entry.kind == "reserve" and entry.body["run"] == run:
-                return bool(self.cap < before)
-        return False
+    def _less_room(self, run: str) -> bool:
+        """Whether, since the run's reservation, the hospital lowered its cap or declared lost entries."""
+        entries = self._view.entries
+        at = next(n for n, entry in enumerate(entries) if entry.kind == "reserve" and entry.body["run"] == run)
+        before = next(entry.body["cap"] for entry in reversed(entries[:at]) if entry.kind == "open")
+        return self.cap < before or any(entry.kind == "recover" for entry in entries[at:])
 
 
 def _charges(body: dict[str, Any], run: str, event: PrivacyEvent) -> bool:

@@ -31,7 +31,7 @@ from gapweave.shared.config.site import Site
 from gapweave.shared.errors import BudgetExhausted, GapweaveError, LedgerBusy, RefusedError
 from gapweave.shared.files import private_folder, sync_folder
 from gapweave.shared.privacy.events import PrivacyEvent
-from gapweave.shared.privacy.head import Head, write_anchor
+from gapweave.shared.privacy.head import Head, read_anchor, write_anchor
 from gapweave.shared.privacy.ledger import (
     GENESIS,
     LEDGER_FILE,
@@ -147,6 +147,9 @@ class Ledger:
         """Refuse a ledger that lost entries, unless their cost was declared."""
         if self._anchor is not None:
             self._anchor.check(self.view)
+        remembered = read_anchor(self._state / REMEMBERED_FILE)
+        if remembered is not None and remembered.site == self.view.head.site:
+            check_head(self.view, remembered, "the server", self._where)
         if not self.view.recovered and any(self._state.glob(f"{PUT_ASIDE}*{LEDGER_FILE}")):
             raise RefusedError(
                 "a changed ledger was put aside, and nobody declared what it had spent",
@@ -261,7 +264,7 @@ class Ledger:
         """Write an event before the work that it covers.
 
         A request that was charged but never answered (a crash in between) may be recomputed once under the
-        same event; every further time it is charged again.
+        same event; every further time, and where an answer may have left, it is charged again.
 
         Args:
             run: our own id of the run.
@@ -274,7 +277,7 @@ class Ledger:
             BudgetExhausted: when the event is outside the run's reservation and beyond the cap.
         """
         again = self.view.charged(request)
-        if again and not self._has("recompute", request=request):
+        if again and self._never_left(request, event):
             self._append("recompute", {"request": request})
             return
         if not again:
@@ -287,6 +290,12 @@ class Ledger:
                 remedy="`gapweave privacy report` shows what was spent",
             )
         self._append("charge", {"run": run, "study": study, "request": request, "event": event.to_dict()})
+
+    def _never_left(self, request: str, event: PrivacyEvent) -> bool:
+        """Whether a charge was for just this event, and no result of it can have left."""
+        charges = [entry.body for entry in self.view.entries if entry.kind == "charge"]
+        same = any(body["request"] == request and body["event"] == event.to_dict() for body in charges)
+        return same and not any(self._has(kind, request=request) for kind in ("recompute", "released"))
 
     def _refuse_another(self, run: str, request: str, event: PrivacyEvent) -> None:
         """Refuse a second request for one release: its answer could differ from what may have left."""

@@ -17,6 +17,7 @@ import torch
 
 from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.evaluation import ReleasedModel, noised_table, score_table, table_answer
+from gapweave.client.gradients.probe import probe_independence
 from gapweave.client.ledger import Ledger
 from gapweave.client.policy import check_counts, check_guarantee, check_policy, check_size
 from gapweave.client.preparation import Preparation
@@ -184,17 +185,17 @@ class Participant:
         """The public number of training patients, and the event that released it, if one did."""
         if self.site.patients.declared is not None:
             return self.site.patients.declared, ()
-        if not self.study.privacy.enabled:
-            return self.training.patients, ()
         event = count_event(self.study)
         check_counts(self.site, "`patients.declared` is not set: the number of patients would be counted")
         if ledger.released_once(self.study.sha256, event) is None and ledger.allows([event]):
             check_size(self.training.patients, self.site)  # a study that is too large for the site costs it nothing
         (noised,) = ledger.once(run, self.study.sha256, event, lambda: [self._count(event)])
-        return max(1, int(noised)), (event,)
+        return max(1, int(noised)), (event,) if self.study.privacy.enabled else ()
 
     def _count(self, event: PrivacyEvent) -> float:
         """The number of training patients, with noise."""
+        if event.kind == "unnoised":
+            return float(self.training.patients)
         return float(self.training.patients + discrete_laplace(event.noise_multiplier, SecretDraws()))
 
     def train(self, run: str, number: int, request: str, received: Arrays) -> RoundState:
@@ -214,8 +215,8 @@ class Participant:
         """
         check_policy(self.study, self.site, simulation=self._simulation)
         folder = RunFolder(self.state, run)
-        before = folder.load()
         with self.ledger() as ledger:
+            before = folder.load()  # one message at a time: another process may just have answered this one
             ledger.require_charged(before.request)
             if before.request == request:
                 ledger.released(request)
@@ -326,6 +327,9 @@ class Participant:
         """The training patients as the encoders read them; done once, since the model's constants stay."""
         constants, ready = self._features or (None, None)
         if ready is None or constants != self.model.constants:
+            if self.study.privacy.enabled:
+                # Before features are taken: engines see what is left to the encoders only.
+                probe_independence(self.model, self.study.task.kind, self.training)
             ready = replace(self.training, inputs=self.model.features(self.training.inputs, self.training.present))
             self._features = (self.model.constants, ready)
         return ready
@@ -351,8 +355,8 @@ class Participant:
         """
         check_policy(self.study, self.site, simulation=self._simulation)
         self._check_groups(received)
-        trained = RunFolder(self.state, run).load()
         with self.ledger() as ledger:
+            trained = RunFolder(self.state, run).load()
             ledger.require_charged(trained.request)
             plan = self._plan(ledger, run)
             if plan.table is None:
@@ -398,12 +402,13 @@ class Participant:
         check_policy(self.study, self.site, simulation=self._simulation)
         self._check_groups(received)
         folder = RunFolder(self.state, run)
-        if folder.load().round == 0:
-            raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")
         with self.ledger() as ledger:
+            if folder.load().round == 0:
+                raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")
             if _is_over(ledger, run):
                 self._check_kept(folder, received)
                 return
+            self._plan(ledger, run)  # gives the model its constants; what they cost was paid before
             folder.save_model("model", groups(self.assemble(run, received)), self._card())
             if self.study.training.finetune:
                 self._finetune(ledger, run, folder)

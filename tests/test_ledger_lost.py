@@ -356,7 +356,81 @@ def test_a_retry_with_another_model_is_refused(state: Path) -> None:
     assert kinds(state) == ["open", "charge", "charge"]
 
 
+def test_what_may_have_left_is_never_computed_again_for_nothing(state: Path) -> None:
+    """Believed: a charge without a kept reply is a crash. True: the reply may have left, and its file got lost."""
+    policy = {"epsilon": epsilon(updates(1), DELTA) + 1e-6}
+    with Ledger(state, hospital(policy=policy)) as ledger:
+        ledger.charge("run", "study", "request", update(1))
+        ledger.released("request")
+        with pytest.raises(BudgetExhausted):
+            ledger.charge("run", "study", "request", update(1))
+    assert kinds(state) == ["open", "charge", "released"]
+
+
+def test_a_recomputation_is_free_for_the_very_event_only(state: Path) -> None:
+    """Believed: the same request means the same work. True: the site's own file may have changed in between."""
+    with Ledger(state, hospital()) as ledger:
+        ledger.charge("run", "study", "request", update(1, sigma=20.0))
+        ledger.charge("run", "study", "request", update(1, sigma=9.0))
+    assert kinds(state) == ["open", "charge", "charge"]
+
+
+def test_what_the_servers_echo_found_is_not_forgotten_at_the_next_message(tmp_path: Path, state: Path) -> None:
+    spend(state, range(1, 3))
+    shutil.copytree(state, tmp_path / "copy")
+    head = spend(state, range(3, 6))
+    with Ledger(tmp_path / "copy", hospital()) as ledger, pytest.raises(RefusedError):
+        ledger.check_echo(head)
+    with pytest.raises(RefusedError, match="the server has seen 6"):
+        spend(tmp_path / "copy", range(3, 4))
+    recover(tmp_path / "copy", hospital(), None, 1.0)
+    spend(tmp_path / "copy", range(3, 4))
+
+
 # Which figure keeps the cap.
+
+
+def test_lost_entries_count_against_what_was_reserved_before(state: Path) -> None:
+    policy = {"epsilon": filter_cap(updates(20), DELTA)}
+    with Ledger(state, hospital(policy=policy)) as ledger:
+        assert ledger.reserve("run", "study", updates(20)) == 20
+        ledger.charge("run", "study", "1", update(1))
+    recover(state, hospital(policy=policy), None, 1.0)
+    with Ledger(state, hospital(policy=policy)) as ledger, pytest.raises(BudgetExhausted):
+        for number in range(2, 21):
+            ledger.charge("run", "study", str(number), update(number))
+    assert read_ledger(state).bound() <= policy["epsilon"]
+
+
+def test_what_nobody_planned_leaves_room_for_what_the_exact_figure_granted(state: Path) -> None:
+    policy = {"epsilon": epsilon(updates(6), DELTA) + 1e-6}
+    with Ledger(state, hospital(policy=policy)) as ledger:
+        assert ledger.reserve("run", "study", updates(6)) == 6
+        assert ledger.view.reservation("run")["figure"] == "fixed"
+        ledger.charge("run", "study", "1", update(1))
+        with pytest.raises(BudgetExhausted):
+            ledger.charge("run", "study", "more", update(99))
+        for number in range(2, 7):
+            ledger.charge("run", "study", str(number), update(number))
+    assert read_ledger(state).bound() <= policy["epsilon"]
+
+
+def test_a_granted_schedule_that_stopped_early_is_not_reported_as_its_prefix(state: Path) -> None:
+    cap = epsilon(updates(25), DELTA) + 1e-6
+    with Ledger(state, hospital(policy={"epsilon": cap})) as ledger:
+        assert ledger.reserve("run", "study", updates(25)) == 25
+        for event in updates(3):
+            ledger.charge("run", "study", event.released, event)
+        ledger.finish("run")
+        assert ledger.view.bound() == min(ledger.view.filtered(), epsilon(updates(25), DELTA))
+        assert ledger.view.bound() > epsilon(updates(3), DELTA)
+
+
+def test_a_granted_schedule_that_never_began_is_given_back(state: Path) -> None:
+    with Ledger(state, hospital(policy={"epsilon": epsilon(updates(5), DELTA) + 1e-6})) as ledger:
+        assert ledger.reserve("first", "study", updates(5)) == 5
+        ledger.finish("first")
+        assert ledger.reserve("second", "study", updates(1)) == 1
 
 
 def test_a_first_study_may_use_the_exact_figure_and_then_gives_nothing_back(state: Path) -> None:

@@ -6,7 +6,7 @@ is 1 / sqrt(sum of (C_g / s)^2) = sigma, whatever G: event, noise and accounting
 
 Assumes: G follows from the site's model alone, never from what patients have.
 
-Edge cases: a patient whose norm is not finite in one group contributes zero to all; a group that no record uses is
+Edge cases: a patient whose norm is not finite, or beyond `LARGEST`, in one group contributes zero to all; a group that no record uses is
 zero and keeps its share of the bound.
 
 Reference: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models" (arXiv 1710.06963),
@@ -22,6 +22,10 @@ import torch
 from torch import Tensor
 
 from gapweave.shared.model import group_of
+
+LARGEST = 1e30
+"""Norms of more times the bound are left out, as those that are not finite: their factor would be no normal float32
+number, which is rounded by up to its whole size. A server can send parameters with which every patient's is."""
 
 Grouping = Callable[[str], str]
 """From a parameter's name to that of its group."""
@@ -59,7 +63,7 @@ def clip_factors(norms: Tensor, bound: float) -> tuple[Tensor, Tensor | None]:
     Returns:
         [G, P] factors, 0 for patients who are left out; [P] bool, who is kept, None for all.
     """
-    finite = torch.isfinite(norms).all(0)
+    finite = (norms <= LARGEST * bound).all(0)
     # Selected, not multiplied away: zero times NaN is NaN.
     factors = torch.where(finite, (bound / math.sqrt(len(norms)) / norms.clamp(min=1e-12)).clamp(max=1.0), 0.0)
     return factors, None if bool(finite.all()) else finite

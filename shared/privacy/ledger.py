@@ -126,20 +126,22 @@ class LedgerView:
     def outstanding(self, run: str | None = None) -> Iterator[PrivacyEvent]:
         """Events that runs have reserved and not charged; of all runs but `run`.
 
-        A closed run gives its rest back, unless the rest was granted for a schedule that is fixed in advance:
-        stopping early because of what was seen is not in that schedule.
+        A closed run gives its rest back, unless it was granted for a schedule that is fixed in advance: stopping
+        early because of what was seen is not in that schedule. Nothing was seen where nothing was charged.
         """
         closed = {entry.body["run"] for entry in self.entries if entry.kind == "close"}
         for entry in self.entries:
             if entry.kind != "reserve" or entry.body["run"] == run:
-                continue
-            if entry.body["run"] in closed and entry.body["figure"] == "renyi":
                 continue
             charged = Counter(
                 item.body["event"]["released"]
                 for item in self.entries
                 if item.kind == "charge" and item.body["run"] == entry.body["run"]
             )
+            names = [planned["released"] for planned in entry.body["events"]]
+            fixed = entry.body["figure"] == "fixed" and any(charged[name] for name in names)
+            if entry.body["run"] in closed and not fixed:
+                continue
             for planned in entry.body["events"]:
                 if charged[planned["released"]] == 0:
                     yield PrivacyEvent.from_dict(planned)
@@ -179,7 +181,9 @@ class LedgerView:
         """The figure that the cap binds (docs/decisions/0005), of everything charged and of `more` that is reserved."""
         reserved = [entry for entry in self.entries if entry.kind == "reserve"]
         if len(reserved) == 1 and reserved[0].body["figure"] == "fixed" and self.alone(reserved[0].body["study"]):
-            return min(self.filtered(more), fixed_epsilon([*self.events(), *more], self.delta))
+            # The whole schedule, also where it was not used: to stop early because of a result is not in it.
+            schedule = [*self.events(), *self.outstanding()]
+            return min(self.filtered(more), fixed_epsilon(schedule, self.delta))
         return self.filtered(more)
 
     def summary(self) -> dict[str, Any]:

@@ -72,8 +72,11 @@ class Plan:
 
 def count_event(study: Study) -> PrivacyEvent:
     """The release of the number of training patients with discrete Laplace noise, once a study."""
+    released = "number of training patients"
+    if not study.privacy.enabled:
+        return PrivacyEvent(kind="unnoised", released=released, noise_multiplier=0.0)
     scale = 1 / (COUNT_SHARE * study.privacy.epsilon)
-    return PrivacyEvent(kind="noisy_count", released="number of training patients", noise_multiplier=scale)
+    return PrivacyEvent(kind="noisy_count", released=released, noise_multiplier=scale)
 
 
 def make_plan(
