@@ -391,11 +391,11 @@ def test_what_the_servers_echo_found_is_not_forgotten_at_the_next_message(tmp_pa
 
 
 def test_lost_entries_count_against_what_was_reserved_before(state: Path) -> None:
-    policy = {"epsilon": filter_cap(updates(20), DELTA)}
+    policy = {"epsilon": filter_cap(updates(20), DELTA) + 0.2}
     with Ledger(state, hospital(policy=policy)) as ledger:
         assert ledger.reserve("run", "study", updates(20)) == 20
         ledger.charge("run", "study", "1", update(1))
-    recover(state, hospital(policy=policy), None, 1.0)
+    recover(state, hospital(policy=policy), None, 0.4)
     with Ledger(state, hospital(policy=policy)) as ledger, pytest.raises(BudgetExhausted):
         for number in range(2, 21):
             ledger.charge("run", "study", str(number), update(number))
