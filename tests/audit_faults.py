@@ -90,8 +90,8 @@ def one_number_a_tensor(patch: Patch) -> None:
 def no_clipping(patch: Patch) -> None:
     real = fast.FastEngine.__init__
 
-    def unbounded(self: Any, model: Any, kind: Any, bound: float) -> None:
-        real(self, model, kind, bound)
+    def unbounded(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
         self.bound = 1e9
 
     patch.setattr(fast.FastEngine, "__init__", unbounded)
