@@ -6,8 +6,8 @@ is 1 / sqrt(sum of (C_g / s)^2) = sigma, whatever G: event, noise and accounting
 
 Assumes: G follows from the site's model alone, never from what patients have.
 
-Edge cases: a patient whose norm is not finite, or beyond `LARGEST`, in one group contributes zero to all; a group that no record uses is
-zero and keeps its share of the bound.
+Edge cases: a patient whose norm is not finite, or beyond `LARGEST`, in one group contributes zero to all; a group that
+no record uses is zero and keeps its share of the bound.
 
 Reference: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models" (arXiv 1710.06963),
 per-layer clipping.
