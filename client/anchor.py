@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gapweave.shared.errors import RefusedError, UsageError
+from gapweave.shared.errors import NotIntact, UsageError
 from gapweave.shared.privacy.head import Head, read_anchor, write_anchor
-from gapweave.shared.privacy.ledger import LedgerView
+from gapweave.shared.privacy.ledger import LEDGER_FILE, LedgerView
 
 RECOVER = "declare what was lost with `gapweave site recover`"
 REMEMBERED_FILE = "remembered.json"
@@ -21,12 +21,26 @@ class Anchor:
     """The file outside the state folder that keeps the ledger's head.
 
     Args:
-        path: the file; its folder exists.
-        where: the ledger, for messages.
+        path: the file.
+        state: the site's state folder.
+        site: name of the site.
+
+    Raises:
+        UsageError: when its folder does not exist, or is the state folder, whose copies would bring it along.
     """
 
-    def __init__(self, path: Path, where: str) -> None:
-        self.path, self._where = path.resolve(), where
+    def __init__(self, path: Path, state: Path, site: str) -> None:
+        self.path, self._where, self._site = path.resolve(), str(state / LEDGER_FILE), site
+        if self.path.is_relative_to(state.resolve()):
+            raise UsageError(
+                "the anchor lies in the state folder: an old copy of one brings the other along",
+                where=str(self.path),
+                remedy="Name a file elsewhere in policy.anchor, best on another disk",
+            )
+        if not self.path.parent.is_dir():
+            raise UsageError(
+                "the anchor's folder does not exist", where=str(self.path), remedy="Create it, or correct policy.anchor"
+            )
 
     def check(self, view: LedgerView) -> None:
         """Refuse a ledger that lacks what the anchor has seen, or whose anchor is gone.
@@ -35,10 +49,16 @@ class Anchor:
             RefusedError: naming both ways out.
         """
         head = read_anchor(self.path)
+        if head is not None and head.site != self._site:
+            raise NotIntact(
+                f"its anchor {self.path} belongs to site {head.site!r}, not {self._site!r}",
+                where=self._where,
+                remedy="Give each site an anchor of its own",
+            )
         if head is not None:
             check_head(view, head, f"its anchor {self.path}", self._where)
         elif view.opening.get("anchor") == str(self.path):
-            raise RefusedError("the ledger's anchor is gone", where=str(self.path), remedy=f"Put it back, or {RECOVER}")
+            raise NotIntact("the ledger's anchor is gone", where=str(self.path), remedy=f"Put it back, or {RECOVER}")
 
     def write(self, head: Head) -> None:
         """Keep the ledger's head, durably.
@@ -68,18 +88,12 @@ def check_head(view: LedgerView, head: Head, who: str, where: str) -> None:
     Raises:
         RefusedError: when the ledger is shorter, or has other entries: an old copy, or a fork.
     """
-    if view.entries and head.site != view.head.site:
-        raise RefusedError(
-            f"{who} belongs to site {head.site!r}, not {view.head.site!r}",
-            where=where,
-            remedy="Give each site an anchor of its own",
-        )
     if view.continues(head):
         return
     how = "has others: an old copy was restored and used, or there are two copies"
     if len(view.entries) < head.length:
         how = f"has {len(view.entries)}: an old copy was restored, or entries were lost"
-    raise RefusedError(
+    raise NotIntact(
         f"{who} has seen {head.length} entries, the ledger {how}",
         where=where,
         remedy=f"Restore the newest copy, or {RECOVER}",

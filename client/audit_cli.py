@@ -25,12 +25,15 @@ def audit(
     Example: gapweave privacy audit study.yaml --site hospital.yaml
     """
     from gapweave.client.audit import audit_site
+    from gapweave.shared import __version__
     from gapweave.shared.config import load_site, load_study
     from gapweave.shared.errors import RefusedError
 
-    result = audit_site(load_study(study), load_site(site), site, data, claim)
+    planned, hospital = load_study(study), load_site(site)
+    result = audit_site(planned, hospital, site, data, claim)
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
+        whose = {"site": hospital.name, "study": planned.name, "study_sha256": planned.sha256, "version": __version__}
+        typer.echo(json.dumps({**result.to_dict(), **whose}, indent=1))
     else:
         for part in result.parts:
             typer.echo(f"{'passed' if part.passed else 'FAILED':<8} {part.part}: {part.text}")

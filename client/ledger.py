@@ -28,7 +28,7 @@ from typing import Any, Self
 from gapweave.client.anchor import RECOVER, REMEMBERED_FILE, Anchor, check_head
 from gapweave.client.budget import Budget
 from gapweave.shared.config.site import Site
-from gapweave.shared.errors import BudgetExhausted, GapweaveError, LedgerBusy, RefusedError
+from gapweave.shared.errors import BudgetExhausted, GapweaveError, LedgerBusy, NotIntact, RefusedError
 from gapweave.shared.files import private_folder, sync_folder
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head, read_anchor, write_anchor
@@ -77,7 +77,7 @@ class Ledger:
 
     def __init__(self, state: Path, site: Site, anchor: Path | None = None, *, lost: bool = False) -> None:
         self._state, self._where = state, str(state / LEDGER_FILE)
-        self._anchor = None if anchor is None else Anchor(anchor, self._where)
+        self._anchor = None if anchor is None else Anchor(anchor, state, site.name)
         # What is lost must stay visible until it is declared: the anchor then keeps what it has seen.
         self._keeper = None if lost else self._anchor
         with ExitStack() as opened:
@@ -89,7 +89,7 @@ class Ledger:
             except sqlite3.DatabaseError as error:
                 if getattr(error, "sqlite_errorname", "").startswith(DISK):
                     raise self._unwritable(error) from None
-                raise RefusedError(
+                raise NotIntact(
                     "the ledger cannot be read", where=self._where, remedy="Restore it from the newest backup"
                 ) from None
             self._opened = opened.pop_all()
@@ -115,7 +115,7 @@ class Ledger:
         self._connection.executescript(SCHEMA)
         self.view: LedgerView = view(self._connection)
         if not self.view.intact:
-            raise RefusedError(
+            raise NotIntact(
                 "the ledger was changed: its hashes do not follow from its entries",
                 where=self._where,
                 remedy=f"Restore the newest backup, or {RECOVER}; nothing is released until then",
@@ -151,7 +151,7 @@ class Ledger:
         if remembered is not None and remembered.site == self.view.head.site:
             check_head(self.view, remembered, "the server", self._where)
         if not self.view.recovered and any(self._state.glob(f"{PUT_ASIDE}*{LEDGER_FILE}")):
-            raise RefusedError(
+            raise NotIntact(
                 "a changed ledger was put aside, and nobody declared what it had spent",
                 where=self._where,
                 remedy="Declare it with `gapweave site recover`",
@@ -316,7 +316,7 @@ class Ledger:
             RefusedError: when entries were lost.
         """
         if request and not self.view.charged(request) and not self.view.recovered:
-            raise RefusedError(
+            raise NotIntact(
                 "the site holds a reply that its ledger has no charge for: entries were lost",
                 where=self._where,
                 remedy=f"Restore the newest copy, or {RECOVER}",

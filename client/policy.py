@@ -69,7 +69,7 @@ def check_counts(site: Site, what: str) -> None:
         raise RefusedError(
             f"{what}, and the site releases no counts",
             where=f"{site.name}:policy.releases",
-            remedy="Add `counts`, or take part in studies with public values only",
+            remedy="Add `counts`, or declare patients.declared and take part in studies with public values only",
         )
 
 

@@ -4,6 +4,7 @@
     +- UsageError            2  wrong usage or configuration
     +- RefusedError          3  privacy budget, site policy, or a ledger that is not intact
     |  +- BudgetExhausted
+    |  +- NotIntact             a ledger that was changed, or lost entries
     +- LedgerBusy            3  another process holds the ledger: try again
     +- TooFewSites           4  quorum lost
     +- Unreachable           5  site or server unreachable
@@ -51,6 +52,10 @@ class RefusedError(GapweaveError):
 
 class BudgetExhausted(RefusedError):
     """The site's cap leaves no room for the release that was asked for."""
+
+
+class NotIntact(RefusedError):
+    """A site's ledger was changed, or lacks entries that somebody remembers."""
 
 
 class LedgerBusy(GapweaveError):

@@ -104,7 +104,9 @@ def test_a_cap_below_the_plan_ends_it_early(study: Path) -> None:
     plan = plan_report(load_study(study), 2000, 5).plan
     assert epsilon([plan.event("", 5 * allowed)], plan.delta) <= 5
     assert epsilon([plan.event("", 5 * (allowed + 1))], plan.delta) > 5
-    assert planned(study, "--patients", 2000, "--cap", 8)["warnings"] == []
+    (only_study,) = planned(study, "--patients", 2000, "--cap", 8)["warnings"]
+    assert "only as a site's first" in only_study
+    assert planned(study, "--patients", 2000, "--cap", 12)["warnings"] == []
 
 
 def test_the_text_says_the_same_in_eighty_columns(study: Path) -> None:

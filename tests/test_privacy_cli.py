@@ -16,6 +16,7 @@ from gapweave.shared.privacy.ledger import LEDGER_FILE, entry_hash, read_ledger
 from gapweave.shared.privacy.room import further_epsilon
 from gapweave.shared.report.ledger_report import POINTS, ledger_facts
 from gapweave.shared.report.ledger_text import left_figure
+from gapweave.shared.report.wording import rounded_up
 
 SITE = {
     "version": 1,
@@ -72,8 +73,10 @@ def test_an_unchanged_ledger_passes_and_says_what_an_anchor_would_add(state, cap
     assert code == 0
     assert "unanchored: every entry follows from the one before" in out
     view = read_ledger(state)
-    assert f"epsilon {view.bound():.2f} of a cap of 10, whoever planned which study after seeing what" in out
-    assert f"epsilon {view.spent():.2f} for schedules fixed in advance; delta 1e-5" in out
+    assert (
+        f"epsilon {rounded_up(view.bound()):.2f} of a cap of 10, whoever planned which study after seeing what" in out
+    )
+    assert f"epsilon {rounded_up(view.spent()):.2f} for schedules fixed in advance; delta 1e-5" in out
 
 
 def test_verify_prints_the_contract_as_json(state, capsys):
@@ -181,11 +184,11 @@ def test_the_report_in_words(state, capsys):
     assert code == 0
     view = read_ledger(state)
     assert "Site north, cohort icu-2014" in out
-    assert f"spent      epsilon {view.bound():.2f} of a cap of 10" in out
+    assert f"spent      epsilon {rounded_up(view.bound()):.2f} of a cap of 10" in out
     assert f"left       a further study of epsilon up to {left_figure(further_epsilon(view))} fits" in out
     assert "Study sepsis (aaaaaaaaaaaa), 1 run" in out
     text = re.sub(r"\s+", " ", out)
-    assert f"epsilon {view.spent():.2f} for schedules fixed in advance; delta 1e-5" in text
+    assert f"epsilon {rounded_up(view.spent()):.2f} for schedules fixed in advance; delta 1e-5" in text
     assert "updates of shared model parameters, 8 times: 40 steps, sigma 1.3, q 0.1, clip 1, for 640 patients" in text
     assert "number of training patients, noised, once: discrete Laplace noise of scale 2.5" in text
     assert "What it does not cover:" in out

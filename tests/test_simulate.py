@@ -248,6 +248,27 @@ def test_a_run_beyond_every_cap_is_refused(copy: Path, tmp_path: Path) -> None:
         assert len(read_ledger(tmp_path / "state" / name).events()) == 4
 
 
+def test_a_site_whose_anchor_has_no_folder_is_left_out_and_named(copy: Path, tmp_path: Path) -> None:
+    # Believed: an error at a site is an error of the site. True: its empty ledger ended the whole run.
+    edit(site_file(copy, "birch"), policy={"anchor": "nowhere/birch.json"})
+    done("simulate", copy, "--out", tmp_path / "run", "--state", tmp_path / "state", *QUICK)
+    sites = summary_of(tmp_path / "run")["sites"]
+    assert {name: row["status"] for name, row in sites.items()} == {"alder": "ok", "birch": "failed", "cedar": "ok"}
+    assert sites["birch"]["privacy"] is None
+    assert not (tmp_path / "state" / "birch" / "ledger.sqlite").exists()
+
+
+def test_a_site_whose_ledger_is_lost_is_refused_and_named(copy: Path, tmp_path: Path) -> None:
+    edit(site_file(copy, "birch"), policy={"anchor": str(tmp_path / "birch.json")})
+    state = ("--state", tmp_path / "state", *QUICK)
+    done("simulate", copy, "--out", tmp_path / "one", *state, "--set", "epsilon=1")
+    shutil.rmtree(tmp_path / "state" / "birch")
+    done("simulate", copy, "--out", tmp_path / "two", *state, "--set", "epsilon=1", "--set", "name=another")
+    row = summary_of(tmp_path / "two")["sites"]["birch"]
+    assert row["status"] == "refused"
+    assert "ledger" in row["reason"]
+
+
 def test_a_site_stops_at_its_cap_and_the_others_go_on(copy: Path, tmp_path: Path) -> None:
     plan = plan_of(copy, **{"training.rounds": 10, "training.local_steps": 1})
     edit(site_file(copy, "birch"), policy={"epsilon": (cost(plan, 3) + cost(plan, 4)) / 2})

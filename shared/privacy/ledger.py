@@ -177,10 +177,15 @@ class LedgerView:
             entry.body["study"] == study for entry in self.entries if entry.kind in ("reserve", "charge")
         )
 
+    @property
+    def granted(self) -> bool:
+        """Whether the exact figure keeps the cap: granted to the first study, and no other came since."""
+        reserved = [entry.body for entry in self.entries if entry.kind == "reserve"]
+        return len(reserved) == 1 and reserved[0]["figure"] == "fixed" and self.alone(reserved[0]["study"])
+
     def bound(self, more: Sequence[PrivacyEvent] = ()) -> float:
         """The figure that the cap binds (docs/decisions/0005), of everything charged and of `more` that is reserved."""
-        reserved = [entry for entry in self.entries if entry.kind == "reserve"]
-        if len(reserved) == 1 and reserved[0].body["figure"] == "fixed" and self.alone(reserved[0].body["study"]):
+        if self.granted:
             # The whole schedule, also where it was not used: to stop early because of a result is not in it.
             schedule = [*self.events(), *self.outstanding()]
             return min(self.filtered(more), fixed_epsilon(schedule, self.delta))
@@ -199,6 +204,7 @@ class LedgerView:
             "cap": opening.get("cap"),
             "releases": folded(self.events()),
             "intact": self.standing(),
+            "figure": "fixed" if self.granted else "renyi",
         }
 
     def standing(self) -> bool | Literal["unanchored"]:
@@ -210,7 +216,10 @@ class LedgerView:
             return False
         place = self.opening.get("anchor")
         anchor = read_anchor(Path(place)) if place else None
-        return "unanchored" if anchor is None else self.continues(anchor)
+        if anchor is None:
+            # Gone, where its folder is on this machine; elsewhere the ledger is a copy that somebody looks at.
+            return False if place and Path(place).parent.is_dir() else "unanchored"
+        return self.continues(anchor)
 
 
 def folded(events: list[PrivacyEvent]) -> list[dict[str, Any]]:

@@ -69,6 +69,11 @@ class PlanReport:
                 f"A cap of {self.cap:g} has room for {self.rounds_allowed} of the {self.plan.rounds} rounds: "
                 "the site leaves the study after them."
             )
+        elif self.epsilon_filter > self.cap:
+            yield (
+                f"A cap of {self.cap:g} has room for this study only as a site's first, by the exact figure, and then "
+                "for no other: plan more rounds with more noise each, a smaller epsilon, or a larger cap."
+            )
         small = self.study.privacy.epsilon <= SMALL_EPSILON
         if self.plan.n_hat < FEW_PATIENTS or (small and self.plan.n_hat <= FEW_AT_SMALL_EPSILON):
             yield (

@@ -113,7 +113,11 @@ def guarantee_sentence(summary: Mapping[str, Any]) -> tuple[bool, str]:
     if epsilon is None:
         return False, "None at every site: at least one of the ledgers holds a release without noise."
     delta = max(ledger["delta"] for ledger in ledgers)
+    filtered = [ledger["epsilon_filter"] for ledger in ledgers if ledger.get("epsilon_filter") is not None]
+    adaptive = (
+        f", or {rounded_up(max(filtered)):.2f} if studies were planned after seeing others' results" if filtered else ""
+    )
     return True, (
-        f"Each patient of each site is protected with epsilon at most {rounded_up(epsilon):.2f} "
+        f"Each patient of each site is protected with epsilon at most {rounded_up(epsilon):.2f}{adaptive} "
         f"(delta {short(delta)}), {OVER.get(str(summary.get('engine')), LEDGER)}."
     )

@@ -24,6 +24,14 @@ CHAIN = {
 }
 """What `intact` means."""
 
+NOTHING_SHOWN = "What was released is not known: an earlier ledger was lost, and this one shows nothing yet."
+
+FIGURES = {
+    "renyi": "whoever planned which study after seeing what",
+    "fixed": "exactly, for the whole schedule of the first study, beside which nothing else fits under this cap",
+}
+"""What keeps the cap (docs/decisions/0005)."""
+
 LAW = {
     "dp_sgd": "Gaussian",
     "noisy_statistic": "Gaussian",
@@ -39,9 +47,10 @@ def spent_words(summary: dict[str, Any]) -> str:
     """What was spent, in words: the figure that the cap binds, and the exact one."""
     if summary["epsilon"] is None:
         return "no guarantee: something was released without noise"
+    figure = FIGURES[summary["figure"]]
     return (
-        f"epsilon {budget(summary['epsilon_filter'])} of a cap of {short(summary['cap'])}, whoever planned which study "
-        f"after seeing what; epsilon {budget(summary['epsilon'])} for schedules fixed in advance; "
+        f"epsilon {budget(summary['epsilon_filter'])} of a cap of {short(summary['cap'])}, {figure}; "
+        f"epsilon {budget(summary['epsilon'])} for schedules fixed in advance; "
         f"delta {short(summary['delta'])}"
     )
 
@@ -59,6 +68,8 @@ def left_words(facts: LedgerFacts) -> str:
     """What the cap has room for."""
     if facts.left is None:
         return "no private study: something was released without noise"
+    if facts.summary["intact"] is False:
+        return "nothing: the site refuses to work until its ledger is restored, or its loss declared"
     if not facts.left:
         return "no further study fits"
     return f"a further study of epsilon up to {left_figure(facts.left)} fits"
@@ -95,7 +106,7 @@ def ledger_lines(facts: LedgerFacts) -> Iterator[str]:
     for study in facts.studies:
         yield from _study(study)
     if not facts.studies:
-        yield "Nothing was released."
+        yield NOTHING_SHOWN if facts.lost else "Nothing was released."
     yield ""
     yield from _wrapped(f"What it means: {meaning(facts.summary['epsilon_filter'])}", "")
     yield ""
@@ -127,6 +138,8 @@ def _head(facts: LedgerFacts) -> Iterator[str]:
         )
         yield from _wrapped(f"  planned    {planned}", indent)
     yield from _wrapped(f"  ledger     {facts.entries} entries; {CHAIN[summary['intact']]}", indent)
+    if facts.lost:
+        yield from _wrapped(f"  lost       {lost_words(facts)}", indent)
 
 
 def _study(study: StudyCost) -> Iterator[str]:

@@ -38,7 +38,7 @@ def rounded_up(epsilon: float) -> float:
 
 def budget(value: float | None) -> str:
     """An epsilon that was spent; none means that something left without noise."""
-    return "no guarantee" if value is None or math.isinf(value) else f"{value:.2f}"
+    return "no guarantee" if value is None or math.isinf(value) else f"{rounded_up(value):.2f}"
 
 
 def size(count: float | None) -> str:

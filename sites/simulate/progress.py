@@ -99,7 +99,7 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
     return [scores, *([facts] if facts else [])]
 
 
-FACTS = ("patients train/test", "epsilon spent/cap", "status")
+FACTS = ("patients train/test", "epsilon exact counted/cap", "status")
 
 
 def _facts(row: dict[str, Any]) -> list[str]:
@@ -126,5 +126,6 @@ def _auroc(metrics: dict[str, float | None] | None) -> str:
 def _spent(privacy: dict[str, Any] | None) -> str:
     if privacy is None:
         return "-"
-    spent = "no guarantee" if privacy["epsilon"] is None else f"{rounded_up(privacy['epsilon']):.2f}"
-    return f"{spent}/{privacy['cap']:g}"
+    if privacy["epsilon"] is None:
+        return f"no guarantee/{privacy['cap']:g}"
+    return f"{rounded_up(privacy['epsilon']):.2f} {rounded_up(privacy['epsilon_filter']):.2f}/{privacy['cap']:g}"

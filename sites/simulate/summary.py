@@ -103,9 +103,12 @@ def _privacy(state: Any) -> dict[str, Any] | None:
     """What the site's ledger says, over all its runs."""
     if not (state / LEDGER_FILE).exists():
         return None
-    content = read_ledger(state).summary()
-    kept = {key: content[key] for key in ("unit", "epsilon", "delta", "cap", "releases")}
-    return {**kept, "epsilon": _finite(kept["epsilon"])}
+    view = read_ledger(state)
+    if not (view.entries and view.intact):
+        return None
+    content = view.summary()
+    kept = {key: content[key] for key in ("unit", "epsilon", "epsilon_filter", "delta", "cap", "releases")}
+    return {**kept, "epsilon": _finite(kept["epsilon"]), "epsilon_filter": _finite(kept["epsilon_filter"])}
 
 
 def _finite(value: float | None) -> float | None:
