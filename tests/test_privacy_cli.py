@@ -303,6 +303,17 @@ def test_a_failed_part_fails_the_audit_whatever_the_file_says(state, tmp_path, c
     assert "trains: FAILED (noise law)" in out
 
 
+def test_an_audit_of_another_site_is_refused(state, capsys, tmp_path):
+    file = tmp_path / "audit.json"
+    parts = [{"part": "noise", "passed": True, "text": "as declared"}]
+    for site, code in (("north", 0), ("south", 2)):
+        file.write_text(json.dumps({"passed": True, "parts": parts, "site": site, "study": "sepsis"}), encoding="utf-8")
+        found, out, error = gapweave(capsys, "privacy", "report", state, "--audit", file)
+        assert found == code
+        assert ("passed, with study 'sepsis'" in out) is (code == 0)
+        assert ("of site 'south', not 'north'" in error) is (code == 2)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"passed": true, "parts": [1]}', None])
 def test_what_is_no_audit_is_refused(state, tmp_path, capsys, text):
     result = tmp_path / "audit.json"

@@ -90,7 +90,8 @@ def report(
     from gapweave.shared.report.ledger_report import ledger_facts
     from gapweave.shared.report.ledger_text import ledger_lines
 
-    facts = ledger_facts(read_ledger(path), None if audit is None else read_audit(audit))
+    view = read_ledger(path)
+    facts = ledger_facts(view, None if audit is None else read_audit(audit, view.opening.get("site")))
     if as_json:
         typer.echo(json.dumps(facts.to_dict(), indent=1))
     elif out is None:

@@ -33,20 +33,28 @@ class AuditResult:
         passed: whether every part passed.
         parts: in the order of the audit.
         sha256: of the file that the result was read from: the ledger does not vouch for it.
+        site: at which it was made; empty where the file does not say.
+        study: of which.
     """
 
     passed: bool
     parts: tuple[AuditPart, ...]
     sha256: str
+    site: str = ""
+    study: str = ""
 
 
-def read_audit(path: Path) -> AuditResult:
+def read_audit(path: Path, site: str | None = None) -> AuditResult:
     """Read what `gapweave privacy audit --json` printed.
 
     A part that failed fails the audit, whatever the file says of the whole.
 
+    Args:
+        path: of the file.
+        site: whose audit it has to be; None for anybody's.
+
     Raises:
-        UsageError: when the file is not there, or is no such result.
+        UsageError: when the file is not there, is no such result, or is of another site.
     """
     try:
         text = path.read_bytes()
@@ -62,4 +70,7 @@ def read_audit(path: Path) -> AuditResult:
             where=str(path),
             remedy="Give what `gapweave privacy audit STUDY --site SITE.yaml --json` printed",
         ) from None
-    return AuditResult(passed=passed, parts=parts, sha256=hashlib.sha256(text).hexdigest())
+    whose, study = str(content.get("site", "")), str(content.get("study", ""))
+    if site and whose and whose != site:
+        raise UsageError(f"this audit is of site {whose!r}, not {site!r}", where=str(path), remedy="Give its own")
+    return AuditResult(passed=passed, parts=parts, sha256=hashlib.sha256(text).hexdigest(), site=whose, study=study)

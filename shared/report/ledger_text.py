@@ -122,7 +122,8 @@ def audit_words(facts: LedgerFacts) -> str:
     if facts.audit is None:
         return "no result was given to this report"
     failed = ", ".join(part.part for part in facts.audit.parts if not part.passed)
-    return "passed" if facts.audit.passed else f"FAILED ({failed or 'it says so'})"
+    verdict = "passed" if facts.audit.passed else f"FAILED ({failed or 'it says so'})"
+    return f"{verdict}, with study {facts.audit.study!r}" if facts.audit.study else verdict
 
 
 def _head(facts: LedgerFacts) -> Iterator[str]:
