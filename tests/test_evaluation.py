@@ -446,7 +446,7 @@ def test_a_site_that_releases_updates_only_must_declare_its_patients(tmp_path: P
         site.prepare(RUN)
     assert str(refused.value) == (
         "north:policy.releases: `patients.declared` is not set: the number of patients would be counted, and the site "
-        "releases no counts. Add `counts`, or take part in studies with public values only"
+        "releases no counts. Add `counts`, or declare patients.declared and take part in studies with public values only"
     )
     assert charged(site) == []
     with pytest.raises(RefusedError, match="releases no model updates"):

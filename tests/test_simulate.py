@@ -132,7 +132,8 @@ def test_every_site_in_summary_json(counted: tuple[Path, dict[str, Any]]) -> Non
             assert set(metrics) == METRICS
             assert all(0 <= value <= 1 for value in metrics.values())
         privacy = row["privacy"]
-        assert set(privacy) == {"unit", "epsilon", "delta", "cap", "releases"}
+        assert set(privacy) == {"unit", "epsilon", "epsilon_filter", "delta", "cap", "releases"}
+        assert privacy["epsilon"] <= privacy["epsilon_filter"] <= privacy["cap"]
         assert privacy["unit"] == "patient"
         assert 0 < privacy["epsilon"] <= privacy["cap"] == 10
         assert privacy["epsilon"] <= 8
