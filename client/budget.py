@@ -8,12 +8,13 @@ and then never gives its rest back, since to stop early because of a result is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from gapweave.shared.privacy.accountant import fixed_epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import LedgerView
+from gapweave.shared.privacy.plan import longest_prefix
 
 Figure = Literal["renyi", "fixed"]
 
@@ -47,10 +48,10 @@ class Budget:
 
     def prefix(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> tuple[int, Figure]:
         """Length of the longest prefix of a run's events that the cap allows, and the figure that allows it."""
-        count = longest(events, lambda part: self.allows(part, run))
+        count = longest_prefix(events, lambda part: self.allows(part, run))
         if count == len(events):
             return count, "renyi"
-        exact = longest(events, lambda part: self._allows_fixed(run, study, part))
+        exact = longest_prefix(events, lambda part: self._allows_fixed(run, study, part))
         return (exact, "fixed") if exact > count else (count, "renyi")
 
     def affords(self, run: str, study: str, event: PrivacyEvent) -> bool:
@@ -67,11 +68,10 @@ class Budget:
 
     def _reserved(self, run: str, event: PrivacyEvent) -> bool:
         """Whether the event is planned in a reservation that is still open, and not charged yet."""
-        if any(entry.kind == "close" and entry.body["run"] == run for entry in self._view.entries):
-            return False
         reservation = self._view.reservation(run)
         return (
             reservation is not None
+            and not self._view.closed(run)
             and event.to_dict() in reservation["events"]
             and not any(_charges(entry.body, run, event) for entry in self._view.entries if entry.kind == "charge")
         )
@@ -86,12 +86,3 @@ class Budget:
 
 def _charges(body: dict[str, Any], run: str, event: PrivacyEvent) -> bool:
     return bool(body["run"] == run and body["event"] == event.to_dict())
-
-
-def longest(events: Sequence[PrivacyEvent], fits: Callable[[Sequence[PrivacyEvent]], bool]) -> int:
-    """Length of the longest prefix that fits; most studies fit as a whole, which is looked at first."""
-    low, high, middle = 0, len(events), len(events)
-    while low < high:
-        low, high = (middle, high) if fits(events[:middle]) else (low, middle - 1)
-        middle = (low + high + 1) // 2
-    return low

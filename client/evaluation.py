@@ -23,7 +23,6 @@ from gapweave.shared.constants import Constants
 from gapweave.shared.errors import RefusedError
 from gapweave.shared.model import MultimodalModel, load_groups
 from gapweave.shared.objective import probabilities
-from gapweave.shared.privacy.draws import SecretDraws, discrete_laplace
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.once import problems
 from gapweave.shared.schema import Batch
@@ -103,12 +102,6 @@ def score_table(model: ReleasedModel, test: Batch) -> NDArray[np.int64]:
             if record.label_mask[0, at]:
                 counts[at, int(record.target[0, at] > 0.5), place] += 1
     return counts
-
-
-def noised_table(counts: NDArray[np.int64], event: PrivacyEvent) -> list[float]:
-    """Flat list of all cells with the event's noise."""
-    draws = SecretDraws()
-    return [float(int(count) + discrete_laplace(event.noise_multiplier, draws)) for count in counts.ravel()]
 
 
 def table_answer(event: PrivacyEvent, value: list[float] | None) -> Mapping[str, Any]:

@@ -362,7 +362,7 @@ class Ledger:
 
     def finish(self, run: str) -> None:
         """Give back what a run reserved and did not use."""
-        if self._has("reserve", run=run) and not self._has("close", run=run):
+        if self.view.reservation(run) is not None and not self.view.closed(run):
             self._append("close", {"run": run})
 
     def recover(self, assume_spent: float, lost: Sequence[Head]) -> None:

@@ -12,15 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from gapweave.client.data import Cohort, load_cohort
-from gapweave.client.evaluation import ReleasedModel, noised_table, score_table, table_answer
+from gapweave.client.evaluation import ReleasedModel, score_table, table_answer
 from gapweave.client.gradients.probe import probe_independence
 from gapweave.client.ledger import Ledger
 from gapweave.client.policy import check_counts, check_guarantee, check_policy, check_size
-from gapweave.client.preparation import Preparation
+from gapweave.client.preparation import Preparation, noised_counts
+from gapweave.client.requests import check_groups, check_open, check_round, check_same_model
 from gapweave.client.setting import run_setting
 from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_arrays, to_tensors
@@ -29,7 +29,7 @@ from gapweave.shared.config import Site, Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.errors import BudgetExhausted, RefusedError
 from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups, shared_groups
-from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws, discrete_laplace
+from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.privacy.plan import Plan, count_event, make_plan
@@ -189,14 +189,8 @@ class Participant:
         check_counts(self.site, "`patients.declared` is not set: the number of patients would be counted")
         if ledger.released_once(self.study.sha256, event) is None and ledger.allows([event]):
             check_size(self.training.patients, self.site)  # a study that is too large for the site costs it nothing
-        (noised,) = ledger.once(run, self.study.sha256, event, lambda: [self._count(event)])
+        (noised,) = ledger.once(run, self.study.sha256, event, lambda: noised_counts([self.training.patients], event))
         return max(1, int(noised)), (event,) if self.study.privacy.enabled else ()
-
-    def _count(self, event: PrivacyEvent) -> float:
-        """The number of training patients, with noise."""
-        if event.kind == "unnoised":
-            return float(self.training.patients)
-        return float(self.training.patients + discrete_laplace(event.noise_multiplier, SecretDraws()))
 
     def train(self, run: str, number: int, request: str, received: Arrays) -> RoundState:
         """Train one round, or give the stored reply to a request that was answered before.
@@ -221,8 +215,9 @@ class Participant:
             if before.request == request:
                 ledger.released(request)
                 return before
-            self._check_open(ledger, run)
-            self._check_request(number, before, received)
+            check_open(ledger.view, run)
+            check_round(number, before.round, self.study.training.rounds)
+            self._check_groups(received)
             plan = self._plan(ledger, run)
             event = plan.event(f"update of round {number}")
             ledger.charge(run, self.study.sha256, request, event)
@@ -233,45 +228,8 @@ class Participant:
             ledger.released(request)
         return after
 
-    def _check_open(self, ledger: Ledger, run: str) -> None:
-        """Refuse further rounds of a run that got its last message."""
-        if _is_over(ledger, run):
-            raise RefusedError("this run is over", where=self.site.name, remedy="Start another run")
-
-    def _check_request(self, number: int, before: RoundState, received: Arrays) -> None:
-        if number > self.study.training.rounds:
-            raise RefusedError(
-                f"round {number} is not in the study", where=self.site.name, remedy="Plan a study of more rounds"
-            )
-        if number <= before.round:
-            raise RefusedError(
-                f"round {number} was answered before, to another request",
-                where=self.site.name,
-                remedy="Resume the run from its newest checkpoint",
-            )
-        self._check_groups(received)
-
     def _check_groups(self, received: Arrays) -> None:
-        """Refuse anything but exactly the shared groups, all of finite numbers.
-
-        A copy would spread a smaller tensor over a larger one, and one NaN would end the site's private groups.
-        """
-        shapes = {
-            (group, name): tuple(value.shape) for group in self.shared for name, value in self.initial[group].items()
-        }
-        asked = {(group, name): value.shape for group, part in received.items() for name, value in part.items()}
-        if asked != shapes:
-            raise RefusedError(
-                "the server sent other parameter groups than the study shares",
-                where=self.site.name,
-                remedy="Both sides must run the same study with the same Gapweave version",
-            )
-        if not all(np.isfinite(value).all() for part in received.values() for value in part.values()):
-            raise RefusedError(
-                "the server sent parameters that are no numbers",
-                where=self.site.name,
-                remedy="Resume the run from a checkpoint before its model diverged",
-            )
+        check_groups(received, {group: self.initial[group] for group in self.shared})
 
     def _train(self, plan: Plan, number: int, request: str, before: RoundState, received: Arrays) -> RoundState:
         start = to_tensors(received)
@@ -371,9 +329,10 @@ class Participant:
         """Charge, then count, then keep."""
         if trained.round == 0:
             raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")
-        self._check_open(ledger, run)
+        check_open(ledger.view, run)
         ledger.charge(run, self.study.sha256, request, event)
-        value = noised_table(score_table(self._released(ledger, trained, received), self.cohort.testing()), event)
+        table = score_table(self._released(ledger, trained, received), self.cohort.testing())
+        value = noised_counts(table.ravel().tolist(), event)
         ledger.keep(request, value)
         return value
 
@@ -405,24 +364,14 @@ class Participant:
         with self.ledger() as ledger:
             if folder.load().round == 0:
                 raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")
-            if _is_over(ledger, run):
-                self._check_kept(folder, received)
+            if ledger.view.closed(run):
+                check_same_model(read_model(folder.path / "model.safetensors")[0], received)
                 return
             self._plan(ledger, run)  # gives the model its constants; what they cost was paid before
             folder.save_model("model", groups(self.assemble(run, received)), self._card())
             if self.study.training.finetune:
                 self._finetune(ledger, run, folder)
             ledger.finish(run)
-
-    def _check_kept(self, folder: RunFolder, received: Arrays) -> None:
-        """Refuse a model in the place of the one that the run ended with: people predict with it."""
-        kept, _ = read_model(folder.path / "model.safetensors")
-        if any(
-            not np.array_equal(kept[group][name], value)
-            for group in received
-            for name, value in received[group].items()
-        ):
-            raise RefusedError("this run ended with another model", where=self.site.name, remedy="Start another run")
 
     def _finetune(self, ledger: Ledger, run: str, folder: RunFolder) -> None:
         """Train on from the final model; the copy is terminal, no release path opens it."""
@@ -450,11 +399,6 @@ class Participant:
             "patterns": sorted({"+".join(pattern) for pattern in names if pattern}),
             "constants": self.model.constants.to_dict(),
         }
-
-
-def _is_over(ledger: Ledger, run: str) -> bool:
-    """Whether a run got its last message."""
-    return any(entry.kind == "close" and entry.body["run"] == run for entry in ledger.view.entries)
 
 
 def _device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ patient's records share one weight of 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -80,7 +80,10 @@ class Preparation:
             return log_odds(asked, self._study.task.kind)
         event = balance_event(self._study)
         counts = ledger.once(
-            run, self._study.sha256, event, lambda: noised_counts(label_counts(self._study, training()), event)
+            run,
+            self._study.sha256,
+            event,
+            lambda: noised_counts(label_counts(self._study, training()).flatten().tolist(), event),
         )
         return log_odds(shares(np.array(counts).reshape(event.steps, -1), self._study.task.kind), self._study.task.kind)
 
@@ -122,12 +125,12 @@ def first_records(data: Batch, eligible: Tensor) -> Tensor:
     return rows[first]
 
 
-def noised_counts(counts: Tensor, event: PrivacyEvent) -> list[float]:
-    """Flat list of all counts with the event's noise in each cell."""
+def noised_counts(counts: Iterable[int], event: PrivacyEvent) -> list[float]:
+    """Counts with the event's noise in each."""
     if event.kind == "unnoised":
-        return [float(count) for count in counts.flatten()]
+        return [float(count) for count in counts]
     draws = SecretDraws()
-    return [float(int(count) + discrete_laplace(event.noise_multiplier, draws)) for count in counts.flatten()]
+    return [float(count + discrete_laplace(event.noise_multiplier, draws)) for count in counts]
 
 
 def shares(counts: np.ndarray[tuple[int, ...], np.dtype[np.float64]], kind: str) -> list[float]:

@@ -1,9 +1,11 @@
 """Fixtures of several test files."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import Server, fork_server, require_strace
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +17,20 @@ def real_data() -> Path:
     if os.environ.get("CI"):
         pytest.fail("GAPWEAVE_DATA is not set: CI must run the tests on real data")
     pytest.skip("GAPWEAVE_DATA is not set: no real data sets here")
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    """Forks of a process that has everything imported and read, under strace."""
+    require_strace()
+    return fork_server()
+
+
+@pytest.fixture
+def fresh_sites() -> Iterator[None]:
+    """The client app keeps participants by file; with this, every test has its own."""
+    from gapweave.client import app
+
+    app.forget()
+    yield
+    app.forget()

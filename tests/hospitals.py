@@ -98,3 +98,8 @@ class Wire(InlineGrid):
         """Send one message to the site at a position, and wait."""
         (reply,) = self.send_and_receive([Message(content, 1000 + at, kind, group_id=kind)])
         return reply
+
+
+def die(*_: object) -> None:
+    """Put in the place of what a site is about to do: a crash just before it."""
+    raise RuntimeError("the machine died")

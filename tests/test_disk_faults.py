@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from forks import Server, fork_server, require_strace
+from forks import Server
 from test_kills import calls_of, check_end, check_midway, find, left, number_of
 
 FAULTS: dict[str, tuple[str, int, str, str]] = {
@@ -23,12 +23,6 @@ RARE_FAULTS: dict[str, tuple[str, int, str, str]] = {
     "the checkpoint, full": (r"write\(.*server.safetensors", 3, "ENOSPC", "server.safetensors'"),
     "the log of rounds, full": (r"write\(.*rounds.jsonl>", 1, "ENOSPC", "rounds.jsonl'"),
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    require_strace()
-    return fork_server()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from commandline import rounds_of, summary_of
-from forks import Server, fork_server, require_strace
+from forks import Server
 from kills import CALLS, COUNTED, ROUNDS, SITES
 from ledgers import by_dp_accounting
 
@@ -24,12 +24,6 @@ from gapweave.shared.privacy.ledger import LedgerView, read_ledger
 
 ROUNDING = 1e-9
 """What two accountants may differ by where both are exact: sums of floats in another order."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    require_strace()
-    return fork_server()
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from ledgers import filter_cap
 
-from gapweave.client.budget import Budget, longest
+from gapweave.client.budget import Budget
 from gapweave.client.ledger import Ledger
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import BudgetExhausted, RefusedError, UsageError
 from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import LEDGER_FILE, folded, read_ledger
+from gapweave.shared.privacy.plan import longest_prefix
 
 DELTA = 1e-5
 
@@ -202,7 +203,7 @@ def test_a_cap_without_room_for_one_round_refuses_the_run(tmp_path: Path) -> Non
 def test_the_longest_prefix_is_found_in_few_looks() -> None:
     # Believed: a binary search. True: it counted down one by one, half a second each with sampled steps.
     looks: list[int] = []
-    assert longest(updates(500), lambda part: looks.append(len(part)) or len(part) <= 2) == 2
+    assert longest_prefix(updates(500), lambda part: looks.append(len(part)) or len(part) <= 2) == 2
     assert looks[0] == 500, "most studies fit as a whole"
     assert len(looks) <= 11
 

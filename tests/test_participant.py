@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from cohorts import Hospital
-from hospitals import KINDS, Wire, build, participant, plan_of, publish
+from hospitals import KINDS, Wire, build, die, participant, plan_of, publish
 
-from gapweave.client import app as client_app
 from gapweave.client import participant as participant_module
 from gapweave.client.app import FIXED_TEXTS
 from gapweave.client.participant import Participant
@@ -30,12 +29,7 @@ from gapweave.sites.simulate.baselines import pool, train_alone
 RUN = "run-1"
 
 
-@pytest.fixture(autouse=True)
-def fresh_sites() -> Any:
-    """The client app keeps participants by file; every test has its own."""
-    client_app.forget()
-    yield
-    client_app.forget()
+pytestmark = pytest.mark.usefixtures("fresh_sites")
 
 
 def groups_for(site: Participant) -> Arrays:
@@ -213,9 +207,6 @@ def test_after_a_crash_a_round_is_recomputed_once_and_then_charged_again(
     site = participant(hospital, plan_of(private=True))
     site.prepare(RUN)
 
-    def die(*_: object) -> None:
-        raise RuntimeError("the machine died")
-
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save", die)
         for _ in range(2):
@@ -230,9 +221,6 @@ def test_after_a_crash_a_round_is_recomputed_once_and_then_charged_again(
 def test_a_crash_after_the_reply_was_kept_repeats_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = participant(build(tmp_path / "a", "north"), plan_of(private=True))
     site.prepare(RUN)
-
-    def die(*_: object) -> None:
-        raise RuntimeError("the machine died")
 
     with monkeypatch.context() as patch:
         patch.setattr(participant_module.Ledger, "released", die)

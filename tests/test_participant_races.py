@@ -19,6 +19,8 @@ from gapweave.shared.encoders.series import SeriesEncoder
 from gapweave.shared.errors import UsageError
 from gapweave.shared.privacy.ledger import read_ledger
 
+pytestmark = pytest.mark.usefixtures("fresh_sites")
+
 
 def test_the_same_request_by_two_processes_at_once_has_one_answer(tmp_path: Path) -> None:
     """Believed: the ledger's lock is enough. True: what the second one knew of the run was older than its lock."""

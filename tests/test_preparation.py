@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hospitals import build, participant, plan_of
+from hospitals import build, die, participant, plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -299,9 +299,6 @@ def test_after_a_crash_between_charge_and_value_the_release_is_made_once_more(
 ) -> None:
     site = ready(tmp_path / "a", study_of(preparation={"class_balance": "noisy"}))
 
-    def die(*_: object) -> None:
-        raise RuntimeError("the machine died")
-
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "label_counts", die)
         for _ in range(2):
@@ -316,7 +313,7 @@ def test_noise_is_what_the_event_says() -> None:
     """Two-sided: 4000 numbers of each; their sd is within 10 % but for about one draw in 10^7."""
     of = study_of()
     event = balance_event(of)
-    counts = np.array(noised_counts(torch.full((4000,), 7), event)) - 7
+    counts = np.array(noised_counts([7] * 4000, event)) - 7
     ratio = math.exp(-1 / event.noise_multiplier)
     assert np.sqrt(np.mean(counts**2)) == pytest.approx(math.sqrt(2 * ratio) / (1 - ratio), rel=0.1)
     assert set(counts % 1) == {0.0}

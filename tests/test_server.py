@@ -31,11 +31,7 @@ RUN = "run-1"
 ALL = ["encoder/labs", "encoder/note", "encoder/vitals", "fusion", "head/labs", "head/note", "head/vitals", "imputer"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_sites() -> Any:
-    client_app.forget()
-    yield
-    client_app.forget()
+pytestmark = pytest.mark.usefixtures("fresh_sites")
 
 
 # Sites that only pretend: each adds its own number to everything that it gets.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from forks import Server, fork_server, require_strace
+from forks import Server
 from served import BROKEN
 
 WRITES, SYNCS = ("write", "pwrite64"), ("fsync", "fdatasync")
@@ -97,12 +97,6 @@ def first(calls: list[Call], *names: str, text: re.Pattern[str] = re.compile("")
     index = next(found, None)
     assert index is not None, f"nothing shows {what}"
     return index
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    require_strace()
-    return fork_server()
 
 
 def check_site(server: Server, broken: str) -> None:

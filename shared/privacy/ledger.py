@@ -115,6 +115,10 @@ class LedgerView:
         found = (entry.body for entry in self.entries if entry.kind == "reserve" and entry.body["run"] == run)
         return next(found, None)
 
+    def closed(self, run: str) -> bool:
+        """Whether a run got its last message, or was refused after it had reserved."""
+        return any(entry.kind == "close" and entry.body["run"] == run for entry in self.entries)
+
     def events(self, run: str | None = None) -> list[PrivacyEvent]:
         """Charged events, of one run or of all."""
         return [
@@ -129,7 +133,6 @@ class LedgerView:
         A closed run gives its rest back, unless it was granted for a schedule that is fixed in advance: stopping
         early because of what was seen is not in that schedule. Nothing was seen where nothing was charged.
         """
-        closed = {entry.body["run"] for entry in self.entries if entry.kind == "close"}
         for entry in self.entries:
             if entry.kind != "reserve" or entry.body["run"] == run:
                 continue
@@ -140,7 +143,7 @@ class LedgerView:
             )
             names = [planned["released"] for planned in entry.body["events"]]
             fixed = entry.body["figure"] == "fixed" and any(charged[name] for name in names)
-            if entry.body["run"] in closed and not fixed:
+            if self.closed(entry.body["run"]) and not fixed:
                 continue
             for planned in entry.body["events"]:
                 if charged[planned["released"]] == 0:

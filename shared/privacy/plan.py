@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from gapweave.shared.config.study import Study
@@ -153,3 +154,12 @@ def _calibrate(target: float, delta: float, rate: float, steps: int, beside: tup
 def _round_up(value: float) -> float:
     scale = 10.0 ** (3 - math.floor(math.log10(value)))
     return math.ceil(value * scale) / scale
+
+
+def longest_prefix(events: Sequence[PrivacyEvent], fits: Callable[[Sequence[PrivacyEvent]], bool]) -> int:
+    """Length of the longest prefix that fits; most studies fit as a whole, which is looked at first."""
+    low, high, middle = 0, len(events), len(events)
+    while low < high:
+        low, high = (middle, high) if fits(events[:middle]) else (low, middle - 1)
+        middle = (low + high + 1) // 2
+    return low

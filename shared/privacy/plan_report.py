@@ -11,11 +11,11 @@ from typing import Any
 from gapweave.shared.config.site import Policy
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
-from gapweave.shared.privacy.accountant import epsilon, renyi_epsilon, renyi_order
+from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import folded
 from gapweave.shared.privacy.once import preparation_events
-from gapweave.shared.privacy.plan import COUNT_SHARE, Plan, make_plan
+from gapweave.shared.privacy.plan import COUNT_SHARE, Plan, longest_prefix, make_plan
 
 DEFAULT_CAP = float(Policy.model_fields["epsilon"].default)
 """Cap of a site whose file sets none."""
@@ -123,14 +123,11 @@ def schedule(plan: Plan) -> list[PrivacyEvent]:
 
 
 def _rounds_allowed(plan: Plan, cap: float) -> int:
-    """The longest prefix of the rounds that a cap has room for."""
-    events = plan.schedule()
-    low, high, middle = 0, len(events), len(events)
-    while low < high:
-        fits = epsilon([*plan.preparation, *events[:middle]], plan.delta) <= cap
-        low, high = (middle, high) if fits else (low, middle - 1)
-        middle = (low + high + 1) // 2
-    return min(low, plan.rounds)
+    """The longest prefix of the rounds that a cap has room for, by the exact figure: as a site's first study."""
+    fits = longest_prefix(
+        plan.schedule(), lambda events: fixed_epsilon([*plan.preparation, *events], plan.delta) <= cap
+    )
+    return min(fits, plan.rounds)
 
 
 def _alternatives(study: Study, patients: int) -> Iterator[tuple[str, Plan]]:

@@ -148,25 +148,12 @@ def _curve_plot(facts: LedgerFacts) -> Markup | None:
     with drawing("budget"):
         figure = new_figure(12.0, 3.2)
         axes = figure.add_subplot()
-        bound, exact = zip(*facts.curve_filter, strict=True), zip(*facts.curve, strict=True)
-        axes.plot(
-            *bound,
-            color=BLUE,
-            drawstyle="steps-post",
-            linewidth=2,
-            marker="o",
-            markersize=3,
-            label="counts against the cap",
-        )
-        axes.plot(
-            *exact,
-            color=ORANGE,
-            drawstyle="steps-post",
-            linewidth=2,
-            marker="s",
-            markersize=3,
-            label="for schedules fixed in advance",
-        )
+        lines = [
+            (facts.curve_filter, {"color": BLUE, "marker": "o", "label": "counts against the cap"}),
+            (facts.curve, {"color": ORANGE, "marker": "s", "label": "for schedules fixed in advance"}),
+        ]
+        for points, look in lines:
+            axes.plot(*zip(*points, strict=True), drawstyle="steps-post", linewidth=2, markersize=3, **look)
         axes.axhline(facts.summary["cap"], color=RED, linestyle=(0, (5, 3)), label="cap")
         axes.set(xlabel="charges: rounds, counts and tables, in order", ylabel="epsilon")
         axes.set_xlim(left=0)
