@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gapweave.server.aggregators import AGGREGATORS, Update, resolve
+from gapweave.server.aggregators import Update, protection, rule_for, start
 from gapweave.server.screening import norm, reason_to_reject
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
@@ -52,9 +52,10 @@ class GroupAggregation:
         result, lines = dict(self._current), {}
         for group in sorted(self._updates.keys() | self._screened.keys()):
             updates = dict(sorted(self._updates.get(group, {}).items()))
-            rule = resolve(self._study.aggregation.of(group))
+            rule = self._rule(group, len(updates))
             line: dict[str, Any] = {
                 "rule": rule,
+                "protects": protection(rule, len(updates)),
                 "holders": list(updates),
                 "norms": {site: norm(update) for site, update in updates.items()},
                 "screened": self._screened.get(group, {}),
@@ -66,10 +67,16 @@ class GroupAggregation:
                 line["left_alone"] = error.what
         return result, lines
 
+    def _rule(self, group: str, holders: int) -> str:
+        aggregation = self._study.aggregation
+        named = aggregation.of(group)
+        # Robust rules weigh all sites alike.
+        return "mean" if named == "auto" and aggregation.weights == "patients" else rule_for(named, holders)
+
     def _combine(self, group: str, rule: str, updates: dict[str, Any]) -> dict[str, Any]:
         if self._study.aggregation.strict and len(updates) < 3:
             raise TooFewSites(f"{len(updates)} holders cannot protect each other, and the study is strict")
-        accumulator = AGGREGATORS[rule].start(group, len(updates))
+        accumulator = start(rule, group, len(updates))
         for site, update in updates.items():
             accumulator.add(self._weighed(site, update, updates))
         change = accumulator.finish()

@@ -13,7 +13,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from gapweave.server.aggregation import GroupAggregation, initial_groups
-from gapweave.server.aggregators import resolve
+from gapweave.server.aggregators import resolve, rule_for
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.evaluation import Released, ask_tables
 from gapweave.server.mail import POLL_S, Answer, ask
@@ -67,7 +67,9 @@ class RoundLoop:
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
         self.released: dict[str, Released] = {}
         for group in self.state.groups:
-            resolve(study.aggregation.of(group))  # an unknown rule is refused before any site pays for a round
+            resolve(
+                rule_for(study.aggregation.of(group), 1)
+            )  # an unknown rule is refused before any site pays for a round
         directory.keep_rounds(self.state.round)
 
     def run(self) -> dict[str, Peer]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from gapweave.server.aggregation import initial_groups
-from gapweave.server.aggregators import AGGREGATORS
+from gapweave.server.aggregators import resolve, rule_for
 from gapweave.shared.config import Study
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import UsageError
@@ -23,21 +25,29 @@ def check_names(study: Study) -> None:
     Raises:
         UsageError: naming the key and the installed names.
     """
-    rules = {"default": study.aggregation.default, **study.aggregation.rules}
     named: list[tuple[str, str | None, Registry[Any]]] = [
         ("model.fusion", study.model.fusion, FUSIONS),
         ("model.imputer", study.model.imputer, IMPUTERS),
         ("scheme.name", study.scheme.name, SCHEMES),
-        *((f"aggregation.{key}", rule, AGGREGATORS) for key, rule in rules.items() if rule != "auto"),
         *((f"modalities.{name}.encoder", spec.encoder, ENCODERS) for name, spec in study.modalities.items()),
     ]
     for key, name, registry in named:
         if name is None:
             continue
-        try:
+        with _at(key):
             registry[name]
-        except UsageError as error:
-            raise UsageError(error.what, where=f"study:{key}", remedy=error.remedy) from None
+    for key, rule in {"default": study.aggregation.default, **study.aggregation.rules}.items():
+        with _at(f"aggregation.{key}"):
+            resolve(rule_for(rule, 1))
+
+
+@contextmanager
+def _at(key: str) -> Iterator[None]:
+    """Say at which key of the study a name stands that is not installed."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(error.what, where=f"study:{key}", remedy=error.remedy) from None
 
 
 def describe(study: Study) -> dict[str, str]:

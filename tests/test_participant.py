@@ -118,7 +118,12 @@ def test_private_groups_and_momentum_go_on_where_the_last_round_ended(tmp_path: 
 
 def test_one_full_step_with_a_plain_mean_equals_the_pooled_step(tmp_path: Path) -> None:
     """Equal sizes, everyone holds everything, no noise, q = 1, the same masks."""
-    of = plan_of(private=False, training={"rounds": 1, "lr": 0.3}, model={"embedding": 4, "imputer": "none"})
+    of = plan_of(
+        private=False,
+        training={"rounds": 1, "lr": 0.3},
+        model={"embedding": 4, "imputer": "none"},
+        aggregation={"default": "mean"},
+    )
     sites = [participant(build(tmp_path / name, name), of) for name in ("east", "north", "west")]
     start = initial_groups(of)
     combine = GroupAggregation(of, start)

@@ -115,7 +115,7 @@ def loop(tmp_path: Path, of: Study, grid: InlineGrid, run: str = RUN) -> RoundLo
 
 
 def study_of(quorum: int = 2, **keys: Any) -> Study:
-    aggregation = {"quorum": quorum, "deadline_s": 5, **keys.pop("aggregation", {})}
+    aggregation = {"default": "mean", "quorum": quorum, "deadline_s": 5, **keys.pop("aggregation", {})}
     return plan_of(private=False, aggregation=aggregation, **keys)
 
 

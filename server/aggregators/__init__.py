@@ -1,20 +1,39 @@
 """Rules that combine one parameter group's updates, over the sites that hold it.
 
-A rule is started for a group and a number of sites, gets one update at a time, and gives the aggregate. It never
-clamps its parameters to make a condition go away: it raises `TooFewSites`.
+A rule is a chain of stages, `nnm+trimmed_mean` say: all but the last mix updates, the last one combines them. Every
+stage reads the updates either through their Gram matrix (who is how far from whom) or column by column, so that a
+whole chain needs at most two passes over the updates and memory for one block of columns.
+
+A stage never clamps its parameters to make a condition go away: it raises `TooFewSites`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gapweave.shared.errors import TooFewSites, UsageError
 from gapweave.shared.registry import Registry
 
 Update = dict[str, NDArray[np.float32]]
 """One site's update of one group: name -> array."""
+
+Floats = NDArray[np.float64]
+
+Property = Literal["equal", "permutation", "translation", "breakdown"]
+"""What a rule may promise.
+
+equal: what all sites agree on is the result; permutation: the order of sites does not matter; translation: moving every
+update moves the result alike; breakdown: `f` sites of any kind leave the result near the others'.
+"""
+
+
+EVERYTHING: frozenset[Property] = frozenset(get_args(Property))
 
 
 class Accumulator(Protocol):
@@ -29,27 +48,285 @@ class Accumulator(Protocol):
         ...
 
 
-class Aggregator(Protocol):
-    """A registered rule."""
+class Stage:
+    """One registered stage of a rule.
 
-    def start(self, group: str, sites: int) -> Accumulator:
-        """Begin a group.
+    Attributes:
+        properties: what it promises where it stands alone; the contract suite tests just that.
+    """
 
-        Raises:
-            TooFewSites: when the rule's condition does not hold for so few.
+    properties: ClassVar[frozenset[Property]] = frozenset()
+
+    def needs(self, f: int) -> int:
+        """The smallest number of sites for which the stage's theorem holds with `f` bad ones."""
+        return 2 * f + 1
+
+
+class Mixer(Stage, ABC):
+    """A pre-aggregator: every row that it gives is a weighted mean of updates."""
+
+    def rows(self, n: int) -> int:
+        """How many rows it makes of n."""
+        return n
+
+    @abstractmethod
+    def mix(self, gram: Gram, f: int) -> Floats:
+        """Weights [m, n] of m mixed rows."""
+
+
+class Weigher(Stage, ABC):
+    """A rule whose result is a weighted sum of updates, with weights read off their distances."""
+
+    @abstractmethod
+    def weigh(self, gram: Gram, f: int) -> Floats:
+        """Weights [n]."""
+
+
+class Columnwise(Stage, ABC):
+    """A rule that works on each coordinate by itself."""
+
+    def choose(self, gram: Gram, f: int) -> NDArray[np.intp] | None:
+        """Rows that the columns are read of; None for all."""
+        return None
+
+    @abstractmethod
+    def combine(self, block: Floats, f: int) -> Floats:
+        """[n, b] -> [b]."""
+
+
+class Gram:
+    """Inner products of n updates and of the origin (no change at all), which stands last.
+
+    Args:
+        products: [n + 1, n + 1], of vectors moved by one common vector: distances do not see it.
+    """
+
+    def __init__(self, products: Floats) -> None:
+        self.products = products
+        self.n = len(products) - 1
+
+    def distances(self) -> Floats:
+        """[n, n] squared distances between updates."""
+        squares = np.diag(self.products)
+        between: Floats = squares[:, None] + squares[None, :] - 2 * self.products
+        return np.maximum(between[: self.n, : self.n], 0.0)
+
+    def norms(self) -> Floats:
+        """[n] lengths of the updates."""
+        return np.sqrt(self.distances_to(np.zeros(self.n)))
+
+    def distances_to(self, weights: Floats) -> Floats:
+        """[n] squared distances of the updates to their weighted sum; the origin takes the rest of the weight.
+
+        Args:
+            weights: [n].
         """
-        ...
+        point = np.append(weights, 1 - weights.sum())
+        image = self.products @ point
+        squared: Floats = np.diag(self.products)[: self.n] - 2 * image[: self.n] + point @ image
+        return np.maximum(squared, 0.0)
+
+    def mixed(self, weights: Floats) -> Gram:
+        """The Gram matrix of mixed rows.
+
+        Args:
+            weights: [m, n], each row of sum 1.
+        """
+        full = np.zeros((len(weights) + 1, self.n + 1))
+        full[:-1, :-1], full[-1, -1] = weights, 1.0
+        return Gram(full @ self.products @ full.T)
 
 
-AGGREGATORS: Registry[Aggregator] = Registry("aggregation rule", "gapweave.server.aggregators")
+AGGREGATORS: Registry[Stage] = Registry("aggregation rule", "gapweave.server.aggregators")
+
+COLUMNS = 8192
+"""Columns of a block: some rows of it fit a core's second cache."""
 
 
-def resolve(rule: str) -> str:
-    """The registered rule behind a name in the study: `auto` is the mean.
+def bad_sites(sites: int) -> int:
+    """How many bad ones of so many sites a rule is prepared for, if the study does not say: floor((h - 1) / 4)."""
+    return max(1, (sites - 1) // 4)
+
+
+def rule_for(rule: str, sites: int) -> str:
+    """What `auto` means for a group that so many sites hold: nothing protects two, three or four survive one bad site.
+
+    >>> rule_for("auto", 2), rule_for("auto", 4), rule_for("auto", 5), rule_for("mean", 5)
+    ('norm_bound', 'median', 'nnm+trimmed_mean', 'mean')
+    """
+    if rule != "auto":
+        return rule
+    return "norm_bound" if sites < 3 else "median" if sites < 5 else "nnm+trimmed_mean"
+
+
+def promises(rule: str) -> frozenset[Property]:
+    """What a chain promises: what all of its stages do."""
+    return frozenset[Property].intersection(*(stage.properties for stage in resolve(rule)))
+
+
+def protection(rule: str, sites: int) -> str:
+    """What a rule promises among so many sites, for the round log."""
+    if "breakdown" not in promises(rule) or sites < 3:
+        return "none"
+    return "weak: survives one bad site at some loss" if sites < 5 else f"{bad_sites(sites)} bad of {sites}"
+
+
+def resolve(rule: str) -> tuple[Stage, ...]:
+    """The installed stages behind a rule: pre-aggregators, and one rule at the end.
 
     Raises:
+        UsageError: for a stage that is not installed, or that stands where it cannot.
+    """
+    stages = tuple(AGGREGATORS[name.strip()] for name in rule.split("+"))
+    if isinstance(stages[-1], Mixer) or not all(isinstance(stage, Mixer) for stage in stages[:-1]):
+        raise UsageError(
+            f"{rule!r} is no chain of pre-aggregators with one rule at its end",
+            remedy="Write for example nnm+trimmed_mean",
+        )
+    return stages
+
+
+def start(rule: str, group: str, sites: int) -> Accumulator:
+    """Begin the aggregation of one group.
+
+    Args:
+        rule: of the study, for example `nnm+trimmed_mean`.
+        group: its name, for messages.
+        sites: number of updates that will come.
+
+    Raises:
+        TooFewSites: when a condition of the rule does not hold for so few.
         UsageError: for a rule that is not installed.
     """
-    name = "mean" if rule == "auto" else rule
-    AGGREGATORS[name]
-    return name
+    stages, f = resolve(rule), bad_sites(sites)
+    rows = sites
+    for stage in stages:
+        if rows < max(1, stage.needs(f)):
+            raise TooFewSites(
+                f"{rule} of {group!r} is not safe with {f} bad of {sites} sites",
+                where=f"study:aggregation.{group}",
+                remedy="Wait for more sites that hold it, or choose a rule for fewer",
+            )
+        rows = stage.rows(rows) if isinstance(stage, Mixer) else rows
+    if len(stages) == 1 and getattr(stages[0], "streams", False):
+        return Sum(sites)
+    return Gathered(stages, sites, f)
+
+
+class Sum:
+    """The mean as a running sum in float64: memory does not grow with the number of sites.
+
+    Args:
+        sites: number of updates that will come.
+    """
+
+    def __init__(self, sites: int) -> None:
+        self._sites = sites
+        self._sum: dict[str, NDArray[np.float64]] = {}
+
+    def add(self, update: Update) -> None:
+        """Add one update."""
+        for name, value in update.items():
+            if name in self._sum:
+                self._sum[name] += value
+            else:
+                self._sum[name] = value.astype(np.float64)
+
+    def finish(self) -> Update:
+        """Divide by the number of sites."""
+        return {name: (total / self._sites).astype(np.float32) for name, total in self._sum.items()}
+
+
+class Gathered:
+    """A chain over updates that lie in one preallocated array, a row a site.
+
+    Args:
+        stages: of the chain.
+        sites: number of updates that will come.
+        f: bad sites that it is prepared for.
+    """
+
+    def __init__(self, stages: tuple[Stage, ...], sites: int, f: int) -> None:
+        self._stages, self._sites, self._f = stages, sites, f
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._rows = np.empty((0, 0), np.float32)
+        self._filled = 0
+
+    def add(self, update: Update) -> None:
+        """Copy one update into its row."""
+        if not self._shapes:
+            self._shapes = {name: value.shape for name, value in update.items()}
+            self._rows = np.empty((self._sites, sum(value.size for value in update.values())), np.float32)
+        at = 0
+        for name, shape in self._shapes.items():
+            size = math.prod(shape)
+            self._rows[self._filled, at : at + size] = update[name].ravel()
+            at += size
+        self._filled += 1
+
+    def finish(self) -> Update:
+        """Run the chain."""
+        vector, result, at = combine(self._rows[: self._filled], self._stages, self._f), {}, 0
+        for name, shape in self._shapes.items():
+            size = math.prod(shape)
+            result[name] = vector[at : at + size].reshape(shape)
+            at += size
+        return result
+
+
+def combine(rows: NDArray[np.float32], stages: tuple[Stage, ...], f: int) -> NDArray[np.float32]:
+    """Run a chain over updates.
+
+    Args:
+        rows: [n, d], finite.
+        stages: as `resolve` gives them.
+        f: bad sites among n.
+
+    Returns:
+        [d]
+    """
+    *mixers, last = stages
+    weights: Floats | None = None
+    if mixers or not isinstance(last, Columnwise) or type(last).choose is not Columnwise.choose:
+        gram = gram_of(rows)
+        # Sites come in the order of their values: no tie is broken by who sent first.
+        order = np.lexsort((gram.distances().sum(1), gram.norms()))
+        weights = np.eye(len(rows))[order]
+        gram = gram.mixed(weights)
+        for stage in mixers:
+            if isinstance(stage, Mixer):
+                mixing = stage.mix(gram, f)
+                weights, gram = mixing @ weights, gram.mixed(mixing)
+        if isinstance(last, Weigher):
+            return _blockwise(rows, (last.weigh(gram, f) @ weights)[None], lambda block: block[0])
+        if isinstance(last, Columnwise) and (chosen := last.choose(gram, f)) is not None:
+            weights = weights[chosen]
+    assert isinstance(last, Columnwise)
+    return _blockwise(rows, weights, lambda block: last.combine(block, f))
+
+
+def _blockwise(
+    rows: NDArray[np.float32], weights: Floats | None, reduce: Callable[[Floats], Floats]
+) -> NDArray[np.float32]:
+    result = np.empty(rows.shape[1], np.float32)
+    for at in range(0, rows.shape[1], COLUMNS):
+        block = rows[:, at : at + COLUMNS].astype(np.float64)
+        result[at : at + COLUMNS] = reduce(block if weights is None else weights @ block)
+    return result
+
+
+def gram_of(rows: NDArray[np.float32]) -> Gram:
+    """Inner products of updates and the origin, moved by the updates' median, in float64.
+
+    In float32 one huge update would drown the distances between all others.
+
+    Args:
+        rows: [n, d].
+    """
+    products = np.zeros((len(rows) + 1, len(rows) + 1))
+    for at in range(0, rows.shape[1], COLUMNS):
+        block = np.zeros((len(rows) + 1, min(COLUMNS, rows.shape[1] - at)))
+        block[:-1] = rows[:, at : at + COLUMNS]
+        block -= np.median(block[:-1], axis=0)
+        products += block @ block.T
+    return Gram(products)

@@ -10,42 +10,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from gapweave.server.aggregators import AGGREGATORS, Update
-from gapweave.shared.errors import TooFewSites
+from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Floats, Gram, Weigher
 
 
-class MeanAccumulator:
-    """Streams sums in float64: memory does not grow with the number of sites.
+class Mean(Weigher):
+    """All sites weigh alike."""
 
-    Args:
-        sites: number of updates that will come.
-    """
+    properties = EVERYTHING - {"breakdown"}
+    streams = True
 
-    def __init__(self, sites: int) -> None:
-        self._sites = sites
-        self._sum: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
+    def needs(self, f: int) -> int:
+        """One site; nothing is promised about bad ones."""
+        return 1
 
-    def add(self, update: Update) -> None:
-        """Add one update."""
-        for name, value in update.items():
-            if name in self._sum:
-                self._sum[name] += value
-            else:
-                self._sum[name] = value.astype(np.float64)
-
-    def finish(self) -> Update:
-        """Divide by the number of sites."""
-        return {name: (total / self._sites).astype(np.float32) for name, total in self._sum.items()}
-
-
-class Mean:
-    """Starts a mean."""
-
-    def start(self, group: str, sites: int) -> MeanAccumulator:
-        """Begin a group."""
-        if sites < 1:
-            raise TooFewSites(f"no site sent {group!r}", remedy="Wait for a site that holds it")
-        return MeanAccumulator(sites)
+    def weigh(self, gram: Gram, f: int) -> Floats:
+        """1/n each."""
+        return np.full(gram.n, 1 / gram.n)
 
 
 AGGREGATORS.register("mean")(Mean())

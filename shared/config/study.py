@@ -246,7 +246,11 @@ class Training(StrictModel):
 class Aggregation(StrictModel):
     """The server's rules. Keys that are group patterns ("encoder/*") choose a rule for those groups."""
 
-    default: str = Field("auto", description="rule for groups without their own")
+    default: str = Field(
+        "auto",
+        description="rule for groups without their own, as `nnm+trimmed_mean`; auto: by the number of holders "
+        "(docs/aggregation.md)",
+    )
     rules: dict[str, str] = Field(default_factory=dict, description="written as flat keys: group pattern -> rule")
     weights: Literal["uniform", "patients"] = Field(
         "uniform", description="what a site counts for in a mean: all the same, or its public number of patients"

@@ -1,0 +1,60 @@
+"""Pre-aggregators: nearest-neighbour mixing and bucketing. What they give still needs a rule."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Floats, Gram, Mixer
+
+BUCKET = 2
+
+
+class NearestNeighbourMixing(Mixer):
+    """Each update becomes the mean of its n - f nearest ones, itself among them.
+
+    Guarantee: rules after it reach the best possible error order, also when honest sites differ.
+    Assumes: n > 2f.
+    Edge cases: ties go by the order of values, not of sites.
+    Reference: Allouah et al. 2023 (arXiv 2302.01772), algorithm 2.
+    """
+
+    properties = EVERYTHING
+
+    def mix(self, gram: Gram, f: int) -> Floats:
+        """[n, n]."""
+        near = np.argsort(gram.distances(), axis=1, kind="stable")[:, : gram.n - f]
+        weights = np.zeros((gram.n, gram.n))
+        np.put_along_axis(weights, near, 1 / (gram.n - f), axis=1)
+        return weights
+
+
+class Bucketing(Mixer):
+    """Means of random pairs of updates. The draw comes from the updates themselves: a resumed round draws alike.
+
+    Guarantee: honest sites look more alike; the number of bad rows stays at most f.
+    Assumes: that the rule after it takes f bad ones among half as many rows: of little use for six sites or fewer.
+    Edge cases: an odd site is a bucket of its own; the draw changes when all updates are moved.
+    Reference: Karimireddy et al. 2022 (arXiv 2006.09365), algorithm 1 with s = 2.
+    """
+
+    properties = EVERYTHING - {"translation"}
+
+    def rows(self, n: int) -> int:
+        """Half as many."""
+        return -(-n // BUCKET)
+
+    def mix(self, gram: Gram, f: int) -> Floats:
+        """[ceil(n / 2), n]."""
+        seed = hashlib.sha256(np.sort(gram.norms()).round(9).tobytes()).digest()
+        order = np.random.default_rng(list(seed)).permutation(gram.n)
+        weights = np.zeros((self.rows(gram.n), gram.n))
+        for row, at in enumerate(range(0, gram.n, BUCKET)):
+            members = order[at : at + BUCKET]
+            weights[row, members] = 1 / len(members)
+        return weights
+
+
+AGGREGATORS.register("nnm")(NearestNeighbourMixing())
+AGGREGATORS.register("bucketing")(Bucketing())
