@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gapweave.server.aggregators import Update, protection, rule_for, start
+from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.screening import norm, reason_to_reject
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
@@ -21,9 +22,11 @@ class GroupAggregation:
     Args:
         study: names the rules.
         current: the shared groups before the round.
+        optimizer: what is done with each group's aggregate; its moments move on.
     """
 
-    def __init__(self, study: Study, current: Arrays) -> None:
+    def __init__(self, study: Study, current: Arrays, optimizer: ServerOptimizer | None = None) -> None:
+        self._optimizer = optimizer or ServerOptimizer(study.aggregation)
         self.bytes = 0
         self._study, self._current = study, current
         self._updates: dict[str, dict[str, Any]] = {}
@@ -79,7 +82,7 @@ class GroupAggregation:
         accumulator = start(rule, group, len(updates))
         for site, update in updates.items():
             accumulator.add(self._weighed(site, update, updates))
-        change = accumulator.finish()
+        change = self._optimizer.step(group, accumulator.finish())
         return {name: value + change[name] for name, value in self._current[group].items()}
 
     def _weighed(self, site: str, update: Update, updates: Mapping[str, Update]) -> Update:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gapweave.shared import tensorfile
+from gapweave.shared import PROTOCOL_VERSION, tensorfile
 from gapweave.shared.errors import UsageError
 from gapweave.shared.files import write_atomically
 from gapweave.shared.tensorfile import Arrays
@@ -23,6 +24,7 @@ class Checkpoint:
         study: hash of the study.
         round: last round done; 0 before the first.
         groups: the shared groups after it.
+        moments: of the server optimiser, by moment and group.
         peers: what is known of each site, by name.
         bytes_up: bytes of updates received so far.
         bytes_down: bytes of groups sent so far.
@@ -33,6 +35,7 @@ class Checkpoint:
     study: str
     round: int
     groups: Arrays
+    moments: dict[str, Arrays] = field(default_factory=dict)
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -42,24 +45,39 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint durably."""
     folder.mkdir(parents=True, exist_ok=True)
-    note = {key: value for key, value in asdict(checkpoint).items() if key != "groups"}
-    write_atomically(folder / FILE, tensorfile.dump(checkpoint.groups, note))
+    fields = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(Checkpoint)}
+    arrays: Arrays = dict(fields.pop("groups"))
+    for moment, groups in fields.pop("moments").items():
+        arrays |= {f"{moment}:{group}": part for group, part in groups.items()}
+    write_atomically(folder / FILE, tensorfile.dump(arrays, {"protocol": PROTOCOL_VERSION, **fields}))
 
 
 def load_checkpoint(folder: Path, study: str) -> Checkpoint | None:
     """Read the checkpoint, if there is one.
 
     Raises:
-        UsageError: when it belongs to another study.
+        UsageError: when it belongs to another study, or was written under another protocol.
     """
     file = folder / FILE
     if not file.exists():
         return None
-    groups, note = tensorfile.parse(file.read_bytes())
+    arrays, note = tensorfile.parse(file.read_bytes())
+    protocol = note.pop("protocol", None)
+    if protocol != PROTOCOL_VERSION:
+        raise UsageError(
+            f"the checkpoint was written under protocol {protocol}, this version speaks {PROTOCOL_VERSION}",
+            where=str(file),
+            remedy="Resume with the version that began the run",
+        )
     if note["study"] != study:
         raise UsageError(
             "the checkpoint belongs to another study",
             where=str(file),
             remedy="Resume with the run's own study.yaml",
         )
-    return Checkpoint(groups=groups, **note)
+    groups: Arrays = {}
+    moments: dict[str, Arrays] = {}
+    for key, part in arrays.items():
+        moment, _, group = key.rpartition(":")
+        (moments.setdefault(moment, {}) if moment else groups)[group] = part
+    return Checkpoint(groups=groups, moments=moments, **note)

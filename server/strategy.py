@@ -17,6 +17,7 @@ from gapweave.server.aggregators import resolve, rule_for
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.evaluation import Released, ask_tables
 from gapweave.server.mail import POLL_S, Answer, ask
+from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
@@ -64,6 +65,7 @@ class RoundLoop:
         self.deadline_s = study.aggregation.deadline_s if deadline_s is None else deadline_s
         saved = load_checkpoint(directory.checkpoint, study.sha256)
         self.state = saved or Checkpoint(run=run, study=study.sha256, round=0, groups=initial_groups(study))
+        self.optimizer = ServerOptimizer(study.aggregation, self.state.moments)
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
         self.released: dict[str, Released] = {}
         for group in self.state.groups:
@@ -173,7 +175,7 @@ class RoundLoop:
             requests[peer.node] = wire.pack(header, {group: self.state.groups[group] for group in peer.groups})
         down = sum(size({group: self.state.groups[group] for group in peer.groups}) for peer in active)
         by_node = {peer.node: peer for peer in active}
-        combine = GroupAggregation(self.study, self.state.groups)
+        combine = GroupAggregation(self.study, self.state.groups, self.optimizer)
         answered = {}
         for answer in ask(self.grid, wire.TRAIN, requests, self.deadline_s):
             peer = by_node.pop(answer.node)
@@ -189,6 +191,7 @@ class RoundLoop:
             self.state,
             round=number,
             groups=current,
+            moments=self.optimizer.moments,
             bytes_up=self.state.bytes_up + combine.bytes,
             bytes_down=self.state.bytes_down + down,
             seconds=self.state.seconds + seconds,

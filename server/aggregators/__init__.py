@@ -199,9 +199,11 @@ def start(rule: str, group: str, sites: int) -> Accumulator:
         UsageError: for a rule that is not installed.
     """
     stages, f = resolve(rule), bad_sites(sites)
+    if sites < 1:
+        raise TooFewSites(f"no site sent {group!r}", remedy="Wait for a site that holds it")
     rows = sites
     for stage in stages:
-        if rows < max(1, stage.needs(f)):
+        if rows < stage.needs(f):
             raise TooFewSites(
                 f"{rule} of {group!r} is not safe with {f} bad of {sites} sites",
                 where=f"study:aggregation.{group}",

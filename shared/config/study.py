@@ -255,7 +255,15 @@ class Aggregation(StrictModel):
     weights: Literal["uniform", "patients"] = Field(
         "uniform", description="what a site counts for in a mean: all the same, or its public number of patients"
     )
-    server_optimizer: Literal["none"] = Field("none", description="optimiser applied to the aggregate")
+    server_optimizer: Literal["none", "momentum", "adam", "yogi", "adagrad"] = Field(
+        "none", description="optimiser applied to the aggregate"
+    )
+    server_lr: float = Field(1.0, gt=0, description="learning rate of the server")
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="decay of the server optimiser's first moment")
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="decay of the second moment, for adam and yogi")
+    server_floor: float = Field(
+        1e-3, gt=0, description="added to the root of the second moment: how adaptive adam, yogi and adagrad are"
+    )
     quorum: int = Field(2, ge=1, description="sites that a round needs")
     strict: bool = Field(False, description="leave a group alone rather than aggregate it unprotected")
     deadline_s: float = Field(600, gt=0, description="seconds that a round waits for its sites")

@@ -1,0 +1,67 @@
+"""Server optimisers: what is done with a round's aggregate. All of them are post-processing and cost no privacy.
+
+Reference: Hsu et al. 2019 (arXiv 1909.06335) for momentum; Reddi et al. 2021 (arXiv 2003.00295), algorithm 2, for
+Adagrad, Adam and Yogi, without bias correction as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapweave.server.aggregators import Update
+from gapweave.shared.config.study import Aggregation
+from gapweave.shared.tensorfile import Arrays
+
+Floats = NDArray[np.float64]
+
+SECOND: dict[str, Callable[[Floats, Floats, float], Floats]] = {
+    "adagrad": lambda v, square, beta: v + square,
+    "adam": lambda v, square, beta: beta * v + (1 - beta) * square,
+    "yogi": lambda v, square, beta: v - (1 - beta) * square * np.sign(v - square),
+}
+"""How the second moment takes a round's squared change."""
+
+
+class ServerOptimizer:
+    """From a group's aggregate to its change.
+
+    Args:
+        settings: of the study.
+        moments: `first` and `second` moments by group, continued from a checkpoint.
+    """
+
+    def __init__(self, settings: Aggregation, moments: dict[str, Arrays] | None = None) -> None:
+        self._settings = settings
+        self.moments: dict[str, Arrays] = moments or {}
+
+    def step(self, group: str, aggregate: Update) -> Update:
+        """The change of one group, whose moments move on; without an optimiser, the aggregate itself."""
+        kind, rate = self._settings.server_optimizer, self._settings.server_lr
+        if kind == "none":
+            return aggregate if rate == 1 else {name: np.float32(rate) * value for name, value in aggregate.items()}
+        return {name: self._change(group, name, value.astype(np.float64)) for name, value in aggregate.items()}
+
+    def _change(self, group: str, name: str, value: Floats) -> NDArray[np.float32]:
+        settings, kind = self._settings, self._settings.server_optimizer
+        first, rate = settings.server_momentum, settings.server_lr
+        if kind == "momentum":
+            moved: Floats = rate * self._keep("first", group, name, first * self._moment("first", group, name) + value)
+            return moved.astype(np.float32)
+        mean = self._keep("first", group, name, first * self._moment("first", group, name) + (1 - first) * value)
+        before = self._moment("second", group, name)
+        second = self._keep("second", group, name, SECOND[kind](before, value**2, settings.server_beta2))
+        change: Floats = rate * mean / (np.sqrt(second) + settings.server_floor)
+        return change.astype(np.float32)
+
+    def _moment(self, which: str, group: str, name: str) -> Floats | float:
+        stored = self.moments.get(which, {}).get(group, {}).get(name)
+        return 0.0 if stored is None else stored.astype(np.float64)
+
+    def _keep(self, which: str, group: str, name: str, value: Floats) -> Floats:
+        """Keep a moment as a checkpoint does: a resumed run goes on with the very same numbers."""
+        kept = np.asarray(value, np.float32)
+        self.moments.setdefault(which, {}).setdefault(group, {})[name] = kept
+        return kept.astype(np.float64)
