@@ -51,9 +51,9 @@ class GroupAggregation:
                 self._updates.setdefault(group, {})[site] = update
 
     def finish(self) -> tuple[Arrays, dict[str, Any]]:
-        """The groups after the round, and a log line a group."""
+        """The groups after the round, and a log line a group, also of those that nobody sent."""
         result, lines = dict(self._current), {}
-        for group in sorted(self._updates.keys() | self._screened.keys()):
+        for group in sorted(self._current):
             updates = dict(sorted(self._updates.get(group, {}).items()))
             rule = self._rule(group, len(updates))
             line: dict[str, Any] = {

@@ -46,19 +46,19 @@ class ServerOptimizer:
 
     def _change(self, group: str, name: str, value: Floats) -> NDArray[np.float32]:
         settings, kind = self._settings, self._settings.server_optimizer
-        first, rate = settings.server_momentum, settings.server_lr
-        if kind == "momentum":
-            moved: Floats = rate * self._keep("first", group, name, first * self._moment("first", group, name) + value)
-            return moved.astype(np.float32)
-        mean = self._keep("first", group, name, first * self._moment("first", group, name) + (1 - first) * value)
-        before = self._moment("second", group, name)
-        second = self._keep("second", group, name, SECOND[kind](before, value**2, settings.server_beta2))
-        change: Floats = rate * mean / (np.sqrt(second) + settings.server_floor)
+        decay, rate = settings.server_momentum, settings.server_lr
+        share = 1.0 if kind == "momentum" else 1 - decay
+        first = decay * self._moment("first", group, name, value) + share * value
+        change = rate * self._keep("first", group, name, first)
+        if kind != "momentum":
+            before = self._moment("second", group, name, value)
+            second = self._keep("second", group, name, SECOND[kind](before, value**2, settings.server_beta2))
+            change = change / (np.sqrt(second) + settings.server_floor)
         return change.astype(np.float32)
 
-    def _moment(self, which: str, group: str, name: str) -> Floats | float:
+    def _moment(self, which: str, group: str, name: str, value: Floats) -> Floats:
         stored = self.moments.get(which, {}).get(group, {}).get(name)
-        return 0.0 if stored is None else stored.astype(np.float64)
+        return np.zeros_like(value) if stored is None else stored.astype(np.float64)
 
     def _keep(self, which: str, group: str, name: str, value: Floats) -> Floats:
         """Keep a moment as a checkpoint does: a resumed run goes on with the very same numbers."""

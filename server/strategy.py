@@ -68,6 +68,7 @@ class RoundLoop:
         self.optimizer = ServerOptimizer(study.aggregation, self.state.moments)
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
         self.released: dict[str, Released] = {}
+        self._greeted: set[int] = set()
         for group in self.state.groups:
             resolve(
                 rule_for(study.aggregation.of(group), 1)
@@ -87,6 +88,7 @@ class RoundLoop:
         """
         self._prepare()
         for number in range(self.state.round + 1, self.study.training.rounds + 1):
+            self._welcome()
             self._round(number)
         self._evaluate()
         self._finish()
@@ -96,6 +98,7 @@ class RoundLoop:
         # Sites reserve budget under the run's id: it must outlive a crash in the handshake, or that budget is lost.
         self._save()
         nodes = self._wait_for_nodes()
+        self._greeted = set(nodes)
         requests = {node: wire.pack(self._handshake(node), {}) for node in nodes}
         for peer in self.peers.values():
             # Of an earlier process of the server: its node may be another site's by now.
@@ -114,6 +117,20 @@ class RoundLoop:
             raise RefusedError("every site refused the study", remedy="; ".join(self._reasons()))
         if self.state.round < self.study.training.rounds:
             self._require_quorum(len(active), "can take part")
+
+    def _welcome(self) -> None:
+        """Let in who came after the handshake: a site may join at any round, and its groups count from then on.
+
+        Each node is asked once: one that does not answer would hold up every round.
+        """
+        new = [node for node in sorted(self.grid.get_node_ids()) if node not in self._greeted]
+        if not new:
+            return
+        self._greeted.update(new)
+        requests = {node: wire.pack(self._handshake(node), {}) for node in new}
+        for answer in ask(self.grid, wire.PREPARE, requests, self.deadline_s):
+            self._register(answer)
+        self._save()
 
     def _handshake(self, node: int) -> dict[str, Any]:
         """The study, and to a site that was heard before, where its ledger stood: it must not have lost entries."""

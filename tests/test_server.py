@@ -331,6 +331,47 @@ def test_a_refusal_is_final_and_a_failure_is_not(tmp_path: Path) -> None:
     assert sorted(finished) == ["a", "b", "c"], "whoever took part gets the model"
 
 
+class Arriving(Pretence):
+    """A grid where some sites are there only from a round on."""
+
+    def __init__(self, *sites: Pretender, arrive: dict[str, int]) -> None:
+        super().__init__(*sites)
+        self.arrive = arrive
+
+    def get_node_ids(self) -> list[int]:
+        done = max((number for kind, _, number in self.asked if kind == wire.TRAIN), default=0)
+        return [node for node, site in self.sites.items() if self.arrive.get(site.name, 0) <= done + 1]
+
+
+def test_a_site_joins_with_a_modality_that_nobody_had(tmp_path: Path) -> None:
+    few, more = ["fusion", "head/labs"], ["fusion", "head/note", "encoder/note"]
+    of = study_of(training={"rounds": 5})
+    grid = Arriving(Pretender("a", 1.0, few), Pretender("b", 1.0, few), Pretender("c", 1.0, more), arrive={"c": 3})
+    run = loop(tmp_path, of, grid)
+    run.run()
+    change = moved(initial_groups(of), run.state.groups)
+    assert (change["fusion"], change["head/labs"], change["head/note"], change["encoder/note"]) == (5, 5, 3, 3)
+    lines = list(run.directory.rounds())
+    assert [list(line["sites"]) for line in lines] == [["a", "b"]] * 2 + [["a", "b", "c"]] * 3
+    assert [line["groups"]["head/note"].get("left_alone") for line in lines] == ["no site sent 'head/note'"] * 2 + [
+        None
+    ] * 3
+    assert [site for kind, site, _ in grid.asked if kind == wire.PREPARE] == ["a", "b", "c"], "each is greeted once"
+
+
+def test_the_only_holder_of_a_group_leaves_and_the_run_goes_on(tmp_path: Path) -> None:
+    few = ["fusion", "head/labs"]
+    leaver = Pretender("c", 1.0, ["fusion", "head/note"], status={3: "refused"})
+    of = study_of(training={"rounds": 5})
+    run = loop(tmp_path, of, Pretence(Pretender("a", 1.0, few), Pretender("b", 1.0, few), leaver))
+    run.run()
+    change = moved(initial_groups(of), run.state.groups)
+    assert (change["fusion"], change["head/note"]) == (5, 2), "the group stays as its only holder left it"
+    lines = [line["groups"]["head/note"] for line in run.directory.rounds()]
+    assert [line["holders"] for line in lines] == [["c"]] * 2 + [[]] * 3
+    assert {line.get("left_alone") for line in lines[2:]} == {"no site sent 'head/note'"}
+
+
 def test_a_site_that_never_answers_is_late_and_the_round_goes_on(tmp_path: Path) -> None:
     of = study_of(1, aggregation={"deadline_s": 0.3}, training={"rounds": 2})
     grid = Pretence(Pretender("a"), Pretender("b", 5.0), deaf={"b": {1}})
