@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gapweave.shared import PROTOCOL_VERSION, tensorfile
 from gapweave.shared.tensorfile import Arrays
@@ -103,14 +107,51 @@ def test_a_pickle_is_never_loaded() -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (pytest.fail, ("a pickle was loaded",))
 
-    import io
-
     buffer = io.BytesIO()
     np.save(buffer, np.array([Trap()], dtype=object), allow_pickle=True)
     content = pack({}, {"fusion": {"bias": np.zeros(3, np.float32)}})
     content.array_records["fusion"]["bias"].data = buffer.getvalue()
     with pytest.raises(ProtocolError):
         unpack(content)
+
+
+def test_a_header_that_claims_gigabytes_costs_nothing() -> None:
+    content = pack({}, {"fusion": {"bias": np.zeros(3, np.float32)}})
+    array = content.array_records["fusion"]["bias"]
+    claim = io.BytesIO()
+    np.lib.format.write_array_header_1_0(claim, {"descr": "<f4", "fortran_order": False, "shape": (2**30,)})
+    array.data = claim.getvalue() + bytes(12)
+    for shape in ((2**30,), (3,), (2**62, 4), (-1, -3), (1,) * 40):
+        array.shape = shape
+        tracemalloc.start()
+        with pytest.raises(ProtocolError):
+            unpack(content)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**20
+
+
+@given(
+    data=st.binary(max_size=200),
+    shape=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4),
+    dtype=st.one_of(st.just("float32"), st.text(max_size=12)),
+    stype=st.one_of(st.just("numpy.ndarray"), st.text(max_size=12)),
+    cut=st.integers(0, 140),
+)
+def test_whatever_an_array_says_it_is_read_or_refused(
+    data: bytes, shape: list[int], dtype: str, stype: str, cut: int
+) -> None:
+    """Arbitrary bytes, and the right ones cut off or followed by others: numbers come out only of what `pack` writes."""
+    content = pack({}, {"fusion": {"bias": np.zeros(3, np.float32)}})
+    array = content.array_records["fusion"]["bias"]
+    whole = array.data
+    array.data, array.dtype, array.stype = whole[:cut] + data, dtype, stype
+    array.shape = tuple(shape) or (3,)
+    try:
+        _, arrays = unpack(content)
+    except ProtocolError:
+        return
+    assert len(array.data) == len(whole) - 12 + arrays["fusion"]["bias"].nbytes
 
 
 # The hash to which a charge is bound.
