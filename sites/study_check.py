@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from gapweave.server.aggregation import initial_groups
-from gapweave.server.aggregators import resolve, rule_for
-from gapweave.shared.config import Study
+from gapweave.server.aggregators import resolve, rule_for, start
+from gapweave.shared.config import Site, Study
 from gapweave.shared.encoders import ENCODERS
-from gapweave.shared.errors import UsageError
+from gapweave.shared.errors import TooFewSites, UsageError
 from gapweave.shared.fusion import FUSIONS
 from gapweave.shared.imputers import IMPUTERS
 from gapweave.shared.model import MultimodalModel, groups
@@ -48,6 +48,35 @@ def _at(key: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(error.what, where=f"study:{key}", remedy=error.remedy) from None
+
+
+def check_holders(study: Study, sites: Iterable[Site]) -> None:
+    """Refuse a rule that the holders of a group are too few for: the group would be left alone in every round.
+
+    Args:
+        study: names the rules.
+        sites: all that will take part.
+
+    Raises:
+        UsageError: naming the group, its rule and its holders.
+    """
+    held = [{name for name in study.order if site.holds(name)} for site in sites]
+    for group in initial_groups(study):
+        modality = group.partition("/")[2]
+        holders = sum(not modality or modality in names for names in held)
+        if holders == 0:
+            continue
+        rule = rule_for(study.aggregation.of(group), holders)
+        if study.aggregation.strict and holders < 3:
+            raise UsageError(
+                f"strict leaves {group!r} alone in every round: {holders} of the sites hold it",
+                where="study:aggregation.strict",
+                remedy="Keep the group at the sites (sharing), find three holders, or set strict to false",
+            )
+        try:
+            start(rule, group, holders)
+        except TooFewSites as error:
+            raise UsageError(error.what, where=error.where, remedy=error.remedy) from None
 
 
 def describe(study: Study) -> dict[str, str]:

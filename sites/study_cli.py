@@ -53,6 +53,10 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.", metavar="ST
 @app.command("check")
 def check(
     path: Annotated[Path, typer.Argument(help="Study file.", metavar="STUDY")],
+    sites: Annotated[
+        Path | None,
+        typer.Option("--sites", help="Folder of site files [default: sites/ beside STUDY, if any]."),
+    ] = None,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in simulate.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -60,14 +64,17 @@ def check(
 
     Example: gapweave study check study.yaml
     """
-    from gapweave.shared.config import load_study
+    from gapweave.shared.config import load_site, load_study
     from gapweave.shared.errors import UsageError
     from gapweave.sites.simulate.commands import read_assignments
-    from gapweave.sites.study_check import check_names, describe
+    from gapweave.sites.simulate.run import find_sites
+    from gapweave.sites.study_check import check_holders, check_names, describe
 
     try:
         study = load_study(path, read_assignments(assignments or []))
         check_names(study)
+        if sites is not None or (path.parent / "sites").is_dir():
+            check_holders(study, [load_site(file) for file in find_sites(path, sites)])
     except UsageError as error:
         if as_json:
             problem = {"id": "study", "status": "problem", "where": error.where or str(path)}

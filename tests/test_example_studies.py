@@ -1,10 +1,12 @@
 """The shipped example studies: their files agree with each other and, where the data are there, with the data."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 import gapweave.sites.eicu_demo
 import gapweave.sites.heart_disease
@@ -12,6 +14,8 @@ from gapweave.client.data import load_cohort
 from gapweave.shared.config import load_site, load_study
 from gapweave.shared.config.site import ColumnsSource
 from gapweave.shared.config.study import Categories
+from gapweave.shared.errors import UsageError
+from gapweave.sites import study_cli
 
 FOLDERS = {
     "heart_disease": Path(gapweave.sites.heart_disease.__path__[0]),
@@ -122,3 +126,30 @@ def test_eicu_loads_with_the_published_counts(real_data, name):
     if deaths > 2:
         _, cohort, _ = load("eicu_demo", path, real_data, **{"task.label": "label_hosp_mortality"})
         assert int(cohort.batch.target.sum()) == deaths
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("aggregation.default=bulyan", "bulyan of 'encoder/clinical' is not safe with 1 bad of 4 sites"),
+        ("aggregation.head/imaging=multi_krum", "multi_krum of 'head/imaging' is not safe"),
+        ("aggregation.default=nnm", "no chain"),
+    ],
+)
+def test_a_rule_that_holders_are_too_few_for_is_refused_with_its_group(setting: str, text: str) -> None:
+    result = CliRunner().invoke(
+        study_cli.app, ["check", str(FOLDERS["heart_disease"] / "study.yaml"), "--set", setting]
+    )
+    assert isinstance(result.exception, UsageError)
+    assert text in str(result.exception)
+
+
+def test_strict_with_two_holders_is_refused_with_the_group(tmp_path: Path) -> None:
+    study, files = FOLDERS["heart_disease"] / "study.yaml", sorted((FOLDERS["heart_disease"] / "sites").glob("*.yaml"))
+    for file in files[:2]:
+        shutil.copy(file, tmp_path)
+    command = ["check", str(study), "--sites", str(tmp_path), "--set", "aggregation.strict=true"]
+    refused = CliRunner().invoke(study_cli.app, command)
+    assert isinstance(refused.exception, UsageError)
+    assert "strict leaves 'encoder/clinical' alone in every round: 2" in str(refused.exception)
+    assert CliRunner().invoke(study_cli.app, command[:4]).exit_code == 0
