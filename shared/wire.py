@@ -84,13 +84,13 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
 
 def _read(array: Array) -> NDArray[np.float32]:
     """An array of just the bytes that `pack` writes. No general reader: a header may claim gigabytes, or a pickle."""
-    if array.dtype != "float32":
-        found = array.dtype if array.dtype in OTHER_TYPES else "another"
-        raise ProtocolError(f"an array of type {found}", remedy="Parameters travel as float32")
+    if array.dtype in OTHER_TYPES:
+        raise ProtocolError(f"an array of type {array.dtype}", remedy="Parameters travel as float32")
     shape = tuple(array.shape)
     plain = len(shape) <= MOST_AXES and all(isinstance(size, int) and 0 <= size < 2**40 for size in shape)
     header = _npy_header(shape, "<f4") if plain else b""
-    as_written = plain and array.stype == "numpy.ndarray" and array.data.startswith(header)
+    declared = (array.dtype, array.stype) == ("float32", "numpy.ndarray")
+    as_written = plain and declared and array.data.startswith(header)
     if not as_written or len(array.data) != len(header) + 4 * math.prod(shape):
         raise ProtocolError("an array that cannot be read", remedy="Both sides must run Gapweave")
     return np.frombuffer(array.data, np.float32, offset=len(header)).reshape(shape).copy()

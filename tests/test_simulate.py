@@ -97,10 +97,10 @@ def test_the_run_directory_has_the_files_of_the_contract(counted: tuple[Path, di
 def test_nothing_is_pickled(counted: tuple[Path, dict[str, Any]]) -> None:
     run, _ = counted
     for file in [*(run / "model").glob("*"), *(run / "checkpoint").glob("*"), *run.glob("sites/*/runs/*/*")]:
-        start = file.read_bytes()[:4]
-        assert not start.startswith((b"\x80", b"PK", b"\x1f\x8b")), file
         if file.suffix == ".safetensors":
-            tensorfile.parse(file.read_bytes())
+            tensorfile.parse(file.read_bytes())  # the length of its header may begin with a pickle's first byte
+        else:
+            file.read_text(encoding="utf-8")
 
 
 def test_the_keys_of_summary_json(counted: tuple[Path, dict[str, Any]]) -> None:
