@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_serializer, model_validator
@@ -363,13 +363,26 @@ class Evaluation(StrictModel):
         return self
 
 
+UpdateAttack = Literal[
+    "sign_flip", "times_100", "nan", "inf", "zero", "stale", "alie", "inner_product", "mimic", "min_max", "adaptive"
+]
+LabelAttack = Literal["label_flip", "swap_labels"]
+Attack = Literal["none", "absent"] | UpdateAttack | LabelAttack
+UPDATE_ATTACKS: tuple[str, ...] = get_args(UpdateAttack)
+"""Attacks that change what a bad site sends."""
+LABEL_ATTACKS: tuple[str, ...] = get_args(LabelAttack)
+"""Attacks that change a bad site's training labels."""
+
+
 class Simulation(StrictModel):
     """What only a simulation may do to its sites; `submit` refuses a study that sets it."""
 
     missing_rate: float = Field(0.0, ge=0, lt=1, description="share of present modalities hidden, in training and test")
     missing: Literal["mcar", "mnar"] = Field("mcar", description="hidden at random, or more often for positives")
-    attack: Literal["none"] = Field("none", description="behaviour of the bad sites")
-    bad_sites: int = Field(0, ge=0, description="number of bad sites")
+    attack: Attack = Field(
+        "none", description="what bad sites send, or do to their labels; absent: they are not there, to compare with"
+    )
+    bad_sites: int = Field(0, ge=0, description="number of bad sites, drawn by the seed; their scores are not counted")
 
 
 def _version(value: Any) -> Any:

@@ -53,7 +53,7 @@ def plot_paired(statistics: Statistics, file: Path) -> None:
         for entry in statistics.against_first
     ]
     rows: list[tuple[str, Paired]] = [*ours, *theirs]
-    with _axes(file, rows=len(rows)) as axes:
+    with figure_axes(file, rows=len(rows)) as axes:
         axes.axvline(0, color="black", linewidth=0.8)
         for at, (_, entry) in enumerate(rows):
             colour = _colour(entry.other_model)
@@ -64,7 +64,7 @@ def plot_paired(statistics: Statistics, file: Path) -> None:
 
 
 def _dots(means: list[Mean], file: Path) -> None:
-    with _axes(file, rows=len(means)) as axes:
+    with figure_axes(file, rows=len(means)) as axes:
         for at, entry in enumerate(means):
             seeds = list(entry.by_seed["auroc"].values())
             axes.plot(seeds, [at] * len(seeds), "o", color=_colour(entry.model), alpha=0.3)
@@ -84,7 +84,7 @@ def _name_rows(axes: Any, names: list[str]) -> None:
 def _lines(means: list[Mean], key: str, file: Path) -> None:
     curves = _curves(means, key)
     others = list(dict.fromkeys(rest for _, rest in curves))
-    with _axes(file, rows=12) as axes:
+    with figure_axes(file, rows=12) as axes:
         for (model, rest), entries in curves.items():
             label = f"{model_name(model)}, {rest}" if rest else model_name(model)
             _curve(axes, entries, key, label, STYLES[others.index(rest) % len(STYLES)])
@@ -133,7 +133,7 @@ def _colour(model: str) -> str:
 
 
 @contextmanager
-def _axes(file: Path, *, rows: int) -> Iterator[Any]:
+def figure_axes(file: Path, *, rows: int) -> Iterator[Any]:
     """Axes of a figure that is written when the block ends: no date, no random ids, no display."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -21,6 +21,7 @@ from gapweave.client.state import RunFolder
 from gapweave.shared.config import Study
 from gapweave.shared.metrics import exact_metrics
 from gapweave.shared.rundir import RunDirectory
+from gapweave.sites.simulate.attacks import bad_names
 from gapweave.sites.simulate.baselines import CLASSICAL, fit_baselines
 from gapweave.sites.simulate.compare_plan import Unit
 from gapweave.sites.simulate.run import Setup, VirtualSite, load_sites, simulate
@@ -131,7 +132,8 @@ def run_unit(unit: Unit, setup: Setup, folder: Path, baselines: Baselines) -> No
         sites = load_sites(unit.study, setup)
         directory = RunDirectory.create(folder, unit.study)
         summary = simulate(unit.study, setup, directory, Silent(), sites)
-        usable = [site for site in sites if site.error is None]
+        bad = bad_names(unit.study, [site.site.name for site in sites if site.error is None])
+        usable = [site for site in sites if site.error is None and site.site.name not in bad]
         fitted = baselines.scores(unit.study, {site.site.name: site.participant.cohort for site in usable})
         scores = {site.site.name: score_site(unit.study, site, summary["run"], fitted) for site in usable}
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +16,11 @@ from gapweave.client.participant import Participant
 from gapweave.server.model_card import save_model
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared.config import Site, Study, load_site
+from gapweave.shared.config.study import LABEL_ATTACKS
 from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, UsageError
 from gapweave.shared.files import write_atomically
 from gapweave.shared.rundir import RunDirectory
+from gapweave.sites.simulate.attacks import HostileGrid, bad_names, mislabelled
 from gapweave.sites.simulate.baselines import fit_baselines
 from gapweave.sites.simulate.curve import Curve, Watcher
 from gapweave.sites.simulate.grid import InlineGrid
@@ -175,6 +177,14 @@ def _in_full(error: GapweaveError) -> GapweaveError:
     return type(error)(error.what, where=error.where, remedy=said)
 
 
+def _mislabel(study: Study, usable: Mapping[str, Participant]) -> None:
+    """Change the training labels of bad sites, where the attack is one on labels."""
+    if study.simulation.attack in LABEL_ATTACKS:
+        for name in bad_names(study, usable):
+            site = usable[name]
+            site.training = mislabelled(site.training, study.task, study.simulation.attack)
+
+
 def simulate(
     study: Study,
     setup: Setup,
@@ -199,7 +209,11 @@ def simulate(
     """
     sites = load_sites(study, setup) if sites is None else sites
     usable = {entry.site.name: entry.participant for entry in sites if entry.error is None}
-    grid = InlineGrid(client_app.app, [entry.config for entry in sites if entry.error is None])
+    configs = [entry.config for entry in sites if entry.error is None]
+    grid = InlineGrid(client_app.app, configs)
+    if study.simulation.attack != "none":
+        grid = HostileGrid(client_app.app, configs, list(usable), study)
+        _mislabel(study, usable)
     curve = Curve(study, usable, directory, observer)
     loop = RoundLoop(grid, study, directory, new_run_id(), curve, deadline_s=math.inf)
     curve.run = loop.state.run

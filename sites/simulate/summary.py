@@ -14,6 +14,7 @@ from gapweave.server.strategy import RoundLoop
 from gapweave.server.summary import FROM_TABLES, released_facts, run_facts
 from gapweave.shared.config import Study
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
+from gapweave.sites.simulate.attacks import bad_names
 from gapweave.sites.simulate.baselines import Predictor
 from gapweave.sites.simulate.evaluate import evaluate, evaluate_subgroups, mean_metrics, metrics_of
 
@@ -34,7 +35,8 @@ def summarise(study: Study, sites: Sequence[VirtualSite], loop: RoundLoop, basel
     """
     scores = {name: _scores(study, sites, predictors) for name, predictors in baselines.items()}
     rows = {entry.site.name: _site(study, entry, loop, scores) for entry in sites}
-    metrics = {name: row["metrics"] for name, row in rows.items() if row["metrics"] is not None}
+    bad = bad_names(study, [entry.site.name for entry in sites if entry.error is None])
+    metrics = {name: row["metrics"] for name, row in rows.items() if row["metrics"] is not None and name not in bad}
     means = {name: mean_metrics(list(by_site.values())) for name, by_site in scores.items()}
     defined = {name: value["auroc"] for name, value in metrics.items() if value["auroc"] is not None}
     worst = min(defined, key=lambda name: defined[name], default=None)
@@ -63,6 +65,8 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
     name, participant = entry.site.name, entry.participant
     if entry.error is not None:
         return _absent(participant.held, "failed", str(entry.error.what))
+    if name not in loop.peers:
+        return _absent(participant.held, "left", "a bad site that is absent in this simulation")
     peer = loop.peers[name]
     folder = RunFolder(participant.state, loop.state.run).path
     final, tuned = folder / "model.safetensors", folder / "finetuned.safetensors"
