@@ -9,7 +9,7 @@ import numpy as np
 
 from gapweave.server.aggregators import Update, protection, rule_for, start
 from gapweave.server.optimizers import ServerOptimizer
-from gapweave.server.screening import norm, reason_to_reject
+from gapweave.server.screening import norm, reason_to_reject, too_long
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
 from gapweave.shared.model import MultimodalModel, groups, shared_groups
@@ -55,12 +55,16 @@ class GroupAggregation:
         result, lines = dict(self._current), {}
         for group in sorted(self._current):
             updates = dict(sorted(self._updates.get(group, {}).items()))
+            norms = {site: norm(update) for site, update in updates.items()}
+            for site, reason in too_long(norms).items():
+                self._screened.setdefault(group, {})[site] = reason
+                del updates[site]
             rule = self._rule(group, len(updates))
             line: dict[str, Any] = {
                 "rule": rule,
                 "protects": protection(rule, len(updates)),
                 "holders": list(updates),
-                "norms": {site: norm(update) for site, update in updates.items()},
+                "norms": norms,
                 "screened": self._screened.get(group, {}),
             }
             lines[group] = line

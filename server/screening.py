@@ -7,6 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+LONGEST = 30.0
+"""Norm of an update, over the median one of its group, from which it is a fault of scale."""
+REPRESENTABLE = 1e15
+"""Largest number in an update: squares of larger ones leave float32."""
+
 Part = Mapping[str, NDArray[np.float32]]
 
 
@@ -27,7 +32,30 @@ def reason_to_reject(update: Part, current: Part) -> str | None:
             return f"{name} has shape {value.shape}, the group {current[name].shape}"
         if not np.isfinite(value).all():
             return f"{name} is not finite"
+        if np.abs(value).max(initial=0.0) > REPRESENTABLE:
+            return f"{name} holds a number above {REPRESENTABLE:g}"
     return None
+
+
+def too_long(norms: Mapping[str, float]) -> dict[str, str]:
+    """Updates of one group that are far longer than the others: faults of scale, which no case mix explains.
+
+    Only among three and more can one be told from the others. What is merely longer is the rule's to judge.
+
+    Args:
+        norms: of the updates, by site.
+
+    Returns:
+        Reasons, by site.
+    """
+    if len(norms) < 3:
+        return {}
+    middle = sorted(norms.values())[(len(norms) - 1) // 2]
+    return {
+        site: f"its norm {value:.3g} is over {LONGEST:g} times the median {middle:.3g}"
+        for site, value in norms.items()
+        if value > LONGEST * middle > 0
+    }
 
 
 def norm(update: Part) -> float:

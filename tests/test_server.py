@@ -331,6 +331,26 @@ def test_a_refusal_is_final_and_a_failure_is_not(tmp_path: Path) -> None:
     assert sorted(finished) == ["a", "b", "c"], "whoever took part gets the model"
 
 
+@pytest.mark.parametrize(
+    ("step", "reason"), [(100.0, "its norm"), (2e15, "holds a number above 1e+15"), (-1e30, "holds a number above")]
+)
+def test_an_update_of_another_scale_is_screened_by_name(tmp_path: Path, step: float, reason: str) -> None:
+    of = study_of()
+    run = loop(tmp_path, of, Pretence(Pretender("a", step), *[Pretender(name, 1.0) for name in "bcd"]))
+    run.run()
+    line = next(run.directory.rounds())["groups"]["fusion"]
+    assert list(line["screened"]) == ["a"]
+    assert reason in line["screened"]["a"]
+    assert line["holders"] == ["b", "c", "d"]
+    assert moved(initial_groups(of), run.state.groups)["fusion"] == of.training.rounds
+
+
+def test_of_two_updates_none_is_called_too_long(tmp_path: Path) -> None:
+    run = loop(tmp_path, study_of(), Pretence(Pretender("a", 100.0), Pretender("b", 1.0)))
+    run.run()
+    assert not next(run.directory.rounds())["groups"]["fusion"]["screened"]
+
+
 class Arriving(Pretence):
     """A grid where some sites are there only from a round on."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy as np
@@ -24,6 +24,7 @@ Update = dict[str, NDArray[np.float32]]
 """One site's update of one group: name -> array."""
 
 Floats = NDArray[np.float64]
+Rows = NDArray[np.float32]
 
 Property = Literal["equal", "permutation", "translation", "breakdown"]
 """What a rule may promise.
@@ -83,15 +84,15 @@ class Weigher(Stage, ABC):
 
 
 class Columnwise(Stage, ABC):
-    """A rule that works on each coordinate by itself."""
+    """A rule that works on each coordinate by itself, in float32 as the updates come."""
 
     def choose(self, gram: Gram, f: int) -> NDArray[np.intp] | None:
         """Rows that the columns are read of; None for all."""
         return None
 
     @abstractmethod
-    def combine(self, block: Floats, f: int) -> Floats:
-        """[n, b] -> [b]."""
+    def combine(self, block: Rows, f: int) -> Rows:
+        """[n, b], which may be overwritten -> [b]."""
 
 
 class Gram:
@@ -139,8 +140,12 @@ class Gram:
 
 AGGREGATORS: Registry[Stage] = Registry("aggregation rule", "gapweave.server.aggregators")
 
-COLUMNS = 8192
-"""Columns of a block: some rows of it fit a core's second cache."""
+BLOCK = 2 << 20
+"""Bytes of a block of columns of all updates: more do not fit caches, and fewer cost more calls than work."""
+COLUMNS = 1 << 14
+"""Most columns of a block."""
+SAMPLED = 4096
+"""Coordinates on which the most central update is looked for."""
 
 
 def bad_sites(sites: int) -> int:
@@ -251,7 +256,7 @@ class Gathered:
     def __init__(self, stages: tuple[Stage, ...], sites: int, f: int) -> None:
         self._stages, self._sites, self._f = stages, sites, f
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._rows = np.empty((0, 0), np.float32)
+        self._rows: Rows = np.empty((0, 0), np.float32)
         self._filled = 0
 
     def add(self, update: Update) -> None:
@@ -276,7 +281,7 @@ class Gathered:
         return result
 
 
-def combine(rows: NDArray[np.float32], stages: tuple[Stage, ...], f: int) -> NDArray[np.float32]:
+def combine(rows: Rows, stages: tuple[Stage, ...], f: int) -> Rows:
     """Run a chain over updates.
 
     Args:
@@ -300,35 +305,64 @@ def combine(rows: NDArray[np.float32], stages: tuple[Stage, ...], f: int) -> NDA
                 mixing = stage.mix(gram, f)
                 weights, gram = mixing @ weights, gram.mixed(mixing)
         if isinstance(last, Weigher):
-            return _blockwise(rows, (last.weigh(gram, f) @ weights)[None], lambda block: block[0])
+            return _weighted(rows, last.weigh(gram, f) @ weights)
         if isinstance(last, Columnwise) and (chosen := last.choose(gram, f)) is not None:
             weights = weights[chosen]
     assert isinstance(last, Columnwise)
-    return _blockwise(rows, weights, lambda block: last.combine(block, f))
+    return _by_column(rows, weights, last, f)
 
 
-def _blockwise(
-    rows: NDArray[np.float32], weights: Floats | None, reduce: Callable[[Floats], Floats]
-) -> NDArray[np.float32]:
-    result = np.empty(rows.shape[1], np.float32)
-    for at in range(0, rows.shape[1], COLUMNS):
-        block = rows[:, at : at + COLUMNS].astype(np.float64)
-        result[at : at + COLUMNS] = reduce(block if weights is None else weights @ block)
+def _blocks(rows: Rows) -> Iterator[slice]:
+    width = min(COLUMNS, max(1024, BLOCK // (4 * len(rows))))
+    return (slice(at, min(at + width, rows.shape[1])) for at in range(0, rows.shape[1], width))
+
+
+def _weighted(rows: Rows, weights: Floats) -> Rows:
+    """The weighted sum, block by block: a matrix product of one row takes BLAS six times as long."""
+    result, block = np.zeros(rows.shape[1], np.float32), np.empty(COLUMNS, np.float32)
+    for at in _blocks(rows):
+        total = result[at]
+        for row, weight in zip(rows, weights.astype(np.float32), strict=True):
+            total += np.multiply(row[at], weight, out=block[: len(total)])
     return result
 
 
-def gram_of(rows: NDArray[np.float32]) -> Gram:
-    """Inner products of updates and the origin, moved by the updates' median, in float64.
+def _by_column(rows: Rows, weights: Floats | None, last: Columnwise, f: int) -> Rows:
+    mixing = None if weights is None else weights.astype(np.float32)
+    result = np.empty(rows.shape[1], np.float32)
+    for at in _blocks(rows):
+        block = rows[:, at].copy() if mixing is None else mixing @ rows[:, at]
+        result[at] = last.combine(block, f)
+    return result
 
-    In float32 one huge update would drown the distances between all others.
+
+def gram_of(rows: Rows) -> Gram:
+    """Inner products of updates and the origin, moved by the most central update, summed up in float64.
+
+    The products of one block are float32. Around the mean, one huge update would drown the distances between all
+    others; around an update in the midst of them it harms its own only. That update itself moves to zero: the origin
+    takes its row.
 
     Args:
         rows: [n, d].
     """
-    products = np.zeros((len(rows) + 1, len(rows) + 1))
-    for at in range(0, rows.shape[1], COLUMNS):
-        block = np.zeros((len(rows) + 1, min(COLUMNS, rows.shape[1] - at)))
-        block[:-1] = rows[:, at : at + COLUMNS]
-        block -= np.median(block[:-1], axis=0)
-        products += block @ block.T
-    return Gram(products)
+    n, middle = len(rows), _central(rows)
+    products = np.zeros((n, n))
+    for at in _blocks(rows):
+        center = rows[middle, at]
+        moved = rows[:, at] - center
+        np.negative(center, out=moved[middle])
+        products += moved @ moved.T
+    whole = np.zeros((n + 1, n + 1))
+    whole[:n, :n] = products
+    whole[[middle, n]] = whole[[n, middle]]
+    whole[:, [middle, n]] = whole[:, [n, middle]]
+    return Gram(whole)
+
+
+def _central(rows: Rows) -> int:
+    """The update with the smallest median distance to the others, on some thousand coordinates."""
+    some = rows[:, :: max(1, rows.shape[1] // SAMPLED)].astype(np.float64)
+    squares = (some**2).sum(1)
+    distances = squares[:, None] + squares[None, :] - 2 * some @ some.T
+    return int(np.argmin(np.median(distances, axis=1)))

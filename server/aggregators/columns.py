@@ -9,9 +9,8 @@ Reference: Yin et al. 2018 (arXiv 1803.01498), definitions 1 and 2; Allouah et a
 
 from __future__ import annotations
 
-import numpy as np
-
-from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Columnwise, Floats
+from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Columnwise, Rows
+from gapweave.server.selection import mean_of_ranks
 
 
 class Median(Columnwise):
@@ -19,10 +18,9 @@ class Median(Columnwise):
 
     properties = EVERYTHING
 
-    def combine(self, block: Floats, f: int) -> Floats:
+    def combine(self, block: Rows, f: int) -> Rows:
         """[n, b] -> [b]."""
-        middle: Floats = np.median(block, axis=0)
-        return middle
+        return mean_of_ranks(block, (len(block) - 1) // 2, len(block) // 2 + 1)
 
 
 class TrimmedMean(Columnwise):
@@ -30,10 +28,9 @@ class TrimmedMean(Columnwise):
 
     properties = EVERYTHING
 
-    def combine(self, block: Floats, f: int) -> Floats:
+    def combine(self, block: Rows, f: int) -> Rows:
         """[n, b] -> [b]."""
-        kept: Floats = np.sort(block, axis=0)[f : len(block) - f].mean(axis=0)
-        return kept
+        return mean_of_ranks(block, f, len(block) - f)
 
 
 AGGREGATORS.register("median")(Median())

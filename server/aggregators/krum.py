@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Columnwise, Floats, Gram, Weigher
+from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Columnwise, Floats, Gram, Rows, Weigher
 
 
 def scores(distances: Floats, f: int) -> Floats:
@@ -62,10 +62,11 @@ class Bulyan(Columnwise):
             chosen.append(left.pop(best))
         return np.array(chosen)
 
-    def combine(self, block: Floats, f: int) -> Floats:
+    def combine(self, block: Rows, f: int) -> Rows:
         """[n - 2f, b] -> [b]."""
         order = np.argsort(np.abs(block - np.median(block, axis=0)), axis=0, kind="stable")
-        kept: Floats = np.take_along_axis(block, order[: len(block) - 2 * f], axis=0).mean(axis=0)
+        near = np.take_along_axis(block, order[: len(block) - 2 * f], axis=0)
+        kept: Rows = near.mean(axis=0, dtype=np.float64).astype(np.float32)
         return kept
 
 
