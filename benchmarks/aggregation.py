@@ -75,7 +75,7 @@ def extra_memory(work: Callable[[], Rows]) -> float:
 
 def stream(rows: Rows) -> Rows:
     """The mean as the server takes it, an update at a time."""
-    total = Sum(len(rows))
+    total = Sum()
     for row in rows:
         total.add({"w": row})
     return total.finish()["w"]

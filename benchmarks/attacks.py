@@ -204,8 +204,8 @@ holders.
 
 Without noise the study runs 40 rounds, not the demo's own 20: a lie that a rule cannot tell from an honest update still
 shortens every step, and a study that stops before it has converged pays for that. Two of nine, four other seeds: with
-20 rounds `sign_flip` cost .011, `zero` .013 and `inner_product` .029, with 40 rounds .005, -.002 and .006. Multi-Krum, or
-mixing before it, did no better with 20. With noise the demo's 20 rounds are kept: more would cost more noise each.
+20 rounds `sign_flip` cost .011, `zero` .013 and `inner_product` .029, with 40 rounds .005, -.002 and .006. Multi-Krum,
+or mixing before it, did no better with 20. With noise the demo's 20 rounds are kept: more would cost more noise each.
 """
 
 

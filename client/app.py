@@ -13,11 +13,10 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from gapweave.client.participant import Participant
+from gapweave.client.participant import Networks, Participant
 from gapweave.client.sources.files import forget_files
 from gapweave.client.state import RunFolder
 from gapweave.shared.config import load_site
-from gapweave.shared.config.base import parse
 from gapweave.shared.config.study import Study, study_from_json
 from gapweave.shared.errors import BudgetExhausted, DataError, GapweaveError, NotIntact, RefusedError
 from gapweave.shared.messages import Evaluate, Finish, Prepare, Train, read_request
@@ -154,7 +153,7 @@ def _study(context: Context, asked: Train | Evaluate | Finish) -> Study:
     content = RunFolder(_state(context.node_config), asked.run).study()
     if content is None:
         raise RefusedError("this run was never prepared", remedy="Start with the handshake")
-    study = parse(Study, content, "study")
+    study = study_from_json(content)
     if asked.study != study.sha256:
         raise RefusedError("the request names another study than the handshake", remedy="Start another run")
     return study
@@ -175,6 +174,9 @@ def participant(config: Mapping[str, Any], study: Study) -> Participant:
     return _cached(file, file.stat().st_mtime_ns, _state(config), data, simulation, anchored, study.canonical())
 
 
+_networks: Networks = {}
+
+
 @lru_cache(maxsize=1024)
 def _cached(
     file: Path, changed: int, state: Path, data: Path | None, simulation: bool, anchored: bool, study: str
@@ -187,11 +189,13 @@ def _cached(
         data_dir=data,
         simulation=simulation,
         anchored=anchored,
+        networks=_networks,
     )
 
 
 def forget() -> None:
     """Drop the participants and tables of finished simulations."""
     _cached.cache_clear()
+    _networks.clear()
     forget_files()
     details.clear()

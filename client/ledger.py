@@ -68,6 +68,9 @@ class Ledger:
         site: its name, cohort and policy are recorded when they are new.
         anchor: file outside the state folder that keeps the ledger's head; None for none.
         lost: open a ledger of which entries were lost, to declare that; see `client/recovery.py`.
+        durable: False for a simulation without noise: its entries survive a crash of the process, not of the machine.
+            Where the ledger holds a noised release, entries are durable all the same.
+        checked: the ledger as this process left it, whose chain need not be checked again.
 
     Raises:
         RefusedError: when the chain of hashes does not hold, or entries are missing that the anchor has seen.
@@ -75,7 +78,18 @@ class Ledger:
         UsageError: when the anchor cannot be written.
     """
 
-    def __init__(self, state: Path, site: Site, anchor: Path | None = None, *, lost: bool = False) -> None:
+    def __init__(
+        self,
+        state: Path,
+        site: Site,
+        anchor: Path | None = None,
+        *,
+        lost: bool = False,
+        durable: bool = True,
+        checked: LedgerView | None = None,
+    ) -> None:
+        self._checked = checked
+        self._durable = durable
         self._state, self._where = state, str(state / LEDGER_FILE)
         self._anchor = None if anchor is None else Anchor(anchor, state, site.name)
         # What is lost must stay visible until it is declared: the anchor then keeps what it has seen.
@@ -112,8 +126,11 @@ class Ledger:
     def _open(self, site: Site, lost: bool) -> None:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
-        self._connection.executescript(SCHEMA)
-        self.view: LedgerView = view(self._connection)
+        if self._checked is None:
+            self._connection.executescript(SCHEMA)
+        self.view: LedgerView = view(self._connection, self._checked)
+        if not self._durable and all(event.kind == "unnoised" for event in self.view.events()):
+            self._connection.execute("PRAGMA synchronous=OFF")
         if not self.view.intact:
             raise NotIntact(
                 "the ledger was changed: its hashes do not follow from its entries",

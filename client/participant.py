@@ -6,7 +6,8 @@ The order of every step is the promise: policy, then ledger, then data, then the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.evaluation import ReleasedModel, score_table, table_answer
+from gapweave.client.gradients import GradientEngine
 from gapweave.client.gradients.probe import probe_independence
 from gapweave.client.ledger import Ledger
 from gapweave.client.policy import check_counts, check_guarantee, check_policy, check_size
@@ -32,6 +34,7 @@ from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups
 from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head
+from gapweave.shared.privacy.ledger import LedgerView
 from gapweave.shared.privacy.plan import Plan, count_event, make_plan
 from gapweave.shared.schema import Batch
 from gapweave.shared.tensorfile import Arrays
@@ -59,6 +62,35 @@ class Capability:
     ledger: dict[str, Any]
 
 
+class Network:
+    """The model of sites that hold the same modalities, its public initial parameters, and its gradient engine.
+
+    Virtual sites of one process share it: a model's parameters and constants are overwritten before each use.
+
+    Args:
+        study: what all sites agree on.
+        held: modalities that the sites hold.
+        device: where they train.
+    """
+
+    def __init__(self, study: Study, held: Sequence[str], device: torch.device) -> None:
+        self._study = study
+        self.model = MultimodalModel(study, held).to(device)
+        self.initial: Groups = {
+            group: {name: value.cpu().clone() for name, value in part.items()}
+            for group, part in groups(self.model).items()
+        }
+
+    @cached_property
+    def engine(self) -> GradientEngine:
+        """Built when a site trains first."""
+        return build_engine(self.model, self._study)
+
+
+Networks = dict[tuple[str, tuple[str, ...], str], Network]
+"""By study, modalities held, and device."""
+
+
 class Participant:
     """A site in a study.
 
@@ -70,6 +102,7 @@ class Participant:
         data_dir: folder of data sets, if one was given.
         simulation: whether this is a virtual site.
         anchored: whether the site file's anchor counts: not where the state is one run's own.
+        networks: models that sites of this process share; None for a site of its own.
     """
 
     def __init__(
@@ -82,6 +115,7 @@ class Participant:
         data_dir: Path | None = None,
         simulation: bool = False,
         anchored: bool = True,
+        networks: Networks | None = None,
     ) -> None:
         self.study, self.site = study, site
         self._site_file, self.state, self._data_dir = site_file, state, data_dir
@@ -91,6 +125,9 @@ class Participant:
         self.findings: list[Finding] = []
         self.held = [name for name in study.order if site.holds(name)]
         self.device = _device(site.device)
+        self._networks: Networks = {} if networks is None else networks
+        self._constants = Constants()
+        self._checked: LedgerView | None = None
         self._features: tuple[Constants, Batch] | None = None
 
     @cached_property
@@ -106,24 +143,33 @@ class Participant:
         return self.cohort.training().to(self.device)
 
     @cached_property
+    def _network(self) -> Network:
+        key = (self.study.sha256, tuple(self.held), str(self.device))
+        if key not in self._networks:
+            self._networks[key] = Network(self.study, self.held, self.device)
+        return self._networks[key]
+
+    @cached_property
     def model(self) -> MultimodalModel:
-        """The site's model; its parameters are overwritten before each use."""
-        return MultimodalModel(self.study, self.held).to(self.device)
+        """The site's model; its parameters and constants are overwritten before each use."""
+        return self._network.model
 
     @cached_property
     def initial(self) -> Groups:
         """The public initial parameters."""
-        fresh = MultimodalModel(self.study, self.held)
-        return {group: {name: value.clone() for name, value in part.items()} for group, part in groups(fresh).items()}
+        return self._network.initial
 
     @cached_property
     def shared(self) -> list[str]:
         """Groups that this site sends and receives."""
         return shared_groups(self.study, self.initial)
 
-    def ledger(self) -> Ledger:
-        """The site's ledger, to be used as a context manager."""
-        return Ledger(self.state, self.site, self._anchor)
+    @contextmanager
+    def ledger(self) -> Iterator[Ledger]:
+        """The site's ledger, held while in use; a simulation without noise checks each entry of it once."""
+        with Ledger(self.state, self.site, self._anchor, durable=self._durable, checked=self._checked) as ledger:
+            yield ledger
+            self._checked = None if self._durable else ledger.view
 
     def prepare(self, run: str, echo: Head | None = None) -> Capability:
         """Check the policy, fix n_hat, plan the noise, and reserve what the cap allows.
@@ -177,7 +223,8 @@ class Participant:
         delta = min(self.study.privacy.delta, ledger.view.delta)
         n_hat, counted = self._n_hat(ledger, run)
         preparation = Preparation(self.study, self.site, self.held, delta)
-        self.model.constants = preparation.constants(ledger, run, lambda: self.training)
+        self._constants = preparation.constants(ledger, run, lambda: self.training)
+        self.model.constants = self._constants
         events = (*counted, *preparation.events)
         return make_plan(self.study, n_hat, delta, events, tables="counts" in self.site.policy.releases)
 
@@ -208,13 +255,13 @@ class Participant:
             RefusedError: for a round already done with another request, foreign groups, or an exhausted budget.
         """
         check_policy(self.study, self.site, simulation=self._simulation)
-        folder = RunFolder(self.state, run)
+        folder = self._folder(run)
         with self.ledger() as ledger:
             before = folder.load()  # one message at a time: another process may just have answered this one
             ledger.require_charged(before.request)
             if before.request == request:
                 ledger.released(request)
-                return before
+                return before if before.reply else self._again(ledger, run, number, before, received)
             check_open(ledger.view, run)
             check_round(number, before.round, self.study.training.rounds)
             self._check_groups(received)
@@ -224,9 +271,26 @@ class Participant:
             check_size(self.training.patients, self.site)
             trained = self._train(plan, number, request, before, received)
             after = replace(trained, ledger=ledger.view.head.to_dict())
-            folder.save(after)
+            folder.save(replace(after, reply={}) if self._repeatable(after) else after)
             ledger.released(request)
         return after
+
+    def _folder(self, run: str) -> RunFolder:
+        return RunFolder(self.state, run, durable=self._durable)
+
+    @property
+    def _durable(self) -> bool:
+        """Whether what is written must survive a power cut: always, but for simulations without noise."""
+        return self.study.privacy.enabled or not self._simulation
+
+    def _repeatable(self, after: RoundState) -> bool:
+        """Whether a round's reply follows from its request alone: seeded draws, and no state that stayed here."""
+        return not self._durable and not after.private and not after.momentum
+
+    def _again(self, ledger: Ledger, run: str, number: int, before: RoundState, received: Arrays) -> RoundState:
+        self._check_groups(received)
+        trained = self._train(self._plan(ledger, run), number, before.request, before, received)
+        return replace(trained, ledger=before.ledger)
 
     def _check_groups(self, received: Arrays) -> None:
         check_groups(received, {group: self.initial[group] for group in self.shared})
@@ -270,6 +334,7 @@ class Participant:
         return self.model
 
     def _load(self, before: RoundState, received: Groups) -> None:
+        self.model.constants = self._constants
         load_groups(self.model, {**self.initial, **to_tensors(before.private), **received})
 
     def _draws(self, number: int | str) -> Draws:
@@ -293,8 +358,8 @@ class Participant:
         return ready
 
     @cached_property
-    def _engine(self) -> Any:
-        return build_engine(self.model, self.study)
+    def _engine(self) -> GradientEngine:
+        return self._network.engine
 
     def evaluate(self, run: str, request: str, received: Arrays) -> Mapping[str, Any]:
         """Tell how well the final model does, as a noised table of counts; the same request again, the same table.
@@ -360,7 +425,7 @@ class Participant:
         """
         check_policy(self.study, self.site, simulation=self._simulation)
         self._check_groups(received)
-        folder = RunFolder(self.state, run)
+        folder = self._folder(run)
         with self.ledger() as ledger:
             if folder.load().round == 0:
                 raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")

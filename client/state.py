@@ -6,7 +6,6 @@ the round or after it with the reply ready to be sent again, never between.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,7 +50,7 @@ class RoundState:
         ledger: where the ledger stood when the reply was made; it goes with the reply.
         private: parameter groups that stay at the site.
         momentum: optimiser state by parameter group.
-        reply: noised updates of the shared groups, as sent.
+        reply: noised updates of the shared groups, as sent; empty where the same request gives them again.
     """
 
     round: int = 0
@@ -69,12 +68,14 @@ class RunFolder:
     Args:
         state: the site's state folder.
         run: our own id of the run.
+        durable: whether what is written must survive a power cut: not what a simulation can compute again.
 
     Raises:
         RefusedError: for an id that is no plain name: it comes in a message, and must not lead out of the folder.
     """
 
-    def __init__(self, state: Path, run: str) -> None:
+    def __init__(self, state: Path, run: str, *, durable: bool = True) -> None:
+        self._durable = durable
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", run):
             raise RefusedError("the id of the run is no plain name", remedy="Use letters, digits, '_', '.' and '-'")
         self.path = state / "runs" / run
@@ -107,9 +108,10 @@ class RunFolder:
             GapweaveError: when the disk does not take it; the file is then as it was.
         """
         try:
-            private_folder(self.path.parent)
-            private_folder(self.path)
-            write_atomically(file, content)
+            if not self.path.is_dir():
+                private_folder(self.path.parent)
+                private_folder(self.path)
+            write_atomically(file, content, durable=self._durable)
         except OSError as error:
             raise GapweaveError(
                 f"the site's state cannot be written ({error.strerror or error})",
@@ -137,14 +139,13 @@ class RunFolder:
         Raises:
             RefusedError: when the run began with another study.
         """
-        if self.study() not in (None, json.loads(canonical)):
+        if self.study() not in (None, canonical):
             raise RefusedError("this run began with another study", remedy="Start another run")
 
-    def study(self) -> dict[str, Any] | None:
-        """The study of the handshake, if there was one."""
+    def study(self) -> str | None:
+        """The study of the handshake as JSON, if there was one."""
         file = self.path / "study.json"
-        content: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        return content
+        return file.read_text(encoding="utf-8") if file.exists() else None
 
 
 def read_model(file: Path) -> tuple[Groups, dict[str, Any]]:

@@ -92,8 +92,8 @@ class Sgd:
 
     def step(self, model: MultimodalModel, gradient: Mapping[str, Tensor]) -> None:
         """Change the model's parameters in place."""
-        training, named = self._training, dict[str, Tensor](model.named_parameters())
-        parameters = list(named.values())
+        training, named = self._training, model.named
+        parameters: list[Tensor] = list(named.values())
         with torch.no_grad():
             changes: Sequence[Tensor] = [gradient[name].to(parameter.device) for name, parameter in named.items()]
             if training.weight_decay:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from gapweave.server.aggregators import Update, protection, rule_for, start
+from gapweave.server.aggregators import Sum, Update, protection, rule_for, start
 from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.screening import norm, reason_to_reject, too_long
 from gapweave.shared.config.study import Study
@@ -19,6 +16,8 @@ from gapweave.shared.tensorfile import Arrays, size
 class GroupAggregation:
     """One round's aggregation, group by group over the sites that hold it.
 
+    A group whose rule is the mean, whoever comes, is summed as updates arrive; for other rules they are kept.
+
     Args:
         study: names the rules.
         current: the shared groups before the round.
@@ -29,9 +28,10 @@ class GroupAggregation:
         self._optimizer = optimizer or ServerOptimizer(study.aggregation)
         self.bytes = 0
         self._study, self._current = study, current
-        self._updates: dict[str, dict[str, Any]] = {}
-        self._patients: dict[str, int] = {}
-        self._screened: dict[str, dict[str, str]] = {}
+        self._kept: dict[str, dict[str, Update]] = {group: {} for group in current}
+        self._sums = {group: Sum() for group in current if self._rule(group, 0) == "mean"}
+        self._norms: dict[str, dict[str, float]] = {group: {} for group in current}
+        self._screened: dict[str, dict[str, str]] = {group: {} for group in current}
 
     def add(self, site: str, arrays: Arrays, patients: int = 1) -> None:
         """Take one site's groups; each is screened on its own.
@@ -39,40 +39,49 @@ class GroupAggregation:
         Args:
             site: its name.
             arrays: its updates.
-            patients: public number of its training patients, which `aggregation.weights: patients` weighs by.
+            patients: public number of its training patients, which `aggregation.weights: patients` weighs by. A number
+                that is too large moves the mean that far: sites are taken to state it honestly.
         """
         self.bytes += size(arrays)
-        self._patients[site] = patients
         for group, update in arrays.items():
             reason = reason_to_reject(update, self._current[group])
             if reason is not None:
-                self._screened.setdefault(group, {})[site] = reason
+                self._screened[group][site] = reason
+                continue
+            self._norms[group][site] = norm(update)
+            if group in self._sums:
+                self._sums[group].add(update, 1 if self._study.aggregation.weights == "uniform" else patients)
             else:
-                self._updates.setdefault(group, {})[site] = update
+                self._kept[group][site] = update
 
     def finish(self) -> tuple[Arrays, dict[str, Any]]:
         """The groups after the round, and a log line a group, also of those that nobody sent."""
         result, lines = dict(self._current), {}
         for group in sorted(self._current):
-            updates = dict(sorted(self._updates.get(group, {}).items()))
-            norms = {site: norm(update) for site, update in updates.items()}
-            for site, reason in too_long(norms).items():
-                self._screened.setdefault(group, {})[site] = reason
-                del updates[site]
-            rule = self._rule(group, len(updates))
-            line: dict[str, Any] = {
+            if group not in self._sums:
+                self._screen_norms(group)
+            holders = sorted(self._norms[group].keys() - self._screened[group].keys())
+            rule = self._rule(group, len(holders))
+            lines[group] = {
                 "rule": rule,
-                "protects": protection(rule, len(updates)),
-                "holders": list(updates),
-                "norms": norms,
-                "screened": self._screened.get(group, {}),
+                "protects": protection(rule, len(holders)),
+                "holders": holders,
+                "norms": dict(sorted(self._norms[group].items())),
+                "screened": self._screened[group],
             }
-            lines[group] = line
             try:
-                result[group] = self._combine(group, rule, updates)
+                aggregate = self._combine(group, rule, holders)
             except TooFewSites as error:
-                line["left_alone"] = error.what
+                lines[group]["left_alone"] = error.what
+                continue
+            change = self._optimizer.step(group, aggregate)
+            result[group] = {name: value + change[name] for name, value in self._current[group].items()}
         return result, lines
+
+    def _screen_norms(self, group: str) -> None:
+        for site, reason in too_long(self._norms[group]).items():
+            self._screened[group][site] = reason
+            del self._kept[group][site]
 
     def _rule(self, group: str, holders: int) -> str:
         aggregation = self._study.aggregation
@@ -80,24 +89,15 @@ class GroupAggregation:
         # Robust rules weigh all sites alike.
         return "mean" if named == "auto" and aggregation.weights == "patients" else rule_for(named, holders)
 
-    def _combine(self, group: str, rule: str, updates: dict[str, Any]) -> dict[str, Any]:
-        if self._study.aggregation.strict and len(updates) < 3:
-            raise TooFewSites(f"{len(updates)} holders cannot protect each other, and the study is strict")
-        accumulator = start(rule, group, len(updates))
-        for site, update in updates.items():
-            accumulator.add(self._weighed(site, update, updates))
-        change = self._optimizer.step(group, accumulator.finish())
-        return {name: value + change[name] for name, value in self._current[group].items()}
-
-    def _weighed(self, site: str, update: Update, updates: Mapping[str, Update]) -> Update:
-        """An update times its site's share of all patients of the group, so that the plain mean is the weighted one.
-
-        Assumes: sites state their numbers honestly; a number that is too large moves the mean that far.
-        """
-        if self._study.aggregation.weights == "uniform":
-            return update
-        share = self._patients[site] * len(updates) / sum(self._patients[other] for other in updates)
-        return {name: value * np.float32(share) for name, value in update.items()}
+    def _combine(self, group: str, rule: str, holders: list[str]) -> Update:
+        if self._study.aggregation.strict and len(holders) < 3:
+            raise TooFewSites(f"{len(holders)} holders cannot protect each other, and the study is strict")
+        accumulator = start(rule, group, len(holders))
+        if group in self._sums:
+            return self._sums[group].finish()
+        for site in holders:
+            accumulator.add(self._kept[group][site])
+        return accumulator.finish()
 
 
 def initial_groups(study: Study) -> Arrays:

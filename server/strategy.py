@@ -187,9 +187,8 @@ class RoundLoop:
         active = self._active()
         self._require_quorum(len(active), f"are left for round {number}")
         header = {"run": self.state.run, "study": self.study.sha256, "round": number}
-        requests = {}
-        for peer in active:
-            requests[peer.node] = wire.pack(header, {group: self.state.groups[group] for group in peer.groups})
+        packed = {group: wire.record(part) for group, part in self.state.groups.items()}
+        requests = {peer.node: wire.pack(header, {group: packed[group] for group in peer.groups}) for peer in active}
         down = sum(size({group: self.state.groups[group] for group in peer.groups}) for peer in active)
         by_node = {peer.node: peer for peer in active}
         combine = GroupAggregation(self.study, self.state.groups, self.optimizer)

@@ -10,10 +10,13 @@ from pathlib import Path
 from gapweave.shared.errors import UsageError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file so that a crash leaves the old content or the new one, never a part.
 
-    The content is durable when this returns: file and folder are synced.
+    Args:
+        path: the file.
+        content: of it.
+        durable: sync file and folder, so that the new content also survives a power cut.
 
     Raises:
         OSError: naming the file.
@@ -21,9 +24,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
         try:
-            _write_durably(temporary, content)
+            _write(temporary, content, durable)
             temporary.replace(path)
-            sync_folder(path.parent)
+            if durable:
+                sync_folder(path.parent)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
@@ -39,12 +43,13 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, durable: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def write_new(path: Path, text: str) -> None:

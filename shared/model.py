@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,11 @@ class MultimodalModel(nn.Module):
             weights=fused.weights,
         )
 
+    @cached_property
+    def named(self) -> dict[str, nn.Parameter]:
+        """All parameters by name: walking the modules at every step would take a third of a small step."""
+        return dict(self.named_parameters())
+
     def features(self, inputs: Mapping[str, Tensor], present: Tensor) -> Features:
         """What encoders read: absent rows blanked, the site's constants applied, parameter-free features taken.
 
@@ -174,7 +180,7 @@ def group_of(parameter: str) -> tuple[str, str]:
 def groups(model: MultimodalModel) -> dict[str, dict[str, Tensor]]:
     """Parameters by group: `encoder/<m>`, `head/<m>`, `imputer`, `fusion`; each tensor is in exactly one."""
     result: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named.items():
         group, key = group_of(name)
         result.setdefault(group, {})[key] = parameter.detach()
     return result

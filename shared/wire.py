@@ -35,14 +35,26 @@ class ProtocolError(GapweaveError):
     """A message that this version cannot or will not read."""
 
 
-def pack(header: Mapping[str, Any], arrays: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> RecordDict:
-    """Build a message's content; the protocol version is added to the header."""
+def pack(
+    header: Mapping[str, Any], arrays: Mapping[str, Mapping[str, NDArray[np.float32]] | ArrayRecord]
+) -> RecordDict:
+    """Build a message's content; the protocol version is added to the header.
+
+    Args:
+        header: anything that JSON holds.
+        arrays: by group, as they are or as `record` made them for several messages.
+    """
     records = RecordDict()
     text = json.dumps({"protocol": PROTOCOL_VERSION, **header}, sort_keys=True)
     records[HEADER] = ConfigRecord({"json": text})
     for group, tensors in arrays.items():
-        records[group] = ArrayRecord({name: _array(value) for name, value in tensors.items()})
+        records[group] = tensors if isinstance(tensors, ArrayRecord) else record(tensors)
     return records
+
+
+def record(tensors: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
+    """One group's arrays as they travel."""
+    return ArrayRecord({name: _array(value) for name, value in tensors.items()})
 
 
 def _array(value: NDArray[np.float32]) -> Array:
@@ -60,7 +72,7 @@ def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
 
 
 def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
-    """Read a message's content.
+    """Read a message's content; its arrays are views of it, and cannot be written to.
 
     Raises:
         ProtocolError: for another protocol version, naming both, or a message of another shape.
@@ -93,7 +105,7 @@ def _read(array: Array) -> NDArray[np.float32]:
     as_written = plain and declared and array.data.startswith(header)
     if not as_written or len(array.data) != len(header) + 4 * math.prod(shape):
         raise ProtocolError("an array that cannot be read", remedy="Both sides must run Gapweave")
-    return np.frombuffer(array.data, np.float32, offset=len(header)).reshape(shape).copy()
+    return np.frombuffer(array.data, np.float32, offset=len(header)).reshape(shape)
 
 
 def request_hash(header: Mapping[str, Any], arrays: Arrays) -> str:

@@ -368,7 +368,7 @@ def promising(promise: str) -> list[str]:
 
 
 def whole(update: Update) -> np.ndarray:
-    return np.concatenate([value.ravel() for value in update.values()]).astype(np.float64)
+    return np.concatenate([update[name].ravel() for name in sorted(update)]).astype(np.float64)
 
 
 @pytest.mark.parametrize("rule", CHAINS)

@@ -29,7 +29,7 @@ class PlainEngine:
 
     def sum(self, batch: Batch, used: Tensor) -> Gradient:
         """The plain sum of gradients."""
-        names = dict(self.model.named_parameters())
+        names = self.model.named
         if len(batch) == 0:
             return {name: torch.zeros_like(parameter) for name, parameter in names.items()}
         outputs = self.model(batch.inputs, batch.present, used)

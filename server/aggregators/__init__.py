@@ -216,32 +216,30 @@ def start(rule: str, group: str, sites: int) -> Accumulator:
             )
         rows = stage.rows(rows) if isinstance(stage, Mixer) else rows
     if len(stages) == 1 and getattr(stages[0], "streams", False):
-        return Sum(sites)
+        return Sum()
     return Gathered(stages, sites, f)
 
 
 class Sum:
-    """The mean as a running sum in float64: memory does not grow with the number of sites.
+    """The mean as a running sum in float64: memory does not grow with the number of sites."""
 
-    Args:
-        sites: number of updates that will come.
-    """
-
-    def __init__(self, sites: int) -> None:
-        self._sites = sites
+    def __init__(self) -> None:
+        self._weight = 0.0
         self._sum: dict[str, NDArray[np.float64]] = {}
 
-    def add(self, update: Update) -> None:
-        """Add one update."""
+    def add(self, update: Update, weight: float = 1.0) -> None:
+        """Add one update, which counts as so many."""
+        self._weight += weight
         for name, value in update.items():
+            part = value if weight == 1 else weight * value.astype(np.float64)
             if name in self._sum:
-                self._sum[name] += value
+                self._sum[name] += part
             else:
-                self._sum[name] = value.astype(np.float64)
+                self._sum[name] = part.astype(np.float64)
 
     def finish(self) -> Update:
-        """Divide by the number of sites."""
-        return {name: (total / self._sites).astype(np.float32) for name, total in self._sum.items()}
+        """Divide by the weight of all."""
+        return {name: (total / self._weight).astype(np.float32) for name, total in self._sum.items()}
 
 
 class Gathered:
@@ -262,7 +260,8 @@ class Gathered:
     def add(self, update: Update) -> None:
         """Copy one update into its row."""
         if not self._shapes:
-            self._shapes = {name: value.shape for name, value in update.items()}
+            # In the order of names: a checkpoint gives them in another order than a model, and sums would differ.
+            self._shapes = {name: update[name].shape for name in sorted(update)}
             self._rows = np.empty((self._sites, sum(value.size for value in update.values())), np.float32)
         at = 0
         for name, shape in self._shapes.items():

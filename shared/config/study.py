@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -428,6 +428,10 @@ class Study(StrictModel):
 
     def canonical(self) -> str:
         """The resolved study as canonical JSON: what sites and server exchange, and what is hashed."""
+        return self._canonical
+
+    @cached_property
+    def _canonical(self) -> str:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     @cached_property
@@ -455,6 +459,7 @@ def load_study(path: Path, overrides: dict[str, Any] | None = None) -> Study:
     return parse(Study, apply(read_yaml(path, "study"), overrides or {}), str(path))
 
 
+@lru_cache(maxsize=64)
 def study_from_json(text: str) -> Study:
-    """The study that a message carries."""
+    """The study that a message carries; a study is frozen, so the same text gives the same object."""
     return parse(Study, json.loads(text), "study")

@@ -266,11 +266,27 @@ def read_ledger(path: Path) -> LedgerView:
         ) from None
 
 
-def view(connection: sqlite3.Connection) -> LedgerView:
-    """All entries, with their chain checked."""
-    previous, broken, entries = GENESIS, None, []
-    rows = connection.execute("SELECT sequence, time, kind, body, previous, hash FROM entries ORDER BY sequence")
-    for expected, (sequence, time, kind, body, before, stored) in enumerate(rows, start=1):
+COLUMNS = "sequence, time, kind, body, previous, hash"
+
+
+def view(connection: sqlite3.Connection, checked: LedgerView | None = None) -> LedgerView:
+    """All entries, with their chain checked.
+
+    Args:
+        connection: to the ledger.
+        checked: what the caller has checked before; of that only the last entry is looked at again. None checks all.
+    """
+    previous, broken = GENESIS, None
+    entries = [] if checked is None else list(checked.entries)
+    if entries:
+        last = entries[-1]
+        stored_hash = connection.execute("SELECT hash FROM entries WHERE sequence = ?", (last.sequence,)).fetchone()
+        if stored_hash != (last.hash,):
+            return view(connection)
+        previous = last.hash
+    begin = len(entries)
+    rows = connection.execute(f"SELECT {COLUMNS} FROM entries WHERE sequence > ? ORDER BY sequence", (begin,))
+    for expected, (sequence, time, kind, body, before, stored) in enumerate(rows, start=begin + 1):
         right = entry_hash(sequence, time, kind, body, before)
         if broken is None and not (sequence == expected and before == previous and stored == right):
             broken = expected
