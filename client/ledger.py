@@ -112,7 +112,8 @@ class Ledger:
         """The file, which is there after a power cut too, and which no other process holds."""
         private_folder(self._state)
         os.close(os.open(self._where, os.O_RDWR | os.O_CREAT, 0o600))
-        sync_folder(self._state)
+        if self._durable:
+            sync_folder(self._state)
         opened.callback(os.close, _locked(self._state / "ledger.lock", self._where))
         connection = sqlite3.connect(self._where, isolation_level=None)
         opened.callback(connection.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,9 +31,10 @@ def reason_to_reject(update: Part, current: Part) -> str | None:
     for name, value in update.items():
         if value.shape != current[name].shape:
             return f"{name} has shape {value.shape}, the group {current[name].shape}"
-        if not np.isfinite(value).all():
+        largest = np.abs(value).max(initial=0.0)  # not a number where one is not
+        if not np.isfinite(largest):
             return f"{name} is not finite"
-        if np.abs(value).max(initial=0.0) > REPRESENTABLE:
+        if largest > REPRESENTABLE:
             return f"{name} holds a number above {REPRESENTABLE:g}"
     return None
 
@@ -59,5 +61,12 @@ def too_long(norms: Mapping[str, float]) -> dict[str, str]:
 
 
 def norm(update: Part) -> float:
-    """L2 norm of an update over all its tensors, in float64."""
-    return float(np.sqrt(sum(np.square(value.astype(np.float64)).sum() for value in update.values())))
+    """L2 norm of an update over all its tensors."""
+    return math.sqrt(sum(_squares(value.ravel()) for value in update.values()))
+
+
+def _squares(flat: NDArray[np.float32]) -> float:
+    """In float32, which is four times as fast, unless that overflows."""
+    with np.errstate(over="ignore"):
+        total = float(np.dot(flat, flat))
+    return total if np.isfinite(total) else float(np.square(flat, dtype=np.float64).sum())

@@ -92,7 +92,7 @@ class MultimodalModel(nn.Module):
         visible = used.unsqueeze(-1)
         tokens = self.imputer.tokens(len(present))
         imputed = self.imputer(torch.where(visible, embeddings, tokens), used)
-        slots = torch.where(visible, embeddings, imputed)
+        slots = torch.where(visible, embeddings, imputed) if self.fusion.reads_slots else embeddings
         votes = self._vote(embeddings, used)
         fused = self.fusion(slots, used, votes)
         return Outputs(

@@ -140,7 +140,7 @@ class Federation:
                 edit(folder / "sites" / f"{name}.yaml", policy={"anchor": f"../anchors/{name}.json"})
         return folder
 
-    def work(self, job: str) -> None:
+    def work(self, job: str, overrides: dict[str, Any] | None = None) -> None:
         """Start the run of a job, or resume it."""
         folder = self.prepare(job)
         LoggedGrid.log, run = folder / "wire.jsonl", folder / "run"
@@ -149,7 +149,7 @@ class Federation:
             return
         shutil.rmtree(run, ignore_errors=True)  # stopped before it was a run: one starts another
         places = Places(sites=folder / "sites", data=None, out=run, state=folder / "state")
-        commands.start(self.study, {}, places, baselines=(), continue_without=False)
+        commands.start(self.study, overrides or {}, places, baselines=(), continue_without=False)
 
 
 def strace(pid: int, out: Path, inject: str, calls: Sequence[str] = CALLS) -> subprocess.Popen[str]:
@@ -186,7 +186,7 @@ def perform(federation: Federation, job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         federation: of this server.
-        job: `name`; `trace`: whether to list the system calls, else `inject`: what strace injects, or `after`: seconds
+        job: `name`; `overrides` of the study; `trace`: whether to list the system calls, else `inject`: what strace injects, or `after`: seconds
             after which the process is killed.
 
     Returns:
@@ -195,7 +195,7 @@ def perform(federation: Federation, job: dict[str, Any]) -> dict[str, Any]:
     folder = federation.prepare(job["name"])
     errors = folder / "error.txt"
     errors.unlink(missing_ok=True)
-    pid = fork(lambda: federation.work(job["name"]), errors)
+    pid = fork(lambda: federation.work(job["name"], job.get("overrides")), errors)
     traced = job.get("inject") or job.get("trace")
     out = folder / f"trace-{pid}.txt"
     tracer = strace(pid, out, job.get("inject", "")) if traced else None

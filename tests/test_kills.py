@@ -247,3 +247,39 @@ def test_runs_killed_at_random_times_go_on(server: Server, undisturbed: list[str
         kills += survive(server, f"time {runs}", plan, least)
         runs += 1
         assert runs < 3 * NUMBER
+
+
+# A server that is killed, over a longer run.
+
+ADAM = {"privacy.enabled": False, "training.rounds": 20, "aggregation.server_optimizer": "adam",
+        "aggregation.server_lr": 0.05, "training.finetune": False}  # fmt: skip
+POINTS_OF_A_LONG_RUN = 50
+
+
+def model_of(folder: Path) -> bytes:
+    return (folder / "run" / "model" / "shared.safetensors").read_bytes()
+
+
+@pytest.mark.long
+def test_a_run_with_a_server_optimiser_ends_with_the_same_model_wherever_it_was_killed(server: Server) -> None:
+    """Half of the kills at a system call, half at a time; a third of the resumptions are killed too."""
+    calls = calls_of(server.perform("adam", trace=True, overrides=ADAM))
+    seconds = server.perform("adam-timed", overrides=ADAM)["seconds"]
+    expected, chance, kills = model_of(server.folder / "adam"), random.Random(2), 0
+    for number in range(POINTS_OF_A_LONG_RUN):
+        job = f"adam-{number}"
+        index = (number + 1) * len(calls) // (POINTS_OF_A_LONG_RUN + 1)
+        first = {"inject": at(calls, index)} if number % 2 else {"after": chance.random() * seconds}
+        for kill in kills_of(first, lambda: {"after": chance.random() * seconds / 2}, chance):
+            outcome = server.perform(job, overrides=ADAM, **kill)
+            assert outcome["code"] in (0, -9), outcome["error"]
+            kills += outcome["code"] == -9
+            if outcome["code"] == 0 or (server.folder / job / "run" / "summary.json").exists():
+                break
+        if not (server.folder / job / "run" / "summary.json").exists():
+            outcome = server.perform(job, overrides=ADAM)
+            assert outcome["code"] == 0, outcome["error"]
+        assert model_of(server.folder / job) == expected
+        assert [line["round"] for line in rounds_of(server.folder / job / "run")] == list(range(1, 21))
+        shutil.rmtree(server.folder / job)
+    assert kills >= POINTS_OF_A_LONG_RUN * 4 // 5
