@@ -128,6 +128,7 @@ class Participant:
         self._networks: Networks = {} if networks is None else networks
         self._constants = Constants()
         self._checked: LedgerView | None = None
+        self._planned = ""
         self._features: tuple[Constants, Batch] | None = None
 
     @cached_property
@@ -225,6 +226,7 @@ class Participant:
         preparation = Preparation(self.study, self.site, self.held, delta)
         self._constants = preparation.constants(ledger, run, lambda: self.training)
         self.model.constants = self._constants
+        self._planned = run
         events = (*counted, *preparation.events)
         return make_plan(self.study, n_hat, delta, events, tables="counts" in self.site.policy.releases)
 
@@ -330,6 +332,9 @@ class Participant:
 
     def assemble(self, run: str, received: Arrays) -> MultimodalModel:
         """The site's model from its private groups after the last round and the given shared ones."""
+        if self._planned != run:  # another process trains this virtual site: learn what constants it uses
+            with self.ledger() as ledger:
+                self._plan(ledger, run)
         self._load(RunFolder(self.state, run).load(), to_tensors(received))
         return self.model
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from loopback import hub_with, run_card
+from loopback import BIN, hub_with, run_card
 
 from gapweave.server.aggregation import initial_groups
 from gapweave.shared import tensorfile
@@ -35,22 +36,29 @@ def distance(one: Arrays, other: Arrays) -> float:
     return max(float(np.abs(one[group][name] - other[group][name]).max()) for group in one for name in one[group])
 
 
-def inline(study: Path, out: Path) -> Arrays:
-    settings = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    assert _run(["simulate", str(study), "--out", str(out), *settings], debug=True) == 0
+def words(settings: dict[str, object]) -> list[str]:
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def inline(study: Path, out: Path, settings: dict[str, object] = SETTINGS) -> Arrays:
+    assert _run(["simulate", str(study), "--out", str(out), *words(settings)], debug=True) == 0
     return shared_model(out)
 
 
-@pytest.fixture(scope="module")
-def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two hospitals that approve the study and, for this test on synthetic data, training without noise."""
-    study = write_demo(tmp_path_factory.mktemp("hospitals") / "demo", hospitals=2, patients=300)
-    approved = load_study(study, SETTINGS).sha256
+def federation(folder: Path, number: int, settings: dict[str, object]) -> Path:
+    """Hospitals that approve the study and, for this test on synthetic data, training without noise."""
+    study = write_demo(folder / "demo", hospitals=number, patients=300)
+    approved = load_study(study, settings).sha256
     for file in (study.parent / "sites").glob("*.yaml"):
         content = yaml.safe_load(file.read_text())
         content["policy"] = {"unnoised": "allow", "studies": [approved]}
         file.write_text(yaml.safe_dump(content))
     return study
+
+
+@pytest.fixture(scope="module")
+def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return federation(tmp_path_factory.mktemp("hospitals"), 2, SETTINGS)
 
 
 def test_inline_twice_and_deployed_give_one_model(hospitals: Path, tmp_path: Path) -> None:
@@ -77,3 +85,31 @@ def test_inline_twice_and_deployed_give_one_model(hospitals: Path, tmp_path: Pat
             _run(["predict", str(state / "runs" / "parity"), "--site", str(file), "--out", str(out)], debug=True) == 0
         )
         assert out.read_text().count("\n") > 100
+
+
+LONG = {**SETTINGS, "training.rounds": 2, "aggregation.server_optimizer": "adam", "aggregation.server_lr": 0.05}
+"""Server Adam, all groups shared, and the default chain, which mixes and trims among five holders."""
+
+
+def on_ray(study: Path, out: Path) -> Arrays:
+    """In a process of its own, as a user starts it: Ray changes the process that it runs in."""
+    command = [str(BIN / "gapweave"), "simulate", str(study), "--engine", "ray", "--out", str(out)]
+    done = subprocess.run([*command, *words(LONG)], check=False, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return shared_model(out)
+
+
+@pytest.mark.long
+def test_inline_ray_and_deployed_give_one_model(tmp_path: Path) -> None:
+    study = federation(tmp_path, 5, LONG)
+    first = inline(study, tmp_path / "inline", LONG)
+    assert distance(first, initial_groups(load_study(study, LONG))) > 1e-2
+    line = json.loads((tmp_path / "inline" / "rounds.jsonl").read_text().splitlines()[0])
+    assert "nnm+trimmed_mean" in {group["rule"] for group in line["groups"].values()}
+    assert distance(first, on_ray(study, tmp_path / "ray")) <= 1e-6
+    assert json.loads((tmp_path / "ray" / "summary.json").read_text())["engine"] == "ray"
+    deployed = tmp_path / "deployed"
+    with hub_with(tmp_path / "hub", sorted((study.parent / "sites").glob("*.yaml"))) as hub:
+        log = hub.run(run_card(tmp_path / "card", load_study(study, LONG), deployed, "parity"), seconds=500)
+    assert (deployed / "model" / "shared.safetensors").exists(), log
+    assert distance(first, shared_model(deployed)) <= 1e-6

@@ -58,6 +58,7 @@ def simulate(
         commands.Places(sites=sites, data=data, out=out, state=state),
         baselines=commands.read_baselines(baselines),
         continue_without=continue_without,
+        engine=engine,
     )
     _show(summary, directory, as_json)
 

@@ -20,7 +20,7 @@ from gapweave.shared.report.run_report import write_report
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.baselines import BASELINES
 from gapweave.sites.simulate.progress import Bars
-from gapweave.sites.simulate.run import Setup, VirtualSite, find_sites, load_sites, simulate
+from gapweave.sites.simulate.run import ENGINES, Setup, VirtualSite, find_sites, load_sites, simulate
 from gapweave.sites.study_check import check_names
 
 
@@ -55,13 +55,17 @@ def read_baselines(text: str) -> tuple[str, ...]:
 
 
 def check_engine(name: str) -> None:
-    """Refuse engines that this version does not have.
+    """Refuse engines that this version does not have, or whose packages are missing.
 
     Raises:
         UsageError: naming those that it has.
     """
-    if name != "inline":
-        raise UsageError(f"no engine is called {name!r}", where="--engine", remedy="Installed: inline")
+    if name not in ENGINES:
+        raise UsageError(f"no engine is called {name!r}", where="--engine", remedy=f"Known: {', '.join(ENGINES)}")
+    if name == "ray":
+        from gapweave.sites.simulate.ray_engine import require_ray
+
+        require_ray()
 
 
 def start(
@@ -71,6 +75,7 @@ def start(
     *,
     baselines: tuple[str, ...],
     continue_without: bool,
+    engine: str = "inline",
 ) -> tuple[dict[str, Any], Path]:
     """Check everything, create the run directory, run, and write the report.
 
@@ -82,6 +87,10 @@ def start(
         file = _demo(Path(scratch)) if study_file is None else study_file
         study = load_study(file, overrides)
         check_names(study)
+        if engine == "ray" and study.simulation.attack != "none":
+            raise UsageError(
+                "attacks need all sites in one process", where="--engine ray", remedy="Simulate bad sites inline"
+            )
         out = (places.out or Path("runs") / f"{study.name}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
         RunDirectory.require_new(out)
         if places.state is not None and places.state.exists() and not places.state.is_dir():
@@ -95,6 +104,7 @@ def start(
             baselines=baselines,
             continue_without=continue_without,
             anchored=places.state is not None,
+            engine=engine,
         )
         if demo:
             setup = _keep_demo(file.parent, out, setup)

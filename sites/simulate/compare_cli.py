@@ -54,11 +54,13 @@ def compare(
 
     Example: gapweave compare study.yaml --vary method=late,concat --seeds 0,1,2 --baselines local,pooled,lr
     """
+    from gapweave.shared.errors import UsageError
     from gapweave.sites.simulate import commands
     from gapweave.sites.simulate import compare as work
     from gapweave.sites.simulate.compare_plan import Request, read_seeds, read_variations
 
-    commands.check_engine(engine)
+    if engine != "inline":
+        raise UsageError("compare runs its cells inline", where="--engine", remedy="Leave --engine out")
     overrides = commands.read_assignments(assignments or [])
     if rounds is not None:
         overrides["training.rounds"] = rounds

@@ -24,7 +24,12 @@ SetOption = Annotated[
     typer.Option("--set", help=f"key=value: a dotted path of the study file, or an alias ({ALIAS_HELP})."),
 ]
 BaselinesOption = Annotated[str, typer.Option("--baselines", help="Comma list of local, pooled, lr, gbm.")]
-EngineOption = Annotated[str, typer.Option("--engine", help="inline: all sites in this process.")]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="inline: all sites in this process; ray: on Ray (RAY_ADDRESS, or a cluster of its own)."
+    ),
+]
 RoundsOption = Annotated[int | None, typer.Option("--rounds", help="Same as --set training.rounds=N.")]
 ContinueOption = Annotated[
     bool, typer.Option("--continue-without", help="Go on without sites whose data cannot be used.")

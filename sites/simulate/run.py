@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flwr.serverapp import Grid
+
 from gapweave.client import app as client_app
 from gapweave.client.participant import Participant
 from gapweave.server.model_card import save_model
@@ -26,6 +28,9 @@ from gapweave.sites.simulate.curve import Curve, Watcher
 from gapweave.sites.simulate.grid import InlineGrid
 from gapweave.sites.simulate.summary import summarise
 
+ENGINES = ("inline", "ray")
+"""Values of `--engine`: all sites in this process, or on Ray through Flower's simulation runtime."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -40,6 +45,7 @@ class Setup:
         baselines: of `BASELINES`.
         continue_without: go on without sites whose data cannot be used.
         anchored: whether the state outlives the run, so that the site files' anchors of ledgers count.
+        engine: of `ENGINES`.
     """
 
     sites: tuple[Path, ...]
@@ -48,6 +54,7 @@ class Setup:
     baselines: tuple[str, ...] = ()
     continue_without: bool = False
     anchored: bool = False
+    engine: str = "inline"
 
     def save(self, directory: RunDirectory) -> None:
         """Write it where `load` finds it."""
@@ -79,6 +86,7 @@ class Setup:
             baselines=tuple(content["baselines"]),
             continue_without=content["continue_without"],
             anchored=content["anchored"],
+            engine=content["engine"],
         )
 
 
@@ -185,6 +193,39 @@ def _mislabel(study: Study, usable: Mapping[str, Participant]) -> None:
             site.training = mislabelled(site.training, study.task, study.simulation.attack)
 
 
+def _inline(
+    study: Study,
+    directory: RunDirectory,
+    curve: Curve,
+    configs: list[dict[str, Any]],
+    usable: Mapping[str, Participant],
+) -> RoundLoop:
+    """All sites in this process, one after another; no deadline, since nobody else makes them wait."""
+    grid = InlineGrid(client_app.app, configs)
+    if study.simulation.attack != "none":
+        grid = HostileGrid(client_app.app, configs, list(usable), study)
+        _mislabel(study, usable)
+    loop = RoundLoop(grid, study, directory, new_run_id(), curve, deadline_s=math.inf)
+    curve.run = loop.state.run
+    loop.run()
+    return loop
+
+
+def _on_ray(study: Study, directory: RunDirectory, curve: Curve, configs: list[dict[str, Any]]) -> RoundLoop:
+    from gapweave.sites.simulate.ray_engine import on_ray
+
+    loops: list[RoundLoop] = []
+
+    def work(grid: Grid) -> None:
+        loop = RoundLoop(grid, study, directory, new_run_id(), curve)
+        curve.run = loop.state.run
+        loops.append(loop)
+        loop.run()
+
+    on_ray(configs, work)
+    return loops[0]
+
+
 def simulate(
     study: Study,
     setup: Setup,
@@ -209,22 +250,19 @@ def simulate(
     """
     sites = load_sites(study, setup) if sites is None else sites
     usable = {entry.site.name: entry.participant for entry in sites if entry.error is None}
-    configs = [entry.config for entry in sites if entry.error is None]
-    grid = InlineGrid(client_app.app, configs)
-    if study.simulation.attack != "none":
-        grid = HostileGrid(client_app.app, configs, list(usable), study)
-        _mislabel(study, usable)
     curve = Curve(study, usable, directory, observer)
-    loop = RoundLoop(grid, study, directory, new_run_id(), curve, deadline_s=math.inf)
-    curve.run = loop.state.run
+    configs = [entry.config for entry in sites if entry.error is None]
     try:
-        loop.run()
+        if setup.engine == "ray":
+            loop = _on_ray(study, directory, curve, configs)
+        else:
+            loop = _inline(study, directory, curve, configs, usable)
     except (RefusedError, TooFewSites) as error:
         raise _in_full(error) from None
     save_model(directory, study, loop.state.groups, loop.peers)
     baselines = fit_baselines(
         study, {name: site.cohort for name, site in usable.items()}, list(setup.baselines), observer.baseline
     )
-    content = summarise(study, sites, loop, baselines)
+    content = summarise(study, sites, loop, baselines, setup.engine)
     directory.write_json("summary.json", content)
     return content

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 Baselines = Mapping[str, Mapping[str, Predictor]]
 
 
-def summarise(study: Study, sites: Sequence[VirtualSite], loop: RoundLoop, baselines: Baselines) -> dict[str, Any]:
+def summarise(
+    study: Study, sites: Sequence[VirtualSite], loop: RoundLoop, baselines: Baselines, engine: str
+) -> dict[str, Any]:
     """The content of summary.json.
 
     Args:
@@ -32,6 +34,7 @@ def summarise(study: Study, sites: Sequence[VirtualSite], loop: RoundLoop, basel
         sites: all virtual sites, also those left out.
         loop: the finished round loop.
         baselines: fitted, by model and site.
+        engine: that ran it.
     """
     scores = {name: _scores(study, sites, predictors) for name, predictors in baselines.items()}
     rows = {entry.site.name: _site(study, entry, loop, scores) for entry in sites}
@@ -41,7 +44,7 @@ def summarise(study: Study, sites: Sequence[VirtualSite], loop: RoundLoop, basel
     defined = {name: value["auroc"] for name, value in metrics.items() if value["auroc"] is not None}
     worst = min(defined, key=lambda name: defined[name], default=None)
     return {
-        **run_facts(study, loop, "inline"),
+        **run_facts(study, loop, engine),
         "metrics_are": "exact (simulation)",
         "sites": rows,
         "mean": mean_metrics(list(metrics.values())),
