@@ -67,7 +67,7 @@ def train(message: Message, context: Context) -> Message:
         asked = read_request(Train, header)
         site = participant(context.node_config, _study(context, asked))
         state = site.train(asked.run, asked.round, request_hash(header, arrays), arrays)
-        return {"event": state.event, "ledger": state.ledger}, state.reply
+        return {"round": asked.round, "event": state.event, "ledger": state.ledger}, state.reply
 
     return _reply(message, context, work)
 

@@ -300,7 +300,7 @@ class Participant:
     def _train(self, plan: Plan, number: int, request: str, before: RoundState, received: Arrays) -> RoundState:
         start = to_tensors(received)
         self._load(before, start)
-        optimizer = Sgd(self.study, self._by_parameter(before.momentum))
+        optimizer = Sgd(self.study, self._by_parameter(before.momentum), self._by_parameter(received))
         self._steps(plan, self._draws(number), optimizer, plan.steps)
         trained = groups(self.model)
         update = {
@@ -321,7 +321,7 @@ class Participant:
         )
 
     def _by_parameter(self, arrays: Arrays) -> dict[str, torch.Tensor]:
-        """Optimiser state by parameter name, on the site's device."""
+        """Groups' tensors by parameter name, on the site's device."""
         stored = to_tensors(arrays)
         result = {}
         for parameter, _ in self.model.named_parameters():

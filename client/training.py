@@ -82,13 +82,16 @@ class Sgd:
     Not torch.optim: creating one imports the compiler stack, seconds in every message's process.
 
     Args:
-        study: gives learning rate, momentum and weight decay.
+        study: gives learning rate, momentum, weight decay and the proximal term.
         buffers: momentum by parameter name, continued from an earlier round.
+        start: the shared parameters that the round began with, by parameter name; for the proximal term (Li et al.
+            2020, arXiv 1812.06127), which reads parameters only and so costs no privacy.
     """
 
-    def __init__(self, study: Study, buffers: Mapping[str, Tensor]) -> None:
+    def __init__(self, study: Study, buffers: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None) -> None:
         self._training = study.training
         self.buffers = dict(buffers)
+        self._start = dict(start or {})
 
     def step(self, model: MultimodalModel, gradient: Mapping[str, Tensor]) -> None:
         """Change the model's parameters in place."""
@@ -98,6 +101,12 @@ class Sgd:
             changes: Sequence[Tensor] = [gradient[name].to(parameter.device) for name, parameter in named.items()]
             if training.weight_decay:
                 changes = torch._foreach_add(list(changes), parameters, alpha=training.weight_decay)
+            if training.proximal and self._start:
+                pulls = [
+                    value - self._start[name] if name in self._start else torch.zeros_like(value)
+                    for name, value in named.items()
+                ]
+                changes = torch._foreach_add(list(changes), pulls, alpha=training.proximal)
             if training.momentum:
                 before = [
                     self.buffers[name] if name in self.buffers else torch.zeros_like(named[name]) for name in named

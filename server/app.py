@@ -38,7 +38,7 @@ def run_study(
     """
     loop = RoundLoop(grid, study, directory, run, observer)
     peers = loop.run()
-    save_model(directory, study, loop.state.groups, peers)
+    save_model(directory, study, loop.final, peers)
     directory.write_json("summary.json", summarise_deployment(study, loop))
     write_report(directory)
     return loop, peers

@@ -13,6 +13,7 @@ from gapweave.shared.files import write_atomically
 from gapweave.shared.tensorfile import Arrays
 
 FILE = "server.safetensors"
+LATE = "late"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Checkpoint:
         round: last round done; 0 before the first.
         groups: the shared groups after it.
         moments: of the server optimiser, by moment and group.
+        late: sums of the shared groups after late rounds, which are averaged; empty before.
         peers: what is known of each site, by name.
         bytes_up: bytes of updates received so far.
         bytes_down: bytes of groups sent so far.
@@ -36,6 +38,7 @@ class Checkpoint:
     round: int
     groups: Arrays
     moments: dict[str, Arrays] = field(default_factory=dict)
+    late: Arrays = field(default_factory=dict)
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -47,7 +50,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fields = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(Checkpoint)}
     arrays: Arrays = dict(fields.pop("groups"))
-    for moment, groups in fields.pop("moments").items():
+    for moment, groups in {**fields.pop("moments"), LATE: fields.pop("late")}.items():
         arrays |= {f"{moment}:{group}": part for group, part in groups.items()}
     write_atomically(folder / FILE, tensorfile.dump(arrays, {"protocol": PROTOCOL_VERSION, **fields}))
 
@@ -80,4 +83,5 @@ def load_checkpoint(folder: Path, study: str) -> Checkpoint | None:
     for key, part in arrays.items():
         moment, _, group = key.rpartition(":")
         (moments.setdefault(moment, {}) if moment else groups)[group] = part
-    return Checkpoint(groups=groups, moments=moments, **note)
+    late = moments.pop(LATE, {})
+    return Checkpoint(groups=groups, moments=moments, late=late, **note)

@@ -16,9 +16,11 @@ from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.aggregators import resolve, rule_for
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.evaluation import Released, ask_tables
+from gapweave.server.late import add_late, late_mean
 from gapweave.server.mail import POLL_S, Answer, ask
 from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
+from gapweave.server.sampling import sampled
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable
@@ -186,6 +188,7 @@ class RoundLoop:
         start = time.monotonic()
         active = self._active()
         self._require_quorum(len(active), f"are left for round {number}")
+        active = sampled(self.study, number, active)
         header = {"run": self.state.run, "study": self.study.sha256, "round": number}
         packed = {group: wire.record(part) for group, part in self.state.groups.items()}
         requests = {peer.node: wire.pack(header, {group: packed[group] for group in peer.groups}) for peer in active}
@@ -208,6 +211,7 @@ class RoundLoop:
             round=number,
             groups=current,
             moments=self.optimizer.moments,
+            late=add_late(self.study, number, self.state.late, current),
             bytes_up=self.state.bytes_up + combine.bytes,
             bytes_down=self.state.bytes_down + down,
             seconds=self.state.seconds + seconds,
@@ -233,6 +237,8 @@ class RoundLoop:
             if status == "refused":
                 peer.status, peer.reason = "refused", reason
             return {"status": status, "reason": reason}
+        if answer.header.get("round") != number:
+            return {"status": "failed", "reason": "an answer for another round"}
         if answer.arrays.keys() != set(peer.groups):
             return {"status": "failed", "reason": "other parameter groups than were asked for"}
         peer.last_round = number
@@ -240,11 +246,16 @@ class RoundLoop:
         combine.add(peer.site, answer.arrays, peer.patients)
         return {"status": "ok"}
 
+    @property
+    def final(self) -> Arrays:
+        """The shared groups that the run ends with: the last round's, or the average of late rounds."""
+        return late_mean(self.study, self.state.late) or self.state.groups
+
     def _evaluate(self) -> None:
         """Ask how well the final groups do, before the last message: it ends the run at the sites."""
         header = {"run": self.state.run, "study": self.study.sha256, "round": self.state.round}
         self.released = ask_tables(
-            self.grid, self.study, list(self.peers.values()), header, self.state.groups, self.deadline_s
+            self.grid, self.study, list(self.peers.values()), header, self.final, self.deadline_s
         )
 
     def _finish(self) -> None:
@@ -252,9 +263,9 @@ class RoundLoop:
         header = {"run": self.state.run, "study": self.study.sha256, "round": self.state.round}
         took_part = [peer for peer in self.peers.values() if peer.groups and peer.last_round > 0]
         by_node = {peer.node: peer for peer in took_part if peer.node != NO_NODE}
+        final = self.final
         requests = {
-            node: wire.pack(header, {group: self.state.groups[group] for group in peer.groups})
-            for node, peer in by_node.items()
+            node: wire.pack(header, {group: final[group] for group in peer.groups}) for node, peer in by_node.items()
         }
         for answer in ask(self.grid, wire.FINISH, requests, self.deadline_s):
             peer = by_node.pop(answer.node)

@@ -167,7 +167,7 @@ def test_bad_files(study: Path, tmp_path: Path, name: str) -> None:
 
 OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown baseline": (("--baselines", "local,magic"), ("'magic'", "local, pooled, lr, gbm")),
-    "unknown engine": (("--engine", "magic"), ("'magic'", "Installed: inline")),
+    "unknown engine": (("--engine", "magic"), ("'magic'", "Known: inline, ray")),
     "unknown option": (("--ruonds", "3"), ("--ruonds", "--rounds")),
     "no number": (("--rounds", "many"), ("--rounds", "not a valid integer")),
     "no rounds": (("--rounds", "0"), ("training.rounds", "greater than or equal to 1")),
@@ -193,10 +193,13 @@ def test_bad_options(original: Path, tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_ray_is_not_installed_here(original: Path, tmp_path: Path) -> None:
+def test_an_engine_that_is_not_installed(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     outcome = gapweave("simulate", original, "--out", tmp_path / "run", "--engine", "ray")
     assert outcome.code == 2
-    assert "'ray'" in outcome.error
+    assert "Ray is not installed" in outcome.error
+    assert "gapweave[simulation]" in outcome.error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", ["simulate", "study check"])

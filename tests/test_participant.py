@@ -18,6 +18,7 @@ from gapweave.client import participant as participant_module
 from gapweave.client.app import FIXED_TEXTS
 from gapweave.client.participant import Participant
 from gapweave.client.state import RoundState, RunFolder, read_model
+from gapweave.client.training import Sgd
 from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
@@ -144,6 +145,28 @@ def test_one_full_step_with_a_plain_mean_equals_the_pooled_step(tmp_path: Path) 
 
 
 # Write-ahead.
+
+
+def test_the_proximal_term_pulls_shared_parameters_only(tmp_path: Path) -> None:
+    # By hand: w1 = w0 - lr g; w2 = w1 - lr (g + mu (w1 - w0)), so w2 - w0 = -lr g (2 - lr mu). Private ones: -2 lr g.
+    of = plan_of(private=False, training={"lr": 0.5, "proximal": 0.4})
+    model = participant(build(tmp_path / "one", "north"), of).model
+    start = {name: value.detach().clone() for name, value in model.named.items()}
+    sent = {name: value for name, value in start.items() if name.startswith("fusion")}
+    assert sent
+    sgd = Sgd(of, {}, sent)
+    for _ in range(2):
+        sgd.step(model, {name: torch.full_like(value, 0.1) for name, value in start.items()})
+    for name, value in model.named.items():
+        expected = -0.05 * (2 - 0.2) if name in sent else -0.1
+        torch.testing.assert_close(value - start[name], torch.full_like(value, expected))
+
+    def moved(proximal: float) -> float:
+        of = plan_of(private=False, training={"local_steps": 8, "lr": 0.2, "proximal": proximal})
+        update = train(participant(build(tmp_path / str(proximal), "north"), of)).reply["fusion"]
+        return float(sum(np.abs(value).sum() for value in update.values()))
+
+    assert moved(3) < 0.7 * moved(0)
 
 
 def test_the_charge_is_durable_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +523,7 @@ def test_a_message_holds_nothing_but_what_is_declared(tmp_path: Path) -> None:
         *("preparation", "table", "no_table"),
     }
     header, _ = ask_to_train(grid, of)
-    assert set(header) == {"protocol", "status", "event", "ledger"}
+    assert set(header) == {"protocol", "status", "round", "event", "ledger"}
     assert set(header["ledger"]) == {"site", "length", "hash"}
     assert set(header["event"]) == {
         "kind",

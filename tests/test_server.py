@@ -71,7 +71,7 @@ class Pretender:
             group: {name: np.full_like(value, self.step) for name, value in part.items()}
             for group, part in arrays.items()
         }
-        return {"status": "ok"}, self.alter(number, update)
+        return {"status": "ok", "round": number}, self.alter(number, update)
 
 
 class Pretence(InlineGrid):
@@ -349,6 +349,51 @@ def test_of_two_updates_none_is_called_too_long(tmp_path: Path) -> None:
     run = loop(tmp_path, study_of(), Pretence(Pretender("a", 100.0), Pretender("b", 1.0)))
     run.run()
     assert not next(run.directory.rounds())["groups"]["fusion"]["screened"]
+
+
+def test_an_answer_for_another_round_is_refused(tmp_path: Path) -> None:
+    class Stale(Pretender):
+        def train(self, number: int, arrays: Arrays) -> Answer:
+            return super().train(max(1, number - 1), arrays)
+
+    run = loop(tmp_path, study_of(training={"rounds": 2}), Pretence(Pretender("a"), Pretender("b"), Stale("c")))
+    run.run()
+    first, second = run.directory.rounds()
+    assert first["sites"]["c"]["status"] == "ok"
+    assert second["sites"]["c"] == {"status": "failed", "reason": "an answer for another round"}
+
+
+def test_the_final_groups_are_the_mean_of_the_late_rounds(tmp_path: Path) -> None:
+    of = study_of(training={"rounds": 5}, aggregation={"average_last": 0.5})
+    run = loop(tmp_path, of, Pretence(Pretender("a"), Pretender("b")))
+    run.run()
+    assert moved(initial_groups(of), run.state.groups)["fusion"] == 5
+    assert moved(initial_groups(of), run.final)["fusion"] == 4, "the mean of 3, 4 and 5"
+    again = loop(tmp_path, of, Pretence(Pretender("a"), Pretender("b")))
+    assert moved(initial_groups(of), again.final)["fusion"] == 4, "a checkpoint keeps it"
+
+
+def test_a_round_asks_as_many_sites_as_the_study_says(tmp_path: Path) -> None:
+    of = study_of(training={"rounds": 12}, aggregation={"sample": 3})
+    runs = [loop(tmp_path / str(at), of, Pretence(*[Pretender(name) for name in "abcdef"])) for at in range(2)]
+    for run in runs:
+        run.run()
+    drawn = [[sorted(line["sites"]) for line in run.directory.rounds()] for run in runs]
+    assert drawn[0] == drawn[1], "by the study's seed"
+    assert {len(sites) for sites in drawn[0]} == {3}
+    assert {site for sites in drawn[0] for site in sites} == set("abcdef")
+    assert len({tuple(sites) for sites in drawn[0]}) > 4
+
+
+def test_sampling_by_coverage_leaves_no_rare_group_out(tmp_path: Path) -> None:
+    common, rare = ["fusion", "head/labs"], ["fusion", "head/note"]
+    sites = [Pretender(name, groups=common) for name in "abcde"] + [Pretender("f", groups=rare)]
+    of = study_of(training={"rounds": 8}, aggregation={"sample": 2, "sampling": "coverage"})
+    run = loop(tmp_path, of, Pretence(*sites))
+    run.run()
+    assert all("f" in line["sites"] for line in run.directory.rounds())
+    with pytest.raises(ValueError, match="asks fewer sites"):
+        study_of(quorum=3, aggregation={"sample": 2})
 
 
 class Arriving(Pretence):

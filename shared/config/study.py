@@ -237,6 +237,11 @@ class Training(StrictModel):
     lr: float = Field(0.05, gt=0, description="learning rate")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the site's optimiser, kept between rounds")
     weight_decay: float = Field(0.0, ge=0, description="L2 shrinkage of all parameters")
+    proximal: float = Field(
+        0.0,
+        ge=0,
+        description="FedProx: pull of the shared parameters towards those that the round began with, after the noise",
+    )
     finetune: bool = Field(
         False, description="fine-tune privately at each site after the last upload; that copy never leaves"
     )
@@ -264,6 +269,18 @@ class Aggregation(StrictModel):
     server_floor: float = Field(
         1e-3, gt=0, description="added to the root of the second moment: how adaptive adam, yogi and adagrad are"
     )
+    average_last: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the rounds, the last ones, whose shared parameters are averaged to the final ones; "
+        "0: the last round's",
+    )
+    sample: int | None = Field(None, ge=1, description="sites asked in a round (default: all that can take part)")
+    sampling: Literal["random", "coverage"] = Field(
+        "random",
+        description="how these are drawn, by the study's seed: evenly, or with a holder of each parameter group first",
+    )
     quorum: int = Field(2, ge=1, description="sites that a round needs")
     strict: bool = Field(False, description="leave a group alone rather than aggregate it unprotected")
     deadline_s: float = Field(600, gt=0, description="seconds that a round waits for its sites")
@@ -284,6 +301,8 @@ class Aggregation(StrictModel):
 
     @model_validator(mode="after")
     def _weighed(self) -> Self:
+        if self.sample is not None and self.sample < self.quorum:
+            raise ValueError(f"sample={self.sample} asks fewer sites than quorum={self.quorum} needs")
         other = {self.default, *self.rules.values()} - {"auto", "mean"}
         if self.weights == "patients" and other:
             raise ValueError(

@@ -52,6 +52,7 @@ class Curve(Observer):
         self, study: Study, sites: Mapping[str, Participant], directory: RunDirectory, watcher: Watcher
     ) -> None:
         self.run = ""
+        self._peers: Mapping[str, Peer] = {}
         self._study, self._sites, self._file, self._watcher = (
             study,
             sites,
@@ -63,7 +64,8 @@ class Curve(Observer):
         self._done = max((line["round"] for line in directory.rounds()), default=0)
 
     def prepared(self, peers: dict[str, Peer]) -> None:
-        """Tell the watcher."""
+        """Tell the watcher, and remember who takes part."""
+        self._peers = peers
         active = sum(peer.status == "ok" for peer in peers.values())
         self._watcher.prepared(active, self._study.training.rounds, self._done)
 
@@ -78,6 +80,8 @@ class Curve(Observer):
     def _look(self, number: int, current: Arrays) -> float | None:
         metrics = {}
         for name, site in self._sites.items():
+            if name not in self._peers or not self._peers[name].groups:
+                continue  # it never took part: it has no model, and planning one would open its ledger
             shared = {group: current[group] for group in site.shared}
             metrics[name] = evaluate(site.assemble(self.run, shared), site.cohort, self._study)
         mean = mean_metrics(list(metrics.values()))

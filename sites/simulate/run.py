@@ -259,7 +259,7 @@ def simulate(
             loop = _inline(study, directory, curve, configs, usable)
     except (RefusedError, TooFewSites) as error:
         raise _in_full(error) from None
-    save_model(directory, study, loop.state.groups, loop.peers)
+    save_model(directory, study, loop.final, loop.peers)
     baselines = fit_baselines(
         study, {name: site.cohort for name, site in usable.items()}, list(setup.baselines), observer.baseline
     )
