@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gapweave.server.aggregators import Sum, Update, protection, rule_for, start
+from gapweave.server.agreement import Agreement, against_the_others, agreements
+from gapweave.server.history import History
 from gapweave.server.optimizers import ServerOptimizer
-from gapweave.server.screening import norm, reason_to_reject, too_long
+from gapweave.server.screening import norm, reason_to_reject, too_long, too_quiet
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
 from gapweave.shared.model import MultimodalModel, groups, shared_groups
@@ -22,18 +26,29 @@ class GroupAggregation:
         study: names the rules.
         current: the shared groups before the round.
         optimizer: what is done with each group's aggregate; its moments move on.
+        agreements: how each site agreed with the others so far, by site.
+        history: of their updates; it moves on.
     """
 
-    def __init__(self, study: Study, current: Arrays, optimizer: ServerOptimizer | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        current: Arrays,
+        optimizer: ServerOptimizer | None = None,
+        agreements: Mapping[str, Agreement] | None = None,
+        history: History | None = None,
+    ) -> None:
         self._optimizer = optimizer or ServerOptimizer(study.aggregation)
         self.bytes = 0
+        self.agreements = dict(agreements or {})
+        self._history = history or History(0)
         self._study, self._current = study, current
         self._kept: dict[str, dict[str, Update]] = {group: {} for group in current}
         self._sums = {group: Sum() for group in current if self._rule(group, 0) == "mean"}
         self._norms: dict[str, dict[str, float]] = {group: {} for group in current}
         self._screened: dict[str, dict[str, str]] = {group: {} for group in current}
 
-    def add(self, site: str, arrays: Arrays, patients: int = 1) -> None:
+    def add(self, site: str, arrays: Arrays, patients: int = 1, noise_sd: float = 0.0) -> None:
         """Take one site's groups; each is screened on its own.
 
         Args:
@@ -41,6 +56,7 @@ class GroupAggregation:
             arrays: its updates.
             patients: public number of its training patients, which `aggregation.weights: patients` weighs by. A number
                 that is too large moves the mean that far: sites are taken to state it honestly.
+            noise_sd: of the noise in each coordinate; 0 for unknown.
         """
         self.bytes += size(arrays)
         for group, update in arrays.items():
@@ -48,7 +64,12 @@ class GroupAggregation:
             if reason is not None:
                 self._screened[group][site] = reason
                 continue
-            self._norms[group][site] = norm(update)
+            length = norm(update)
+            quiet = too_quiet(length, sum(value.size for value in update.values()), noise_sd)
+            if quiet is not None:
+                self._screened[group][site] = quiet
+                continue
+            self._norms[group][site] = length
             if group in self._sums:
                 self._sums[group].add(update, 1 if self._study.aggregation.weights == "uniform" else patients)
             else:
@@ -57,9 +78,11 @@ class GroupAggregation:
     def finish(self) -> tuple[Arrays, dict[str, Any]]:
         """The groups after the round, and a log line a group, also of those that nobody sent."""
         result, lines = dict(self._current), {}
+        for group in self._kept:
+            self._screen(group, too_long(self._norms[group]))
+        if self._study.privacy.enabled:
+            self._compare()
         for group in sorted(self._current):
-            if group not in self._sums:
-                self._screen_norms(group)
             holders = sorted(self._norms[group].keys() - self._screened[group].keys())
             rule = self._rule(group, len(holders))
             lines[group] = {
@@ -78,10 +101,21 @@ class GroupAggregation:
             result[group] = {name: value + change[name] for name, value in self._current[group].items()}
         return result, lines
 
-    def _screen_norms(self, group: str) -> None:
-        for site, reason in too_long(self._norms[group]).items():
-            self._screened[group][site] = reason
-            del self._kept[group][site]
+    def _screen(self, group: str, reasons: Mapping[str, str]) -> None:
+        """Take updates out of a group again; a mean that was summed up on the way cannot do that."""
+        for site, reason in reasons.items():
+            if self._kept[group].pop(site, None) is not None:
+                self._screened[group][site] = reason
+
+    def _compare(self) -> None:
+        """Leave out who pulls against the others; it may come back, since it is still compared."""
+        for group in sorted(self._kept):
+            for site, number in agreements(self._kept[group]).items():
+                self.agreements[site] = self.agreements.get(site, Agreement()) + number
+        reasons = against_the_others(self.agreements)
+        self.agreements = {site: replace(it, out=site in reasons) for site, it in self.agreements.items()}
+        for group in self._kept:
+            self._screen(group, reasons)
 
     def _rule(self, group: str, holders: int) -> str:
         aggregation = self._study.aggregation
@@ -96,7 +130,7 @@ class GroupAggregation:
         if group in self._sums:
             return self._sums[group].finish()
         for site in holders:
-            accumulator.add(self._kept[group][site])
+            accumulator.add(self._history.take(site, group, self._kept[group].pop(site)))
         return accumulator.finish()
 
 

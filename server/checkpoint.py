@@ -14,6 +14,7 @@ from gapweave.shared.tensorfile import Arrays
 
 FILE = "server.safetensors"
 LATE = "late"
+HISTORY = "history/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Checkpoint:
         round: last round done; 0 before the first.
         groups: the shared groups after it.
         moments: of the server optimiser, by moment and group.
+        history: sums of each site's updates, by site; `counts`: how many they hold, by site and group.
         late: sums of the shared groups after late rounds, which are averaged; empty before.
         peers: what is known of each site, by name.
         bytes_up: bytes of updates received so far.
@@ -38,6 +40,8 @@ class Checkpoint:
     round: int
     groups: Arrays
     moments: dict[str, Arrays] = field(default_factory=dict)
+    history: dict[str, Arrays] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
     late: Arrays = field(default_factory=dict)
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes_up: int = 0
@@ -50,7 +54,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fields = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(Checkpoint)}
     arrays: Arrays = dict(fields.pop("groups"))
-    for moment, groups in {**fields.pop("moments"), LATE: fields.pop("late")}.items():
+    history = {HISTORY + site: groups for site, groups in fields.pop("history").items()}
+    for moment, groups in {**fields.pop("moments"), **history, LATE: fields.pop("late")}.items():
         arrays |= {f"{moment}:{group}": part for group, part in groups.items()}
     write_atomically(folder / FILE, tensorfile.dump(arrays, {"protocol": PROTOCOL_VERSION, **fields}))
 
@@ -84,4 +89,5 @@ def load_checkpoint(folder: Path, study: str) -> Checkpoint | None:
         moment, _, group = key.rpartition(":")
         (moments.setdefault(moment, {}) if moment else groups)[group] = part
     late = moments.pop(LATE, {})
-    return Checkpoint(groups=groups, moments=moments, late=late, **note)
+    history = {key.removeprefix(HISTORY): moments.pop(key) for key in list(moments) if key.startswith(HISTORY)}
+    return Checkpoint(groups=groups, moments=moments, history=history, late=late, **note)

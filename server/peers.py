@@ -26,6 +26,7 @@ class Peer:
         plan: its noise, sampling rate and n_hat.
         last_round: the last round that it took part in.
         ledger: where its ledger stood when it was last heard; told to it at the next handshake.
+        agreement: how its updates agreed with the others' so far.
     """
 
     site: str
@@ -38,6 +39,7 @@ class Peer:
     plan: dict[str, Any] = field(default_factory=dict)
     last_round: int = 0
     ledger: dict[str, Any] = field(default_factory=dict)
+    agreement: dict[str, Any] = field(default_factory=dict)
 
     @property
     def patients(self) -> int:

@@ -1,17 +1,23 @@
-"""What is looked at before a rule sees an update: keys, shapes, finiteness. A rejection is named, never silent."""
+"""What is looked at before a rule sees an update: keys, shapes, numbers, noise. A rejection is named, never silent."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gapweave.shared.config.study import Study
 
 LONGEST = 30.0
 """Norm of an update, over the median one of its group, from which it is a fault of scale."""
 REPRESENTABLE = 1e15
 """Largest number in an update: squares of larger ones leave float32."""
+
+UNLIKELY = 1e-9
+"""Probability with which an honest update is taken for one without its noise."""
 
 Part = Mapping[str, NDArray[np.float32]]
 
@@ -58,6 +64,48 @@ def too_long(norms: Mapping[str, float]) -> dict[str, str]:
         for site, value in norms.items()
         if value > LONGEST * middle > 0
     }
+
+
+def noise_sd(study: Study, plan: Mapping[str, Any]) -> float:
+    """Standard deviation of the noise in each coordinate of an honest update, by the site's own plan.
+
+    Args:
+        study: how sites train.
+        plan: as the site declared it.
+
+    Returns:
+        0 where it cannot be told: without privacy, with momentum, which brings noise from earlier rounds, or for a plan
+        of another form.
+    """
+    training = study.training
+    numbers = [plan.get(key) for key in ("noise_multiplier", "sample_rate", "n_hat")]
+    known = [float(number) for number in numbers if isinstance(number, (int, float)) and 0 < number < math.inf]
+    if not study.privacy.enabled or training.momentum or len(known) < 3:
+        return 0.0
+    multiplier, rate, n_hat = known
+    # Each step shrinks what earlier ones did.
+    kept = 1 - training.lr * (training.weight_decay + training.proximal)
+    steps = sum(kept ** (2 * step) for step in range(training.local_steps))
+    return training.lr * math.sqrt(steps) * multiplier * study.privacy.max_grad_norm / (rate * n_hat)
+
+
+def too_quiet(length: float, numbers: int, sd: float) -> str | None:
+    """Why an update cannot hold the noise that its site's plan says: a fault of the site, or a lie.
+
+    Whatever the data add makes an update longer, by law of the non-central chi-squared distribution. Who adds noise of
+    its own cannot be seen here.
+
+    Args:
+        length: norm of the update.
+        numbers: how many numbers it holds.
+        sd: of the noise in each; 0 for unknown.
+    """
+    if sd == 0:
+        return None
+    from scipy.special import gammaincinv
+
+    least = sd * math.sqrt(2 * gammaincinv(numbers / 2, UNLIKELY))
+    return f"its norm {length:.3g} is less than its noise must give, {least:.3g}" if length < least else None
 
 
 def norm(update: Part) -> float:

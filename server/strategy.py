@@ -14,13 +14,16 @@ from flwr.serverapp import Grid
 
 from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.aggregators import resolve, rule_for
+from gapweave.server.agreement import Agreement
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.evaluation import Released, ask_tables
+from gapweave.server.history import History, decay_of
 from gapweave.server.late import add_late, late_mean
 from gapweave.server.mail import POLL_S, Answer, ask
 from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
 from gapweave.server.sampling import sampled
+from gapweave.server.screening import noise_sd
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable
@@ -68,6 +71,7 @@ class RoundLoop:
         saved = load_checkpoint(directory.checkpoint, study.sha256)
         self.state = saved or Checkpoint(run=run, study=study.sha256, round=0, groups=initial_groups(study))
         self.optimizer = ServerOptimizer(study.aggregation, self.state.moments)
+        self.history = History(decay_of(study), self.state.history, self.state.counts)
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
         self.released: dict[str, Released] = {}
         self._greeted: set[int] = set()
@@ -158,7 +162,7 @@ class RoundLoop:
         fields = {key: header[key] for key in ("modalities", "groups", "rounds", "plan", "ledger") if key in header}
         peer = Peer(site=name, node=answer.node, status=header["status"], reason=header.get("text", ""), **fields)
         if known is not None:
-            peer.last_round = known.last_round
+            peer.last_round, peer.agreement = known.last_round, known.agreement
             peer.ledger = peer.ledger or known.ledger  # a site that refuses because of it does not send another
         foreign = set(peer.groups) - self.state.groups.keys()
         if foreign:
@@ -194,7 +198,8 @@ class RoundLoop:
         requests = {peer.node: wire.pack(header, {group: packed[group] for group in peer.groups}) for peer in active}
         down = sum(size({group: self.state.groups[group] for group in peer.groups}) for peer in active)
         by_node = {peer.node: peer for peer in active}
-        combine = GroupAggregation(self.study, self.state.groups, self.optimizer)
+        so_far = {name: Agreement.read(peer.agreement) for name, peer in self.peers.items()}
+        combine = GroupAggregation(self.study, self.state.groups, self.optimizer, so_far, self.history)
         answered = {}
         for answer in ask(self.grid, wire.TRAIN, requests, self.deadline_s):
             peer = by_node.pop(answer.node)
@@ -205,12 +210,16 @@ class RoundLoop:
         taken = sum(site["status"] == "ok" for site in answered.values())
         self._require_quorum(taken, f"answered in round {number}")
         current, log_lines = combine.finish()
+        for name, agreement in combine.agreements.items():
+            self.peers[name].agreement = asdict(agreement)
         seconds = time.monotonic() - start
         self.state = replace(
             self.state,
             round=number,
             groups=current,
             moments=self.optimizer.moments,
+            history=self.history.sums,
+            counts=self.history.counts,
             late=add_late(self.study, number, self.state.late, current),
             bytes_up=self.state.bytes_up + combine.bytes,
             bytes_down=self.state.bytes_down + down,
@@ -243,7 +252,7 @@ class RoundLoop:
             return {"status": "failed", "reason": "other parameter groups than were asked for"}
         peer.last_round = number
         peer.remember(answer.header.get("ledger"))
-        combine.add(peer.site, answer.arrays, peer.patients)
+        combine.add(peer.site, answer.arrays, peer.patients, noise_sd(self.study, peer.plan))
         return {"status": "ok"}
 
     @property

@@ -269,6 +269,13 @@ class Aggregation(StrictModel):
     server_floor: float = Field(
         1e-3, gt=0, description="added to the root of the second moment: how adaptive adam, yogi and adagrad are"
     )
+    history: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="decay of a site's earlier updates in the mean that a robust rule sees; 0: this round's update "
+        "only (default: 0.8 under privacy, else 0)",
+    )
     average_last: float = Field(
         0.0,
         ge=0,

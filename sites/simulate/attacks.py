@@ -16,7 +16,8 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from gapweave.server.aggregators import bad_sites, combine, resolve, rule_for
+from gapweave.server.aggregators import Update, bad_sites, combine, resolve, rule_for
+from gapweave.server.history import History, decay_of
 from gapweave.shared import wire
 from gapweave.shared.config import Study
 from gapweave.shared.config.study import UPDATE_ATTACKS, Task
@@ -26,6 +27,8 @@ from gapweave.sites.simulate.grid import FIRST_NODE, InlineGrid
 
 Rows = NDArray[np.float32]
 
+KNOWING = ("alie", "min_max", "adaptive")
+"""Attacks that search, among what the server's rule will see: means over rounds, where it keeps a history."""
 STRENGTHS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Lengths among which an attacker that knows the rule searches, in units of its direction."""
 HALVINGS = 30
@@ -57,7 +60,7 @@ def mislabelled(batch: Batch, task: Task, attack: str) -> Batch:
     return replace(batch, target=1 - target)
 
 
-def lie(attack: str, own: Rows, honest: Rows, before: Rows, rule: str, bad: int) -> Rows:
+def lie(attack: str, own: Rows, honest: Rows, before: Rows, rule: str, bad: int, noised: bool = False) -> Rows:
     """What each bad site sends of one parameter group.
 
     Args:
@@ -67,6 +70,8 @@ def lie(attack: str, own: Rows, honest: Rows, before: Rows, rule: str, bad: int)
         before: [d], its own of the round before.
         rule: the server's, for this group.
         bad: number of bad sites that hold the group.
+        noised: whether updates hold noise, so that the server looks for a site that pulls against the others over the
+            rounds: `adaptive` then never does.
 
     Returns:
         [d]
@@ -89,7 +94,7 @@ def lie(attack: str, own: Rows, honest: Rows, before: Rows, rule: str, bad: int)
         found = mean - _longest(honest, mean, spread) * spread
     else:
         directions = [spread] if attack == "alie" else [spread, mean, np.sign(mean) * spread.mean()]
-        found = _most_harmful(honest, mean, directions, rule, bad)
+        found = _most_harmful(honest, mean, directions, rule, bad, hidden=noised and attack == "adaptive")
     sent: Rows = found.astype(np.float32)
     return sent
 
@@ -109,19 +114,36 @@ def _longest(honest: Rows, mean: NDArray[np.float64], direction: NDArray[np.floa
 
 
 def _most_harmful(
-    honest: Rows, mean: NDArray[np.float64], directions: Sequence[NDArray[np.float64]], rule: str, bad: int
+    honest: Rows,
+    mean: NDArray[np.float64],
+    directions: Sequence[NDArray[np.float64]],
+    rule: str,
+    bad: int,
+    hidden: bool,
 ) -> NDArray[np.float64]:
-    """The point whose copies move the result of the server's own rule farthest from the honest mean."""
+    """The point whose copies move the result of the server's own rule farthest from the honest mean.
+
+    A hidden one is never against that mean.
+    """
     sites = len(honest) + bad
     stages, f = resolve(rule_for(rule, sites)), bad_sites(sites)
     best, harm = mean, -1.0
     for direction in directions:
         for strength in STRENGTHS:
             point = mean - strength * direction
+            if hidden and point @ mean < 0:
+                continue
             rows = np.concatenate([honest, np.tile(point.astype(np.float32), (bad, 1))])
             moved = float(np.linalg.norm(combine(rows, stages, f) - mean))
             best, harm = (point, moved) if moved > harm else (best, harm)
     return best
+
+
+def disguised(sent: Rows, own: Rows) -> Rows:
+    """A lie with noise of its own, as long as the honest update would be: nobody sees that it lacks its noise."""
+    missing = float(own.astype(np.float64) @ own - sent.astype(np.float64) @ sent)
+    sd = np.sqrt(max(missing, 0.0) / len(own))
+    return sent + np.random.default_rng().normal(0, sd, len(own)).astype(np.float32)
 
 
 class HostileGrid(InlineGrid):
@@ -145,6 +167,7 @@ class HostileGrid(InlineGrid):
         self._honest: dict[int, Arrays] = {}
         self._before: dict[int, Arrays] = {}
         self._lies: dict[str, Rows] = {}
+        self._seen = History(decay_of(study) if self._attack in KNOWING else 0)
 
     def get_node_ids(self) -> list[int]:
         """All nodes; bad ones that are absent are not there."""
@@ -165,27 +188,36 @@ class HostileGrid(InlineGrid):
             self._round, self._honest, self._lies = number, {}, {}
         header, arrays = wire.unpack(reply.content)
         if node not in self._bad:
-            self._honest[node] = arrays
+            self._honest[node] = {group: self._seen.take(str(node), group, part) for group, part in arrays.items()}
             return reply
         before, self._before[node] = self._before.get(node, arrays), arrays
-        sent = {group: self._sent(group, part, before.get(group, part)) for group, part in arrays.items()}
+        sent = {group: self._sent(node, group, part, before.get(group, part)) for group, part in arrays.items()}
         return Message(wire.pack({**header}, sent), reply_to=message)
 
-    def _sent(self, group: str, own: Mapping[str, Rows], before: Mapping[str, Rows]) -> dict[str, Rows]:
-        """A bad site's update of a group: bad sites that know the others send the same."""
+    def _sent(self, node: int, group: str, own: Update, before: Update) -> Update:
+        """A bad site's update of a group: bad sites that know the others want the same to be seen."""
         honest = [flat(part[group]) for _, part in sorted(self._honest.items()) if group in part]
         rows = np.stack(honest) if honest else np.empty((0, len(flat(own))), np.float32)
-        alone = self._attack in ("sign_flip", "times_100", "stale")
+        alone, noised = self._attack in ("sign_flip", "times_100", "stale"), self._study.privacy.enabled
         if alone or group not in self._lies:
             rule = self._study.aggregation.of(group)
-            self._lies[group] = lie(self._attack, flat(own), rows, flat(before), rule, len(self._bad))
-        result, at = {}, 0
-        for name, value in own.items():
-            result[name] = self._lies[group][at : at + value.size].reshape(value.shape)
-            at += value.size
-        return result
+            self._lies[group] = lie(self._attack, flat(own), rows, flat(before), rule, len(self._bad), noised)
+        sent = self._seen.missing(str(node), group, shaped(self._lies[group], own))
+        if self._attack == "adaptive" and noised:
+            sent = shaped(disguised(flat(sent), flat(own)), own)
+        self._seen.take(str(node), group, sent)
+        return sent
 
 
-def flat(part: Mapping[str, Rows]) -> Rows:
+def shaped(vector: Rows, like: Update) -> Update:
+    """One vector as an update."""
+    result, at = {}, 0
+    for name, value in like.items():
+        result[name] = vector[at : at + value.size].reshape(value.shape)
+        at += value.size
+    return result
+
+
+def flat(part: Update) -> Rows:
     """One update as one vector."""
     return np.concatenate([value.ravel() for value in part.values()])
