@@ -102,9 +102,18 @@ def run_panel(name: str, out: Path, smoke: bool) -> str:
     overrides["training.rounds"] = panel.rounds
     overrides |= {"privacy.enabled": False} if panel.epsilon is None else {"privacy.epsilon": panel.epsilon}
     request = Request(
-        study=cohort / "study.yaml", overrides=overrides, vary={"attack": ["absent", *ATTACKS]},
-        seeds=tuple(range(panel.seeds)), folds=None, baselines=(), smoke=smoke, sites=None, data=None, out=out / name, continue_without=False,
-    )  # fmt: skip
+        study=cohort / "study.yaml",
+        overrides=overrides,
+        vary={"attack": ["absent", *ATTACKS]},
+        seeds=tuple(range(panel.seeds)),
+        folds=None,
+        baselines=(),
+        smoke=smoke,
+        sites=None,
+        data=None,
+        out=out / name,
+        continue_without=False,
+    )
     try:
         compare(request)
     except GapweaveError as error:
@@ -204,9 +213,9 @@ def plot(found: list[Drop], file: Path) -> None:
 
 PAGE = """# What a bad site costs the honest ones
 
-By `make bench-attacks`. Synthetic hospitals of the demo; in all panels but the last every hospital holds every modality,
+By `make bench-attacks`. Synthetic hospitals of the demo; in all panels but the last each hospital holds all modalities,
 so that every parameter group has as many holders as there are hospitals. A figure is the mean AUROC of the honest sites
-in a run in which the bad sites are absent, minus that under attack: the mean over seeds ({seeds} without noise, {noised}
+in a run in which the bad sites are absent, minus that under attack: mean over seeds ({seeds} without noise, {noised}
 with: noise alone moves a run's AUROC by .02), and in brackets its one-sided 95 % bound (Student's t). Negative: the
 honest sites did better than without the others. **Bold: the bound is above what is promised.** Promised: for plain
 attacks / for `alie`, `min_max` and `adaptive`.

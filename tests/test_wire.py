@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import json
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -195,3 +198,17 @@ def test_bytes_are_counted() -> None:
 def test_the_header_is_plain_json() -> None:
     content = pack({"round": 3}, {})
     assert json.loads(str(content.config_records[HEADER]["json"])) == {"protocol": PROTOCOL_VERSION, "round": 3}
+
+
+@pytest.mark.long
+@pytest.mark.fuzz
+def test_a_fuzzer_guided_by_coverage_finds_nothing() -> None:
+    pytest.importorskip("atheris")
+    file = Path(__file__).parent / "fuzz_wire.py"
+    done = subprocess.run(
+        [sys.executable, file, "-max_total_time=40", "-rss_limit_mb=2048", "-verbosity=0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,240 @@
+"""What noise hides in one round: updates without their noise, sites against the others, lies as large as the noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hospitals import build, participant, plan_of
+from pretence import Pretence, Pretender, loop, study_of
+
+from gapweave.server.aggregation import GroupAggregation, initial_groups
+from gapweave.server.aggregators import Update
+from gapweave.server.agreement import CERTAIN, Agreement, against_the_others, agreements
+from gapweave.server.history import History
+from gapweave.server.screening import noise_sd, norm, too_quiet
+from gapweave.shared.config.study import Study
+from gapweave.shared.tensorfile import Arrays
+
+PLAN = {"noise_multiplier": 1.5, "sample_rate": 0.25, "n_hat": 200}
+SITES = ("a", "b", "c", "d", "e", "f")
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def noised(size: int, generator: np.random.Generator, signal: float = 0.0) -> Update:
+    return {"w": (generator.normal(size=size) + signal).astype(np.float32)}
+
+
+# The noise that an honest update must hold.
+
+
+@pytest.mark.parametrize(("decay", "proximal", "steps"), [(0.0, 0.0, 1), (0.0, 0.0, 5), (0.1, 0.0, 5), (0.1, 0.3, 7)])
+def test_the_expected_noise_is_that_of_real_updates(tmp_path: Path, decay: float, proximal: float, steps: int) -> None:
+    of = plan_of(
+        private=True,
+        training={"local_steps": steps, "lr": 0.4, "weight_decay": decay, "proximal": proximal, "batch": 20},
+        privacy={"max_grad_norm": 0.01, "epsilon": 1},
+    )
+    site = participant(build(tmp_path / "a", "north"), of)
+    plan = site.prepare("run-1").plan
+    start = {group: initial_groups(of)[group] for group in site.shared}
+    zero = {group: {name: np.zeros_like(value) for name, value in part.items()} for group, part in start.items()}
+    reply = site.train("run-1", 1, "0" * 64, zero).reply
+    size = sum(value.size for part in reply.values() for value in part.values())
+    length = math.sqrt(sum(norm(part) ** 2 for part in reply.values()))
+    sd = noise_sd(of, plan)
+    assert length / math.sqrt(size) == pytest.approx(sd, rel=0.12), "gradients are clipped to next to nothing"
+    assert too_quiet(length, size, sd) is None
+    assert too_quiet(0.5 * length, size, sd) is not None
+
+
+@pytest.mark.parametrize("size", [1, 5, 100, 10_000])
+def test_honest_noise_is_never_called_too_quiet(size: int) -> None:
+    generator = rng()
+    for _ in range(200):
+        assert too_quiet(float(np.linalg.norm(generator.normal(0, 0.3, size))), size, 0.3) is None
+    if size >= 100:
+        assert too_quiet(0.3 * math.sqrt(size) / 2, size, 0.3) is not None
+    assert too_quiet(0.0, size, 0.0) is None, "nothing is known of it"
+
+
+@pytest.mark.parametrize(
+    ("keys", "plan"),
+    [
+        ({"private": False}, PLAN),
+        ({"private": True, "training": {"momentum": 0.5}}, PLAN),
+        ({"private": True}, {}),
+        ({"private": True}, {**PLAN, "n_hat": 0}),
+        ({"private": True}, {**PLAN, "n_hat": "many"}),
+        ({"private": True}, {**PLAN, "noise_multiplier": math.inf}),
+        ({"private": True}, {**PLAN, "noise_multiplier": None}),
+    ],
+)
+def test_where_noise_is_unknown_nobody_is_judged_by_it(keys: dict[str, Any], plan: dict[str, Any]) -> None:
+    assert noise_sd(plan_of(**keys), plan) == 0
+
+
+# Who pulls against the others.
+
+
+def test_unrelated_updates_have_standard_normal_agreements() -> None:
+    generator = rng()
+    numbers = [list(agreements({site: noised(50, generator) for site in SITES}).values()) for _ in range(2000)]
+    assert abs(np.mean(numbers)) < 0.05
+    assert np.std(numbers) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+@pytest.mark.parametrize("size", [20, 2000])
+def test_who_turns_every_update_around_is_found_and_nobody_else(bad: int, size: int) -> None:
+    names = SITES if bad == 1 else (*SITES, "g", "h", "i")
+    generator, direction = rng(1), rng(2).normal(size=size) / size**0.25
+    so_far = {site: Agreement() for site in names}
+    for _ in range(30):
+        rows = {site: generator.normal(size=size) + 1.3 * direction for site in names}
+        sent = {site: {"w": (-row if site in names[:bad] else row).astype(np.float32)} for site, row in rows.items()}
+        for site, number in agreements(sent).items():
+            so_far[site] += number
+    found = against_the_others(so_far)
+    assert found.keys() == set(names[:bad])
+
+
+def test_two_that_send_the_same_do_not_vouch_for_each_other() -> None:
+    generator, direction = rng(3), np.ones(400) / 20
+    so_far = {site: Agreement() for site in (*SITES, "g", "h", "i")}
+    for _ in range(20):
+        sent = {site: {"w": generator.normal(size=400) + 5 * direction} for site in so_far}
+        sent["a"] = sent["b"] = {"w": -5 * direction + generator.normal(size=400)}
+        for site, number in agreements(sent).items():
+            so_far[site] += number
+    assert against_the_others(so_far).keys() == {"a", "b"}
+
+
+def scores(**values: float) -> dict[str, Agreement]:
+    return {site: Agreement(total=value * 10, count=100) for site, value in values.items()}
+
+
+def test_one_whose_patients_are_unlike_the_others_stays() -> None:
+    assert not against_the_others(scores(a=-6, b=20, c=20, d=20, e=20)), "far less against them than they agree"
+    assert not against_the_others(scores(a=-9, b=2, c=2, d=2, e=2)), "the others do not pull together"
+    assert not against_the_others(scores(a=-9, b=20)), "of two nobody is against the others"
+    assert against_the_others(scores(a=-11, b=20, c=20, d=20, e=20)).keys() == {"a"}
+
+
+def test_a_site_comes_back_when_it_agrees() -> None:
+    faded = scores(a=-1, b=2, c=2, d=2)
+    assert not against_the_others(faded)
+    out = {**faded, "a": Agreement(total=-10, count=100, out=True)}
+    assert against_the_others(out).keys() == {"a"}
+    assert not against_the_others({**out, "a": Agreement(total=1, count=100, out=True)})
+
+
+def test_silent_updates_and_pairs_are_not_compared() -> None:
+    silent = {"w": np.zeros(4, np.float32)}
+    loud = {"w": np.ones(4, np.float32)}
+    assert not agreements({"a": loud, "b": loud})
+    assert not agreements({"a": loud, "b": loud, "c": silent})
+    assert agreements({"a": loud, "b": loud, "c": loud, "d": silent}).keys() == {"a", "b", "c"}
+
+
+# The same in rounds.
+
+
+class Noisy(Pretender):
+    """A site that sends noise around a small step, and turns it around when it is told to."""
+
+    def __init__(self, name: str, sign: float = 1.0, quiet: bool = False) -> None:
+        super().__init__(name, hello={"plan": PLAN})
+        self.generator, self.sign, self.quiet = rng(sum(name.encode())), sign, quiet
+
+    def train(self, number: int, arrays: Arrays) -> Any:
+        sd = 0.0 if self.quiet else SD
+        update = {
+            group: {
+                name: self.sign * (0.4 * SD + sd * self.generator.normal(size=value.shape)).astype(np.float32)
+                for name, value in part.items()
+            }
+            for group, part in arrays.items()
+        }
+        return {"status": "ok", "round": number}, update
+
+
+def private_study(rounds: int, **aggregation: Any) -> Study:
+    return plan_of(
+        private=True,
+        training={"rounds": rounds, "local_steps": 1, "lr": 0.5},
+        aggregation={"deadline_s": 5, **aggregation},
+    )
+
+
+SD = noise_sd(private_study(1), PLAN)
+
+
+def test_bad_sites_are_left_out_by_name_and_a_resumed_run_remembers(tmp_path: Path) -> None:
+    of = private_study(8)
+    sites = [*(Noisy(name) for name in "abcde"), Noisy("turns", sign=-1), Noisy("quiet", quiet=True)]
+    run = loop(tmp_path, of, Pretence(*sites))
+    run.run()
+    lines = list(run.directory.rounds())
+    reasons = [line["groups"]["encoder/vitals"]["screened"] for line in lines]
+    assert all("less than its noise must give" in reason["quiet"] for reason in reasons)
+    assert "pulls against the others" in reasons[-1]["turns"]
+    assert {site for reason in reasons for site in reason} == {"turns", "quiet"}
+    again = loop(tmp_path, of, Pretence())
+    assert again.peers["turns"].agreement == run.peers["turns"].agreement != {}
+    assert Agreement.read(again.peers["turns"].agreement).score < -CERTAIN
+    assert Agreement.read(again.peers["turns"].agreement).out
+    kept, whole = History(0.8, again.state.history, again.state.counts), run.history
+    assert kept.counts == whole.counts
+    assert asdict(again.state)["history"].keys() == whole.sums.keys()
+
+
+def test_without_noise_nobody_is_judged_by_it(tmp_path: Path) -> None:
+    sites = [*(Pretender(name) for name in "abcde"), Pretender("turns", step=-1.0)]
+    run = loop(tmp_path, study_of(training={"rounds": 4}, aggregation={"default": "auto"}), Pretence(*sites))
+    run.run()
+    assert not any(entry["screened"] for line in run.directory.rounds() for entry in line["groups"].values())
+    assert not run.history.sums
+
+
+# Means over rounds.
+
+
+def test_a_history_is_the_weighted_mean_of_what_a_site_sent() -> None:
+    history, sent = History(0.5), [np.float32(value) for value in (4, 8, 2)]
+    found = [float(history.take("a", "g", {"w": np.full(2, value)})["w"][0]) for value in sent]
+    assert found == pytest.approx([4, (4 / 2 + 8) / 1.5, (4 / 4 + 8 / 2 + 2) / 1.75])
+    assert float(history.take("b", "g", {"w": np.full(2, 5.0, np.float32)})["w"][0]) == 5, "each site has its own"
+
+
+def test_an_attacker_can_be_seen_as_it_likes() -> None:
+    history = History(0.8)
+    for value in (1.0, -3.0, 2.0):
+        history.take("a", "g", {"w": np.array([value], np.float32)})
+    wanted = {"w": np.array([7.5], np.float32)}
+    assert float(history.take("a", "g", history.missing("a", "g", wanted))["w"][0]) == pytest.approx(7.5, rel=1e-5)
+
+
+def test_a_lie_within_the_noise_moves_the_result_less_with_a_history() -> None:
+    of, generator = private_study(1, default="trimmed_mean"), rng(4)
+    start = {"fusion": {"w": np.zeros(300, np.float32)}}
+
+    def drift(decay: float) -> float:
+        history, current = History(decay), start
+        for _ in range(30):
+            combine = GroupAggregation(of, current, history=history)
+            for site in SITES:
+                lie = np.full(300, -1.5) if site == "a" else generator.normal(size=300)
+                combine.add(site, {"fusion": {"w": lie.astype(np.float32)}})
+            current, _ = combine.finish()
+        return float(current["fusion"]["w"].mean())
+
+    assert drift(0.8) > 0.6 * drift(0.0)
+    assert drift(0.0) < -3
