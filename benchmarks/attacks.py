@@ -23,7 +23,7 @@ ATTACKS = (
 STRONG = ("alie", "min_max", "adaptive")
 """Attacks that know the honest updates and search."""
 SEEDS = 8
-NOISED_SEEDS = 24
+NOISED_SEEDS = 16
 DOCS = Path(__file__).parent.parent / "docs"
 
 

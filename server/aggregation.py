@@ -64,12 +64,11 @@ class GroupAggregation:
             if reason is not None:
                 self._screened[group][site] = reason
                 continue
-            length = norm(update)
+            length = self._norms[group][site] = norm(update)
             quiet = too_quiet(length, sum(value.size for value in update.values()), noise_sd)
             if quiet is not None:
                 self._screened[group][site] = quiet
                 continue
-            self._norms[group][site] = length
             if group in self._sums:
                 self._sums[group].add(update, 1 if self._study.aggregation.weights == "uniform" else patients)
             else:

@@ -97,7 +97,7 @@ def against_the_others(so_far: Mapping[str, Agreement]) -> dict[str, str]:
     together = median(scores.values()) if len(scores) > 2 else 0.0
     limit = -max(CERTAIN, SHARE * together) if together >= CERTAIN else -math.inf
     return {
-        site: f"over the rounds it pulls against the others (score {score:.1f}, their median {together:.1f})"
+        site: "over the rounds it pulls against the others"
         for site, score in scores.items()
         if score < (0 if so_far[site].out else limit)
     }

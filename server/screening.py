@@ -60,7 +60,7 @@ def too_long(norms: Mapping[str, float]) -> dict[str, str]:
         return {}
     middle = sorted(norms.values())[(len(norms) - 1) // 2]
     return {
-        site: f"its norm {value:.3g} is over {LONGEST:g} times the median {middle:.3g}"
+        site: f"its norm is over {LONGEST:g} times the median one"
         for site, value in norms.items()
         if value > LONGEST * middle > 0
     }
@@ -105,7 +105,7 @@ def too_quiet(length: float, numbers: int, sd: float) -> str | None:
     from scipy.special import gammaincinv
 
     least = sd * math.sqrt(2 * gammaincinv(numbers / 2, UNLIKELY))
-    return f"its norm {length:.3g} is less than its noise must give, {least:.3g}" if length < least else None
+    return "it is shorter than the noise that its plan says" if length < least else None
 
 
 def norm(update: Part) -> float:

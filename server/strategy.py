@@ -200,7 +200,7 @@ class RoundLoop:
         by_node = {peer.node: peer for peer in active}
         so_far = {name: Agreement.read(peer.agreement) for name, peer in self.peers.items()}
         combine = GroupAggregation(self.study, self.state.groups, self.optimizer, so_far, self.history)
-        answered = {}
+        answered: dict[str, dict[str, Any]] = {}
         for answer in ask(self.grid, wire.TRAIN, requests, self.deadline_s):
             peer = by_node.pop(answer.node)
             answered[peer.site] = self._take(number, peer, answer, combine)
@@ -212,6 +212,8 @@ class RoundLoop:
         current, log_lines = combine.finish()
         for name, agreement in combine.agreements.items():
             self.peers[name].agreement = asdict(agreement)
+            if agreement.count and name in answered:
+                answered[name]["agreement"] = round(agreement.score, 2)
         seconds = time.monotonic() - start
         self.state = replace(
             self.state,
@@ -237,7 +239,7 @@ class RoundLoop:
         self.observer.round_done(number, current)
         self._save()
 
-    def _take(self, number: int, peer: Peer, answer: Answer, combine: GroupAggregation) -> dict[str, str]:
+    def _take(self, number: int, peer: Peer, answer: Answer, combine: GroupAggregation) -> dict[str, Any]:
         """Take one site's answer; what is wrong with it is said, and the round goes on without it."""
         status = answer.header["status"]
         if status != "ok":

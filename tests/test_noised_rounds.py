@@ -184,9 +184,10 @@ def test_bad_sites_are_left_out_by_name_and_a_resumed_run_remembers(tmp_path: Pa
     run.run()
     lines = list(run.directory.rounds())
     reasons = [line["groups"]["encoder/vitals"]["screened"] for line in lines]
-    assert all("less than its noise must give" in reason["quiet"] for reason in reasons)
+    assert all("shorter than the noise" in reason["quiet"] for reason in reasons)
     assert "pulls against the others" in reasons[-1]["turns"]
     assert {site for reason in reasons for site in reason} == {"turns", "quiet"}
+    assert lines[-1]["sites"]["turns"]["agreement"] < -CERTAIN < 0 < lines[-1]["sites"]["a"]["agreement"]
     again = loop(tmp_path, of, Pretence())
     assert again.peers["turns"].agreement == run.peers["turns"].agreement != {}
     assert Agreement.read(again.peers["turns"].agreement).score < -CERTAIN

@@ -457,6 +457,26 @@ def test_screened_updates_and_groups_left_alone_are_named(tmp_path):
     assert '<th scope="row">encoder/labs</th><td>stays at the site</td>' in page
 
 
+def test_a_groups_history_says_who_joined_left_and_was_away(tmp_path):
+    def entry(*holders):
+        return {"rule": "mean", "holders": list(holders), "norms": {}, "screened": {}}
+
+    ok = {"status": "ok"}
+    held = [["a", "b", "c"], ["a", "b"], ["a", "b", "d"], ["a", "c", "d"], ["a", "d"]]
+    lines = [round_line(n, {"a": ok}, fusion=entry(*sites)) for n, sites in enumerate(held, 1)]
+    page = page_of(tmp_path, summary_of(two_sites()), rounds=lines)
+    assert "a, b (rounds 1 to 3), c (2 of 5 rounds), d (rounds 3 to 5)" in page
+
+
+def test_a_site_that_is_screened_in_many_groups_is_told_once_with_the_reason(tmp_path):
+    ok, reason = {"status": "ok"}, "it is shorter than the noise that its plan says"
+    bad = {"rule": "median", "holders": ["a"], "norms": {}, "screened": {"b": reason}}
+    lines = [{**round_line(n, {"a": ok, "b": ok}), "groups": {"fusion": bad, "head/labs": bad}} for n in (1, 2)]
+    (span,) = [span for span in events.spans(lines) if span.status != "ok"]
+    assert (span.reason, span.first, span.last) == (f"2 groups: {reason}", 1, 2)
+    assert f"b screened: {reason} (2 rounds)" in page_of(tmp_path, summary_of(two_sites()), rounds=lines)
+
+
 def test_a_study_that_was_edited_after_the_run_is_pointed_out(tmp_path):
     assert "was changed after the run" in page_of(tmp_path, summary_of(two_sites(), study_sha256="0" * 64))
 

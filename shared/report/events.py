@@ -51,11 +51,18 @@ def spans(rounds: Iterable[Mapping[str, Any]]) -> list[Span]:
 
 def _statuses(line: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Status and reason of each site that was asked in one round."""
-    result = {site: (entry["status"], entry.get("reason", "")) for site, entry in line["sites"].items()}
+    screened: dict[str, dict[str, str]] = {}
     for group, entry in line["groups"].items():
         for site, reason in entry.get("screened", {}).items():
-            result[site] = ("screened", f"{group}: {reason}")
-    return result
+            screened.setdefault(site, {})[group] = reason
+    asked = {site: (entry["status"], entry.get("reason", "")) for site, entry in line["sites"].items()}
+    return asked | {site: ("screened", _why(reasons)) for site, reasons in screened.items()}
+
+
+def _why(reasons: Mapping[str, str]) -> str:
+    """Reasons by group in a few words."""
+    where = next(iter(reasons)) if len(reasons) == 1 else f"{len(reasons)} groups"
+    return f"{where}: {'; '.join(sorted(set(reasons.values())))}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,7 @@ class Group:
         name: of the group.
         share: shared, holders or local.
         rules: aggregation rules that were used, none for a local group.
-        holders: sites that sent it.
+        holders: sites whose updates were used, with the rounds where that was not in all of them.
         rounds: number of rounds in which it was aggregated.
         events: what was screened or left alone, with how often.
     """
@@ -84,7 +91,8 @@ def group_table(study: Study, rounds: Sequence[Mapping[str, Any]]) -> list[Group
     names = sorted({name for line in rounds for name in line["groups"]})
     home = [name for name in map("encoder/{}".format, study.order) if study.sharing.of(name) == "local"]
     travelled = [
-        _group(name, study, [line["groups"][name] for line in rounds if name in line["groups"]]) for name in names
+        _group(name, study, {line["round"]: line["groups"][name] for line in rounds if name in line["groups"]})
+        for name in names
     ]
     stayed = [
         Group(name=name, share="local", rules=(), holders=(), rounds=0, events=()) for name in home if name not in names
@@ -92,8 +100,9 @@ def group_table(study: Study, rounds: Sequence[Mapping[str, Any]]) -> list[Group
     return travelled + stayed
 
 
-def _group(name: str, study: Study, lines: list[Mapping[str, Any]]) -> Group:
+def _group(name: str, study: Study, by_round: Mapping[int, Mapping[str, Any]]) -> Group:
     events: Counter[str] = Counter()
+    lines = list(by_round.values())
     for line in lines:
         events.update(f"{site} screened: {reason}" for site, reason in line.get("screened", {}).items())
         if "left_alone" in line:
@@ -102,10 +111,27 @@ def _group(name: str, study: Study, lines: list[Mapping[str, Any]]) -> Group:
         name=name,
         share=study.sharing.of(name),
         rules=tuple(dict.fromkeys(line["rule"] for line in lines)),
-        holders=tuple(sorted({site for line in lines for site in line["holders"]})),
+        holders=_holders(by_round),
         rounds=sum("left_alone" not in line and bool(line["holders"]) for line in lines),
-        events=tuple(f"{text} ({_times(count)})" for text, count in events.items()),
+        events=tuple(f"{text} ({_times(count)})" for text, count in events.most_common()),
     )
+
+
+def _holders(by_round: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...]:
+    held: dict[str, list[int]] = {}
+    for number, line in by_round.items():
+        for site in line["holders"]:
+            held.setdefault(site, []).append(number)
+    texts = []
+    for site, numbers in sorted(held.items()):
+        first, last = numbers[0], numbers[-1]
+        if len(numbers) == len(by_round):
+            texts.append(site)
+        elif len(numbers) == last - first + 1:
+            texts.append(f"{site} (round {first})" if first == last else f"{site} (rounds {first} to {last})")
+        else:
+            texts.append(f"{site} ({len(numbers)} of {len(by_round)} rounds)")
+    return tuple(texts)
 
 
 def _times(count: int) -> str:
