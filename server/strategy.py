@@ -156,7 +156,8 @@ class RoundLoop:
         header = answer.header if well_formed(answer.header) else malformed(answer.header)
         name = str(header.get("site") or f"node-{answer.node}")
         known = self.peers.get(name)
-        if known is not None and known.node != NO_NODE:
+        if known is not None and known.node in self.grid.get_node_ids():
+            self._greeted.discard(answer.node)  # a site that started anew comes in when its old node is gone
             header = {"status": "failed", "text": f"another site has the name {name!r}"}
             name, known = f"{name}, node-{answer.node}", None
         fields = {key: header[key] for key in ("modalities", "groups", "rounds", "plan", "ledger") if key in header}
@@ -171,6 +172,7 @@ class RoundLoop:
                 f"declares groups that the study does not share: {sorted(foreign)}",
             )
         self.peers[name] = peer
+        self.peers.pop(f"{name}, node-{answer.node}", None)  # as which it came while its old node was there
 
     def _active(self) -> list[Peer]:
         return [peer for _, peer in sorted(self.peers.items()) if peer.status == "ok" and peer.groups]

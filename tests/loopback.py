@@ -58,6 +58,7 @@ class Hub:
         self.folder = folder
         self.port = free_port()
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         home = folder / "flwr"
         home.mkdir(parents=True)
         connection = {"address": f"127.0.0.1:{self.port}", "insecure": True}
@@ -97,9 +98,13 @@ class Hub:
     def connect(self, site_file: Path) -> None:
         runtime = ("--host", "127.0.0.1", "--port", str(free_port()))
         hub = ("--superlink", f"127.0.0.1:{self.port}")
-        self._start(
+        self._nodes[site_file.stem] = self._start(
             site_file.stem, "flower-supernode", "--insecure", *hub, *runtime, "--node-config", f'site="{site_file}"'
         )
+
+    def signal(self, site: str, name: str) -> None:
+        """Send a signal to a node and to all that it started."""
+        subprocess.run(["pkill", f"-{name}", "-s", str(self._nodes[site].pid)], check=False)
 
     def run(self, card: Path, seconds: float) -> str:
         """`flwr run --stream`: returns when the run is over."""
@@ -114,6 +119,8 @@ class Hub:
         return finished.stdout.decode(errors="replace")
 
     def close(self) -> None:
+        for site in self._nodes:
+            self.signal(site, "CONT")
         for process in self._processes:
             # Each was started in a session of its own, and starts further processes.
             subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=False)

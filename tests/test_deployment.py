@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from loopback import BIN, hub_with, run_card
+from loopback import BIN, Hub, hub_with, run_card
 
 from gapweave.server.aggregation import initial_groups
 from gapweave.shared import tensorfile
@@ -18,6 +22,15 @@ from gapweave.shared.config import load_study
 from gapweave.shared.tensorfile import Arrays
 from gapweave.sites.demo import write_demo
 
+STARTING_S = 60
+"""Until `flwr run` has started its processes."""
+TROUBLED = {
+    "privacy.enabled": False,
+    "training.rounds": 6,
+    "training.local_steps": 1,
+    "aggregation.quorum": 1,
+    "aggregation.deadline_s": 30,
+}
 SETTINGS = {
     "privacy.enabled": False,
     "training.rounds": 4,
@@ -113,3 +126,56 @@ def test_inline_ray_and_deployed_give_one_model(tmp_path: Path) -> None:
         log = hub.run(run_card(tmp_path / "card", load_study(study, LONG), deployed, "parity"), seconds=500)
     assert (deployed / "model" / "shared.safetensors").exists(), log
     assert distance(first, shared_model(deployed)) <= 1e-6
+
+
+def rounds_in(out: Path) -> list[dict[str, Any]]:
+    """What rounds.jsonl holds; before the first round, one line without sites."""
+    file = out / "rounds.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")] or [{"sites": {}}]
+
+
+@pytest.mark.long
+def test_sites_that_are_killed_stalled_and_slow_do_not_hold_up_a_run(tmp_path: Path) -> None:
+    study = federation(tmp_path, 4, TROUBLED)
+    plan, out = load_study(study, TROUBLED), tmp_path / "run"
+    chance, over = random.Random(0), threading.Event()
+
+    def trouble(hub: Hub) -> None:
+        """One site dies, one is stalled for more than a round, one is slow now and then; the fourth is left alone."""
+        while len(rounds_in(out)[-1]["sites"]) < len(sites):
+            if over.wait(0.1):
+                return
+        hub.signal("birch", "KILL")
+        hub.signal("cedar", "STOP")
+        stalled = time.monotonic()
+        while not over.wait(chance.uniform(0.5, 3)):
+            hub.signal("elm", "STOP")
+            over.wait(chance.uniform(0.5, 3))
+            hub.signal("elm", "CONT")
+            if time.monotonic() - stalled > 1.5 * plan.aggregation.deadline_s:
+                hub.signal("cedar", "CONT")
+
+    sites = sorted((study.parent / "sites").glob("*.yaml"))
+    with hub_with(tmp_path / "hub", sites) as hub:
+        thread = threading.Thread(target=trouble, args=(hub,))
+        thread.start()
+        begun = time.monotonic()
+        try:
+            log = hub.run(run_card(tmp_path / "card", plan, out, "trouble"), seconds=600)
+        finally:
+            over.set()
+            thread.join()
+    seconds = time.monotonic() - begun
+    assert (out / "model" / "shared.safetensors").exists(), log
+    lines = rounds_in(out)
+    assert [line["round"] for line in lines] == list(range(1, plan.training.rounds + 1))
+    # The handshake, the rounds and the last message each wait for the deadline at most.
+    assert seconds < (plan.training.rounds + 2) * plan.aggregation.deadline_s + STARTING_S
+    assert all(line["sites"]["alder"]["status"] == "ok" for line in lines)
+    missing = [(site, entry) for line in lines for site, entry in line["sites"].items() if entry["status"] != "ok"]
+    assert {"birch", "cedar"} <= {site for site, _ in missing}
+    assert all(entry["status"] in ("late", "failed") and entry["reason"] for _, entry in missing), missing
+    report = (out / "report.html").read_text()
+    assert "no answer before the deadline" in report
+    assert "birch" in report

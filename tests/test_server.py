@@ -323,6 +323,24 @@ def test_a_site_joins_with_a_modality_that_nobody_had(tmp_path: Path) -> None:
     assert [site for kind, site, _ in grid.asked if kind == wire.PREPARE] == ["a", "b", "c"], "each is greeted once"
 
 
+def test_a_site_that_starts_anew_under_another_node_comes_back(tmp_path: Path) -> None:
+    class Restarted(Pretence):
+        """The second node of c comes while the first is still listed, after round 1; that one is gone after round 2."""
+
+        def get_node_ids(self) -> list[int]:
+            done = max((number for kind, _, number in self.asked if kind == wire.TRAIN), default=0)
+            return {0: [1000, 1001, 1002], 1: [1000, 1001, 1002, 1003]}.get(done, [1000, 1001, 1003])
+
+    grid = Restarted(Pretender("a"), Pretender("b"), Pretender("c"), Pretender("c", step=2.0))
+    of = study_of(training={"rounds": 5})
+    run = loop(tmp_path, of, grid)
+    run.run()
+    lines = list(run.directory.rounds())
+    assert all(line["sites"]["c"]["status"] == "ok" for line in lines)
+    assert run.peers["c"].node == 1003
+    assert run.peers.keys() == {"a", "b", "c"}
+
+
 def test_the_only_holder_of_a_group_leaves_and_the_run_goes_on(tmp_path: Path) -> None:
     few = ["fusion", "head/labs"]
     leaver = Pretender("c", 1.0, ["fusion", "head/note"], status={3: "refused"})
