@@ -317,12 +317,8 @@ def _blocks(rows: Rows) -> Iterator[slice]:
 
 
 def _weighted(rows: Rows, weights: Floats) -> Rows:
-    """The weighted sum, block by block: a matrix product of one row takes BLAS six times as long."""
-    result, block = np.zeros(rows.shape[1], np.float32), np.empty(COLUMNS, np.float32)
-    for at in _blocks(rows):
-        total = result[at]
-        for row, weight in zip(rows, weights.astype(np.float32), strict=True):
-            total += np.multiply(row[at], weight, out=block[: len(total)])
+    """The weighted sum, by BLAS' product of a vector and a matrix: one pass, no block beside the result."""
+    result: Rows = weights.astype(np.float32) @ rows
     return result
 
 
