@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # One thread a process: small models lose more to hand-offs than they win.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-system demo test test-long test-docs test-all check format docs picture bench bench-privacy bench-aggregation bench-attacks clean
+.PHONY: help setup setup-system demo test test-long test-docs test-all check format docs picture bench bench-privacy bench-aggregation bench-simulation bench-attacks clean
 
 help:               ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -60,13 +60,16 @@ docs: setup         ## regenerate docs/reference.md
 picture: setup      ## make docs/privacy-report.png again (needs chromium)
 	docs/privacy-report.sh
 
-bench: bench-privacy bench-aggregation bench-attacks  ## all benchmarks
+bench: bench-privacy bench-aggregation bench-simulation bench-attacks  ## all benchmarks
 
 bench-privacy: setup  ## cost of a private step over a plain one
 	python benchmarks/privacy.py
 
 bench-aggregation: setup  ## cost of the aggregation rules over reading the updates
 	python benchmarks/aggregation.py
+
+bench-simulation: setup  ## cost of a simulated round over a plain loop
+	python benchmarks/simulation.py
 
 bench-attacks: setup  ## what a bad site costs the honest ones: writes docs/attacks.md (about an hour; resumable)
 	python benchmarks/attacks.py

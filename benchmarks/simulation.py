@@ -100,7 +100,7 @@ def run_ours(folder: Path, out: Path, engine: str) -> dict[str, Any]:
             first.append(time.perf_counter())
 
     commands.Bars = Watch  # type: ignore[misc]
-    summary, _ = commands.start(folder / "study.yaml", {}, places, baselines=(), continue_without=False)
+    summary, _ = commands.start(folder / "study.yaml", {}, places, baselines=(), continue_without=False, engine=engine)
     memory = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").split("Anonymous:")[1].split()[0]
     return {
         "s_round": summary["wall_s"] / ROUNDS,

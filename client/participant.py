@@ -128,7 +128,7 @@ class Participant:
         self._networks: Networks = {} if networks is None else networks
         self._constants = Constants()
         self._checked: LedgerView | None = None
-        self._planned = ""
+        self._plans: dict[str, Plan] = {}
         self._features: tuple[Constants, Batch] | None = None
 
     @cached_property
@@ -220,15 +220,21 @@ class Participant:
             raise
 
     def _plan(self, ledger: Ledger, run: str) -> Plan:
-        """What the site does in this study, from public and released numbers; the model gets its constants."""
+        """What the site does in this study, from public and released numbers; the model gets its constants.
+
+        The ledger holds what a run's plan follows from, so that it is the same for the whole run.
+        """
+        if run in self._plans:
+            self.model.constants = self._constants
+            return self._plans[run]
         delta = min(self.study.privacy.delta, ledger.view.delta)
         n_hat, counted = self._n_hat(ledger, run)
         preparation = Preparation(self.study, self.site, self.held, delta)
         self._constants = preparation.constants(ledger, run, lambda: self.training)
         self.model.constants = self._constants
-        self._planned = run
         events = (*counted, *preparation.events)
-        return make_plan(self.study, n_hat, delta, events, tables="counts" in self.site.policy.releases)
+        self._plans[run] = make_plan(self.study, n_hat, delta, events, tables="counts" in self.site.policy.releases)
+        return self._plans[run]
 
     def _n_hat(self, ledger: Ledger, run: str) -> tuple[int, tuple[PrivacyEvent, ...]]:
         """The public number of training patients, and the event that released it, if one did."""
@@ -300,7 +306,8 @@ class Participant:
     def _train(self, plan: Plan, number: int, request: str, before: RoundState, received: Arrays) -> RoundState:
         start = to_tensors(received)
         self._load(before, start)
-        optimizer = Sgd(self.study, self._by_parameter(before.momentum), self._by_parameter(received))
+        pulled = self._by_parameter(received) if self.study.training.proximal else None
+        optimizer = Sgd(self.study, self._by_parameter(before.momentum), pulled)
         self._steps(plan, self._draws(number), optimizer, plan.steps)
         trained = groups(self.model)
         update = {
@@ -332,7 +339,7 @@ class Participant:
 
     def assemble(self, run: str, received: Arrays) -> MultimodalModel:
         """The site's model from its private groups after the last round and the given shared ones."""
-        if self._planned != run:  # another process trains this virtual site: learn what constants it uses
+        if run not in self._plans:  # another process trains this virtual site: learn what constants it uses
             with self.ledger() as ledger:
                 self._plan(ledger, run)
         self._load(RunFolder(self.state, run).load(), to_tensors(received))

@@ -50,7 +50,9 @@ class Step:
         batch = data.of_patients(chosen.to(data.patient.device))
         total = self.engine.sum(batch, self.used(batch))
         size = plan.sample_rate * plan.n_hat
-        return {name: (tensor / size).float() for name, tensor in self._noised(total).items()}
+        noised = self._noised(total)
+        means = torch._foreach_div(list(noised.values()), size)
+        return {name: mean.float() for name, mean in zip(noised, means, strict=True)}
 
     def _noised(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add noise of sigma times the engine's sensitivity to every tensor, also to those that no patient touched."""
