@@ -13,7 +13,8 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from gapweave.client.participant import Networks, Participant
+from gapweave.client.network import Networks
+from gapweave.client.participant import Participant
 from gapweave.client.sources.files import forget_files
 from gapweave.client.state import RunFolder
 from gapweave.shared.config import load_site

@@ -6,7 +6,7 @@ The order of every step is the promise: policy, then ledger, then data, then the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,13 +20,14 @@ from gapweave.client.evaluation import ReleasedModel, score_table, table_answer
 from gapweave.client.gradients import GradientEngine
 from gapweave.client.gradients.probe import probe_independence
 from gapweave.client.ledger import Ledger
+from gapweave.client.network import Network, Networks
 from gapweave.client.policy import check_counts, check_guarantee, check_policy, check_size
 from gapweave.client.preparation import Preparation, noised_counts
 from gapweave.client.requests import check_groups, check_open, check_round, check_same_model
 from gapweave.client.setting import run_setting
 from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_arrays, to_tensors
-from gapweave.client.training import Sgd, Step, build_engine, train
+from gapweave.client.training import Sgd, Step, train
 from gapweave.shared.config import Site, Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.errors import BudgetExhausted, RefusedError
@@ -60,35 +61,6 @@ class Capability:
     rounds: int
     plan: dict[str, Any]
     ledger: dict[str, Any]
-
-
-class Network:
-    """The model of sites that hold the same modalities, its public initial parameters, and its gradient engine.
-
-    Virtual sites of one process share it: a model's parameters and constants are overwritten before each use.
-
-    Args:
-        study: what all sites agree on.
-        held: modalities that the sites hold.
-        device: where they train.
-    """
-
-    def __init__(self, study: Study, held: Sequence[str], device: torch.device) -> None:
-        self._study = study
-        self.model = MultimodalModel(study, held).to(device)
-        self.initial: Groups = {
-            group: {name: value.cpu().clone() for name, value in part.items()}
-            for group, part in groups(self.model).items()
-        }
-
-    @cached_property
-    def engine(self) -> GradientEngine:
-        """Built when a site trains first."""
-        return build_engine(self.model, self._study)
-
-
-Networks = dict[tuple[str, tuple[str, ...], str], Network]
-"""By study, modalities held, and device."""
 
 
 class Participant:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import median_low
 from typing import Any
 
 from gapweave.server.aggregators import Sum, Update, protection, rule_for, start
@@ -46,6 +48,7 @@ class GroupAggregation:
         self._kept: dict[str, dict[str, Update]] = {group: {} for group in current}
         self._sums = {group: Sum() for group in current if self._rule(group, 0) == "mean"}
         self._norms: dict[str, dict[str, float]] = {group: {} for group in current}
+        self._noise: dict[str, list[float]] = {group: [] for group in current}
         self._screened: dict[str, dict[str, str]] = {group: {} for group in current}
 
     def add(self, site: str, arrays: Arrays, patients: int = 1, noise_sd: float = 0.0) -> None:
@@ -64,8 +67,10 @@ class GroupAggregation:
             if reason is not None:
                 self._screened[group][site] = reason
                 continue
-            length = self._norms[group][site] = norm(update)
-            quiet = too_quiet(length, sum(value.size for value in update.values()), noise_sd)
+            length, numbers = norm(update), sum(value.size for value in update.values())
+            self._norms[group][site] = length
+            self._noise[group].append(noise_sd * math.sqrt(numbers))
+            quiet = too_quiet(length, numbers, noise_sd)
             if quiet is not None:
                 self._screened[group][site] = quiet
                 continue
@@ -77,8 +82,8 @@ class GroupAggregation:
     def finish(self) -> tuple[Arrays, dict[str, Any]]:
         """The groups after the round, and a log line a group, also of those that nobody sent."""
         result, lines = dict(self._current), {}
-        for group in self._kept:
-            self._screen(group, too_long(self._norms[group]))
+        for group, noise in self._noise.items():
+            self._screen(group, too_long(self._norms[group], median_low(noise or [0.0])))
         if self._study.privacy.enabled:
             self._compare()
         for group in sorted(self._current):

@@ -59,11 +59,3 @@ class History:
         counts[group] = counts.get(group, 0) + 1
         share = np.float32((1 - self.decay) / (1 - self.decay ** counts[group]))
         return {name: share * value for name, value in total.items()}
-
-    def missing(self, site: str, group: str, mean: Update) -> Update:
-        """The update that would make this the mean: for an attacker that knows the rule."""
-        before, count = self.sums.get(site, {}).get(group), self.counts.get(site, {}).get(group, 0) + 1
-        if self.decay == 0 or before is None:
-            return mean
-        weight, decay = np.float32((1 - self.decay**count) / (1 - self.decay)), np.float32(self.decay)
-        return {name: weight * value - decay * before[name] for name, value in mean.items()}

@@ -15,7 +15,6 @@ LONGEST = 30.0
 """Norm of an update, over the median one of its group, from which it is a fault of scale."""
 REPRESENTABLE = 1e15
 """Largest number in an update: squares of larger ones leave float32."""
-
 UNLIKELY = 1e-9
 """Probability with which an honest update is taken for one without its noise."""
 
@@ -45,22 +44,24 @@ def reason_to_reject(update: Part, current: Part) -> str | None:
     return None
 
 
-def too_long(norms: Mapping[str, float]) -> dict[str, str]:
+def too_long(norms: Mapping[str, float], noise: float = 0.0) -> dict[str, str]:
     """Updates of one group that are far longer than the others: faults of scale, which no case mix explains.
 
     Only among three and more can one be told from the others. What is merely longer is the rule's to judge.
 
     Args:
         norms: of the updates, by site.
+        noise: norm that the noise of an update has; of a group of one number the median one may be much shorter by
+            chance.
 
     Returns:
         Reasons, by site.
     """
     if len(norms) < 3:
         return {}
-    middle = sorted(norms.values())[(len(norms) - 1) // 2]
+    middle = max(noise, sorted(norms.values())[(len(norms) - 1) // 2])
     return {
-        site: f"its norm is over {LONGEST:g} times the median one"
+        site: f"its norm is over {LONGEST:g} times what is usual"
         for site, value in norms.items()
         if value > LONGEST * middle > 0
     }

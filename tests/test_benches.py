@@ -41,7 +41,6 @@ def test_rules_take_little_memory_beyond_the_updates() -> None:
         *("mean", "median", "trimmed_mean", "multi_krum", "geometric_median", "nnm+trimmed_mean"),
     }
     assert all(line["mb"] <= 5 for line in found)
-    assert all(line["x_limit"] > 0 for line in found)
 
 
 def test_the_attack_bench_writes_its_page_and_goes_on(tmp_path: Path) -> None:

@@ -139,6 +139,15 @@ def _most_harmful(
     return best
 
 
+def wanted(history: History, site: str, group: str, mean: Update) -> Update:
+    """The update after which a site's history has this mean."""
+    if group not in history.sums.get(site, {}):
+        return mean
+    before, decay = history.sums[site][group], np.float32(history.decay)
+    weight = np.float32((1 - history.decay ** (history.counts[site][group] + 1)) / (1 - history.decay))
+    return {name: weight * value - decay * before[name] for name, value in mean.items()}
+
+
 def disguised(sent: Rows, own: Rows) -> Rows:
     """A lie with noise of its own, as long as the honest update would be: nobody sees that it lacks its noise."""
     missing = float(own.astype(np.float64) @ own - sent.astype(np.float64) @ sent)
@@ -202,7 +211,7 @@ class HostileGrid(InlineGrid):
         if alone or group not in self._lies:
             rule = self._study.aggregation.of(group)
             self._lies[group] = lie(self._attack, flat(own), rows, flat(before), rule, len(self._bad), noised)
-        sent = self._seen.missing(str(node), group, shaped(self._lies[group], own))
+        sent = wanted(self._seen, str(node), group, shaped(self._lies[group], own))
         if self._attack == "adaptive" and noised:
             sent = shaped(disguised(flat(sent), flat(own)), own)
         self._seen.take(str(node), group, sent)
