@@ -8,6 +8,7 @@ Reference: Batcher 1968 (odd-even merge sort), AFIPS Spring Joint Computer Confe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -28,16 +29,17 @@ def mean_of_ranks(rows: Rows, low: int, high: int) -> Rows:
         [b]
     """
     places, spare = list(rows), np.empty(rows.shape[1], rows.dtype)
+    minimum, maximum = np.minimum, np.maximum
     for first, second, smaller, larger in _network(len(rows), low, high):
         a, b = places[first], places[second]
         if smaller and larger:
-            np.minimum(a, b, out=spare)
-            np.maximum(a, b, out=b)
+            minimum(a, b, out=spare)
+            maximum(a, b, out=b)
             places[first], spare = spare, a
         elif smaller:
-            np.minimum(a, b, out=a)
+            minimum(a, b, out=a)
         else:
-            np.maximum(a, b, out=b)
+            maximum(a, b, out=b)
     total = places[low].astype(np.float64)
     for row in places[low + 1 : high]:
         total += row
@@ -69,16 +71,24 @@ def _network(n: int, low: int, high: int) -> tuple[Comparator, ...]:
 
 
 def _batcher(n: int) -> list[tuple[int, int]]:
-    """Comparators of the odd-even merge sort for any n."""
-    result = []
-    merged = 1
-    while merged < n:
-        step = merged
-        while step >= 1:
-            for start in range(step % merged, n - step, 2 * step):
-                for row in range(start, min(start + step, n - step)):
-                    if row // (2 * merged) == (row + step) // (2 * merged):
-                        result.append((row, row + step))
-            step //= 2
-        merged *= 2
-    return result
+    """Comparators of the odd-even merge sort for any n, each half before the next: few rows at a time fit a cache."""
+    size = 1 << (n - 1).bit_length()
+
+    def sort(low: int, count: int) -> Iterator[tuple[int, int]]:
+        if count > 1:
+            half = count // 2
+            yield from sort(low, half)
+            yield from sort(low + half, half)
+            yield from merge(low, count, 1)
+
+    def merge(low: int, count: int, step: int) -> Iterator[tuple[int, int]]:
+        if 2 * step >= count:
+            yield low, low + step
+            return
+        yield from merge(low, count, 2 * step)
+        yield from merge(low + step, count, 2 * step)
+        for row in range(low + step, low + count - step, 2 * step):
+            yield row, row + step
+
+    # Rows beyond the last would hold the largest values of all, and stay where they are.
+    return [(first, second) for first, second in sort(0, size) if second < n]

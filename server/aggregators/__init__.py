@@ -140,7 +140,7 @@ class Gram:
 
 AGGREGATORS: Registry[Stage] = Registry("aggregation rule", "gapweave.server.aggregators")
 
-BLOCK = 2 << 20
+BLOCK = 3 << 20
 """Bytes of a block of columns of all updates: more do not fit caches, and fewer cost more calls than work."""
 COLUMNS = 1 << 14
 """Most columns of a block."""
@@ -311,8 +311,13 @@ def combine(rows: Rows, stages: tuple[Stage, ...], f: int) -> Rows:
     return _by_column(rows, weights, last, f)
 
 
+def _width(n: int) -> int:
+    """Columns of a block of n updates."""
+    return min(COLUMNS, max(1024, BLOCK // (4 * n)))
+
+
 def _blocks(rows: Rows) -> Iterator[slice]:
-    width = min(COLUMNS, max(1024, BLOCK // (4 * len(rows))))
+    width = _width(len(rows))
     return (slice(at, min(at + width, rows.shape[1])) for at in range(0, rows.shape[1], width))
 
 
@@ -325,8 +330,14 @@ def _weighted(rows: Rows, weights: Floats) -> Rows:
 def _by_column(rows: Rows, weights: Floats | None, last: Columnwise, f: int) -> Rows:
     mixing = None if weights is None else weights.astype(np.float32)
     result = np.empty(rows.shape[1], np.float32)
+    # One buffer for all blocks: a new one each time is fetched from the system, page by page.
+    buffer = np.empty((len(rows) if mixing is None else len(mixing), _width(len(rows))), np.float32)
     for at in _blocks(rows):
-        block = rows[:, at].copy() if mixing is None else mixing @ rows[:, at]
+        block = buffer[:, : at.stop - at.start]
+        if mixing is None:
+            np.copyto(block, rows[:, at])
+        else:
+            np.matmul(mixing, rows[:, at], out=block)
         result[at] = last.combine(block, f)
     return result
 
