@@ -321,6 +321,11 @@ def _blocks(rows: Rows) -> Iterator[slice]:
     return (slice(at, min(at + width, rows.shape[1])) for at in range(0, rows.shape[1], width))
 
 
+def _buffer(m: int, n: int) -> Rows:
+    """Room for m rows of a block of n updates, for all blocks: a new one each time is fetched page by page."""
+    return np.empty((m, _width(n)), np.float32)
+
+
 def _weighted(rows: Rows, weights: Floats) -> Rows:
     """The weighted sum, by BLAS' product of a vector and a matrix: one pass, no block beside the result."""
     result: Rows = weights.astype(np.float32) @ rows
@@ -330,8 +335,7 @@ def _weighted(rows: Rows, weights: Floats) -> Rows:
 def _by_column(rows: Rows, weights: Floats | None, last: Columnwise, f: int) -> Rows:
     mixing = None if weights is None else weights.astype(np.float32)
     result = np.empty(rows.shape[1], np.float32)
-    # One buffer for all blocks: a new one each time is fetched from the system, page by page.
-    buffer = np.empty((len(rows) if mixing is None else len(mixing), _width(len(rows))), np.float32)
+    buffer = _buffer(len(rows) if mixing is None else len(mixing), len(rows))
     for at in _blocks(rows):
         block = buffer[:, : at.stop - at.start]
         if mixing is None:
@@ -353,10 +357,10 @@ def gram_of(rows: Rows) -> Gram:
         rows: [n, d].
     """
     n, middle = len(rows), _central(rows)
-    products = np.zeros((n, n))
+    products, buffer = np.zeros((n, n)), _buffer(n, n)
     for at in _blocks(rows):
-        center = rows[middle, at]
-        moved = rows[:, at] - center
+        center, moved = rows[middle, at], buffer[:, : at.stop - at.start]
+        np.subtract(rows[:, at], center, out=moved)
         np.negative(center, out=moved[middle])
         products += moved @ moved.T
     whole = np.zeros((n + 1, n + 1))
