@@ -74,7 +74,7 @@ def test_eicu(data: Path, name: str) -> None:
             assert float(present[study.order.index(modality)]) == pytest.approx(share, abs=3), modality
 
 
-@pytest.mark.parametrize("folder", ["heart_disease", "eicu_demo"])
+@pytest.mark.parametrize("folder", ["heart_disease", "eicu_demo", "covid_cxr"])
 def test_shipped_site_files_have_no_problem(data: Path, folder: str) -> None:
     study = load_study(EXAMPLES / folder / "study.yaml")
     for path in sorted((EXAMPLES / folder / "sites").glob("*.yaml")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ EICU_STAYS = {
     "west_other": 107,
     "west_resp_inf": 250,
 }
+COVID_RECORDS = {"eurorad": 71, "hannover_mhh": 92, "journals_other": 117, "radiopaedia": 48, "sirm_italy": 21}
 HEART_PATIENTS = {"cleveland": 303, "hungarian": 294, "long_beach_va": 200, "switzerland": 123}
 
 pytestmark = [pytest.mark.data, pytest.mark.long]
@@ -65,3 +67,16 @@ def test_four_hospitals_with_blocks_of_columns(real_data: Path, tmp_path: Path) 
     assert all(set(row["modalities"]) == blocks for row in summary["sites"].values())
     assert summary["mean"]["auroc"] > 0.65
     assert all(row["local_only"]["brier"] is not None for row in summary["sites"].values())
+
+
+def test_five_contributors_of_images_values_and_notes(real_data: Path, tmp_path: Path) -> None:
+    """Well under 5 minutes on two cores; the data are too few for a bound on the result (six test patients a site)."""
+    start = time.monotonic()
+    summary = simulate("covid_cxr", real_data, tmp_path / "run")
+    assert time.monotonic() - start < 300
+    assert counted(summary, "records") == COVID_RECORDS
+    assert_private(summary)
+    lacking = {
+        name: {"clinical", "labs", "cxr", "note"} - set(row["modalities"]) for name, row in summary["sites"].items()
+    }
+    assert {name: held for name, held in lacking.items() if held} == {"sirm_italy": {"cxr"}, "hannover_mhh": {"note"}}
