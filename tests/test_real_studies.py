@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dicoms import as_dicom
 
 from gapweave.shared.cli import _run
 
@@ -80,3 +82,21 @@ def test_five_contributors_of_images_values_and_notes(real_data: Path, tmp_path:
         name: {"clinical", "labs", "cxr", "note"} - set(row["modalities"]) for name, row in summary["sites"].items()
     }
     assert {name: held for name, held in lacking.items() if held} == {"sirm_italy": {"cxr"}, "hannover_mhh": {"note"}}
+
+
+def test_x_rays_as_dicom_give_the_same_model(real_data: Path, tmp_path: Path) -> None:
+    table = (real_data / "covid_cxr" / "covid_cxr.csv").read_text(encoding="utf-8")
+    data = tmp_path / "data"
+    as_dicom(real_data / "covid_cxr" / "images", data / "covid_cxr" / "images")
+    table = re.sub(r"\b(cxr_\d+)\.png\b", r"\1.dcm", table)
+    (data / "covid_cxr" / "covid_cxr.csv").write_text(table, encoding="utf-8")
+    options = ("--set", "privacy.enabled=false", "--rounds", "3")
+    png = simulate("covid_cxr", real_data, tmp_path / "png", *options)
+    dicom = simulate("covid_cxr", data, tmp_path / "dicom", *options)
+    assert {name: row["metrics"] for name, row in png["sites"].items()} == {
+        name: row["metrics"] for name, row in dicom["sites"].items()
+    }
+    assert "cxr" in png["sites"]["eurorad"]["modalities"]
+    models = [sorted((tmp_path / kind / "model").glob("*.safetensors")) for kind in ("png", "dicom")]
+    assert models[0]
+    assert [file.read_bytes() for file in models[0]] == [file.read_bytes() for file in models[1]]

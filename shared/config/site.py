@@ -111,7 +111,7 @@ class TextSource(StrictModel):
 class ImageSource(StrictModel):
     """A folder of images, named by a column of the records file."""
 
-    folder: str = Field(description="folder of PNG or JPEG files")
+    folder: str = Field(description="folder of PNG, JPEG or DICOM files (DICOM: extra `images`)")
     column: str = Field(description="records column with the file name; empty: no image")
 
 
