@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from gapweave.client.data import label_where, no_modality, read_modality, read_subgroups, split_patients
-from gapweave.client.sources.files import Files, read_table
+from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding, Status
 from gapweave.client.sources.labels import Targets, check_classes, read_targets
 from gapweave.client.sources.oddities import declared, unused, without_label
+from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.shared.config.site import ColumnsSource, ImageSource, Site, Source
 from gapweave.shared.config.study import Study
@@ -38,7 +40,8 @@ def check_site(study: Study | None, site: Site, site_file: Path, data_dir: Path 
     Returns:
         One finding a line, in the order of the checks; a problem does not stop the ones that can go on.
     """
-    return _Check(site, Files(site_file=site_file, data_dir=data_dir)).run(study)
+    files = Files(site_file=site_file, data_dir=data_dir, database=site.data.database)
+    return _Check(site, files).run(study)
 
 
 def as_json(findings: Iterable[Finding]) -> dict[str, Any]:
@@ -56,6 +59,7 @@ class _Check:
         self.findings: list[Finding] = []
 
     def run(self, study: Study | None) -> list[Finding]:
+        self._database()
         records = self._attempt("records", lambda: read_records(self.site, self.files, self.findings))
         if records is not None:
             self._records(records)
@@ -76,8 +80,21 @@ class _Check:
             self._add(check, "problem", error.where, error.what, error.remedy)
             return None
 
+    def _database(self) -> None:
+        """Whether the user of the database may do more than read."""
+        if self.files.database is None:
+            return
+        from gapweave.client.sources.sql import may_write
+
+        where = self.files.key("data.database")
+        may = self._attempt("database", lambda: may_write(self.files))
+        if may:
+            self._add("database", "warning", where, "its user may change tables", "Use one that may only read")
+        elif may is False:
+            self._add("database", "ok", where, "its user may only read")
+
     def _records(self, records: Records) -> None:
-        where, patients = str(records.table.path), len(records.patient_ids)
+        where, patients = records.table.place, len(records.patient_ids)
         self._add("records", "ok", where, f"{len(records)} records of {patients} patients")
         self._attempt("duplicates", lambda: refuse_repeats(records))
         if not any(finding.id == "record_cap" for finding in self.findings):
@@ -97,23 +114,23 @@ class _Check:
             for column in [*named, *([self.site.split.column] if self.site.split.column else [])]:
                 self._attempt("records", partial(records.table.column, column))
         for name, source in self.site.data.modalities.items():
-            message = self._attempt("modality", partial(self._openable, source, records))
+            message = self._attempt("modality", partial(self._openable, name, source, records))
             if message is not None:
                 self._add("modality", "ok", self.files.key(f"data.{name}"), message)
 
-    def _openable(self, source: Source, records: Records | None) -> str:
+    def _openable(self, name: str, source: Source, records: Records | None) -> str:
         if isinstance(source, ImageSource):
             self.files.find_folder(source.folder)
             if records is not None:
                 records.table.column(source.column)
             return "the folder is there"
         wanted = _columns_of(source, self.site.data.records.id)
-        table = read_table(self.files.find(source.file), wanted)
+        table = read_source(source, wanted, self.files, self.files.key(f"data.{name}"), keep=_none_of)
         for column in wanted:
             table.column(column)
         if records is not None and source.index is not None:
             records.table.column(source.index)
-        return f"{len(table.frame)} rows, all columns are there"
+        return f"{table.rows} rows, all columns are there"
 
     def _against(self, study: Study, records: Records) -> None:
         targets = self._attempt("labels", lambda: read_targets(study.task, self.site, self.files, records))
@@ -173,6 +190,10 @@ class _Check:
         else:
             self._add("cohort", "ok", key, f"{patients} training patients")
         self.findings += declared(self.site, patients, self.files)
+
+
+def _none_of(part: pl.DataFrame) -> pl.Series:
+    return pl.repeat(False, len(part), eager=True)
 
 
 def _columns_of(source: Any, record_id: str) -> list[str]:

@@ -105,7 +105,7 @@ def load_cohort(
         UsageError: when site file and study do not fit together.
     """
     findings = [] if findings is None else findings
-    files = Files(site_file=site_file, data_dir=data_dir)
+    files = Files(site_file=site_file, data_dir=data_dir, database=site.data.database)
     records = read_records(site, files, findings)
     refuse_repeats(records)
     targets = read_targets(study.task, site, files, records) if labels else unlabelled(study.task, len(records))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from databases import Postgres, running_postgres
 from forks import Server, fork_server, require_strace
 
 
@@ -17,6 +18,13 @@ def real_data() -> Path:
     if os.environ.get("CI"):
         pytest.fail("GAPWEAVE_DATA is not set: CI must run the tests on real data")
     pytest.skip("GAPWEAVE_DATA is not set: no real data sets here")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL cluster of this test run."""
+    with running_postgres() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")

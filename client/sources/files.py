@@ -17,6 +17,7 @@ import polars as pl
 from polars.exceptions import NoDataError, PolarsError
 
 from gapweave.client.sources import SOURCES
+from gapweave.shared.config.site import Database
 from gapweave.shared.errors import DataError
 
 LONGEST_NAME = 40
@@ -33,10 +34,12 @@ class Files:
     Attributes:
         site_file: the site file; its folder is searched.
         data_dir: the folder of data sets, searched first; None: the user's data folder, searched last.
+        database: the site's, if any.
     """
 
     site_file: Path
     data_dir: Path | None = None
+    database: Database | None = None
 
     def find(self, path: str) -> Path:
         """The first existing candidate.
@@ -79,23 +82,27 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Some columns of a file.
+    """Some columns of a file, or of what a database gives.
 
     Attributes:
-        path: the file.
-        names: all columns that the file has.
+        place: the file, or the key of the site file that names table or query; for messages.
+        names: all columns that there are.
         wanted: those that were asked for.
         frame: those that were asked for and exist.
+        rows: how many there were before some of them were dropped while they were read.
+        named: whether the names are surely names (a database's), and no first row of data.
     """
 
-    path: Path
+    place: str
     names: tuple[str, ...]
     wanted: frozenset[str]
     frame: pl.DataFrame
+    rows: int
+    named: bool = False
 
     def where(self, column: str) -> str:
         """A column, for messages."""
-        return f"{self.path}:{column}"
+        return f"{self.place}:{column}"
 
     def column(self, name: str) -> pl.Series:
         """One column.
@@ -104,7 +111,7 @@ class Table:
             DataError: when the file lacks it or has it twice, or it holds neither text, numbers nor times.
         """
         if name not in self.names:
-            raise DataError(f"the file has no column {name!r}", where=self.where(name), remedy=self._instead_of(name))
+            raise DataError(f"there is no column {name!r}", where=self.where(name), remedy=self._instead_of(name))
         if self.names.count(name) > 1:
             times = "twice" if self.names.count(name) == 2 else f"{self.names.count(name)} times"
             raise DataError(
@@ -127,7 +134,7 @@ class Table:
 
     def _instead_of(self, name: str) -> str:
         """What to do about a column that is not there."""
-        if not _trusted(self.names, self.wanted):
+        if not self.named and not _trusted(self.names, self.wanted):
             count = "1 column" if len(self.names) == 1 else f"{len(self.names)} columns"
             return f"It has {count}; has the file a header line?"
         known = [one for one in self.names if one.strip() and len(one) <= LONGEST_NAME]
@@ -176,7 +183,7 @@ def _read(path: Path, version: tuple[int, ...], extension: str, asked: frozenset
     source = SOURCES[extension]
     names = tuple(source.names(path))
     frame = source.read(path, list(dict.fromkeys(name for name in names if name in asked)))
-    return Table(path=path, names=names, wanted=asked, frame=frame)
+    return Table(place=str(path), names=names, wanted=asked, frame=frame, rows=len(frame))
 
 
 def forget_files() -> None:

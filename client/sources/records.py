@@ -10,8 +10,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from gapweave.client.sources.cells import code_text, id_text
-from gapweave.client.sources.files import Files, Table, read_table
+from gapweave.client.sources.files import Files, Table
 from gapweave.client.sources.findings import Finding
+from gapweave.client.sources.place import read_source
 from gapweave.shared.config.site import ImageSource, Site
 from gapweave.shared.config.study import category_code
 from gapweave.shared.errors import DataError
@@ -94,9 +95,9 @@ def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
         DataError: for a file or column that is missing or unreadable, no row after filtering, or an empty
             id.
     """
-    table = read_table(files.find(site.data.records.file), _wanted(site))
+    table = read_source(site.data.records, _wanted(site), files, files.key("data.records"))
     if table.column(site.data.records.id).is_empty():
-        raise DataError("the file has no rows", where=str(table.path), remedy="Write one row a record")
+        raise DataError("the list of records has no rows", where=table.place, remedy="Write one row a record")
     line = pl.Series("line", np.arange(1, len(table.frame) + 1))
     kept = _matching(table, site)
     table, line = table.take(kept), line[kept]
@@ -132,10 +133,10 @@ def refuse_repeats(records: Records) -> None:
         )
 
 
-def _wanted(site: Site) -> set[str]:
-    """Every column of the records file that some part of the site file names."""
+def _wanted(site: Site) -> list[str]:
+    """Every column of the list of records that some part of the site file names, the id first."""
     records = site.data.records
-    wanted = {records.id, records.patient, *records.where, *site.subgroups.values()}
+    wanted = {*records.where, *site.subgroups.values()}
     wanted |= {label.column for label in records.label.values()}
     if site.split.column is not None:
         wanted.add(site.split.column)
@@ -144,7 +145,7 @@ def _wanted(site: Site) -> set[str]:
             wanted.add(source.column)
         elif source.index is not None:
             wanted.add(source.index)
-    return wanted
+    return [records.id, records.patient, *sorted(wanted - {records.id, records.patient})]
 
 
 def _matching(table: Table, site: Site) -> pl.Series:

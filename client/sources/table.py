@@ -64,7 +64,7 @@ def _note_repeats(cells: dict[str, Cells], source: ColumnsSource, reading: Readi
     if count:
         reading.warn(
             "several_rows",
-            str(next(iter(cells.values())).rows.table.path),
+            next(iter(cells.values())).rows.table.place,
             f"{count} rows repeat a record that has a row already; the first value is used",
             "Give one row a record, or name the column with their `time`",
         )

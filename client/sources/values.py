@@ -11,7 +11,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from gapweave.client.sources.cells import code_text, missing, numbers, recode, refuse_codes
-from gapweave.client.sources.files import Table, read_table
+from gapweave.client.sources.files import Table
+from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.times import hours_of
 from gapweave.client.sources.units import to_study_unit
@@ -87,14 +88,21 @@ def read_rows(source: ColumnsSource | TextSource, columns: list[str], hours: int
             remedy=f"Add `hours` to the study's {reading.modality!r}, or remove `time`",
         )
     key = source.id if source.id is not None else reading.records.id_column
-    table = read_table(reading.files.find(source.file), [key, *columns, *([source.time] if source.time else [])])
+
+    def ours(part: pl.DataFrame) -> pl.Series:
+        if key not in part.columns:
+            return pl.repeat(True, len(part), eager=True)
+        return pl.Series(reading.records.rows_of(part[key]) >= 0)
+
+    wanted = [key, *columns, *([source.time] if source.time else [])]
+    table = read_source(source, wanted, reading.files, reading.key(), keep=ours)
     record = reading.records.rows_of(table.column(key))
-    if len(record) and (record < 0).all():
+    if table.rows and not (record >= 0).any():
         reading.warn(
             "ids",
             table.where(key),
-            "no row of the file belongs to one of the site's records",
-            "Compare the ids of both files; `id` names the column of record ids",
+            "no row belongs to one of the site's records",
+            "Compare the ids with those of the records; `id` names the column of record ids",
         )
     keep, hour = record >= 0, None
     if source.time is not None and hours is not None:
@@ -149,7 +157,7 @@ def _note_absent(names: list[str], source: ColumnsSource, item: str, reading: Re
     """Note the variables, of those without a row of the site's, whose item has no row of anybody's."""
     if not names:
         return
-    table = read_table(reading.files.find(source.file), [item])
+    table = read_source(source, [item], reading.files, reading.key())
     known = set(code_text(table.column(item)).unique().to_list())
     for name in names:
         code = source.columns[name].column

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -58,10 +59,47 @@ def _with_text_codes(data: Any) -> Any:
     return data
 
 
-class Records(StrictModel):
+_PASSWORD = re.compile(r"://[^:/@]*:[^@]*@|(?:password|passwd|pwd)(?:=|%3d)", re.IGNORECASE)
+
+
+class Database(StrictModel):
+    """A database of the hospital, read through SQLAlchemy (extra `sql`) in a transaction that only reads."""
+
+    url: str = Field(description="postgresql+psycopg://user@host/name, sqlite:///file.db, ...; never with a password")
+    password_file: str | None = Field(None, description="file that holds the password, readable by its owner only")
+    password_env: str | None = Field(None, description="environment variable that holds the password")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, data: Any) -> Any:
+        return {"url": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _secret(self) -> Self:
+        if _PASSWORD.search(self.url):
+            raise ValueError("the URL holds a password; remove it and name a `password_file` or `password_env`")
+        if self.password_file is not None and self.password_env is not None:
+            raise ValueError("give password_file or password_env, not both")
+        return self
+
+
+class Rows(StrictModel):
+    """Where rows lie: in a file, or in the site's database."""
+
+    file: str | None = Field(None, description="CSV (also .gz) or Parquet")
+    table: str | None = Field(None, description="instead of `file`: a table or view of the database, as schema.table")
+    query: str | None = Field(None, description="instead of `file`: a SELECT on the database")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if sum(place is not None for place in (self.file, self.table, self.query)) != 1:
+            raise ValueError("give one of file, table and query")
+        return self
+
+
+class Records(Rows):
     """The list of records: one row each, with patient and label."""
 
-    file: str = Field(description="CSV (also .gz) or Parquet")
     id: str = Field(description="column that identifies a record")
     patient: str = Field(description="column that identifies the patient")
     label: dict[str, LabelColumn] = Field(default_factory=dict, description="the study's label -> local column")
@@ -80,10 +118,9 @@ class Records(StrictModel):
         return data
 
 
-class ColumnsSource(StrictModel):
+class ColumnsSource(Rows):
     """Values for a table or series modality: one column a variable, or long form (item, value)."""
 
-    file: str = Field(description="CSV (also .gz) or Parquet")
     id: str | None = Field(None, description="record id column (default: that of records)")
     time: str | None = Field(None, description="hours since the record's index time, or a timestamp")
     index: str | None = Field(None, description="records column with the index time, when `time` is a timestamp")
@@ -98,10 +135,9 @@ class ColumnsSource(StrictModel):
         return self
 
 
-class TextSource(StrictModel):
+class TextSource(Rows):
     """Text columns, joined in their order."""
 
-    file: str = Field(description="CSV (also .gz) or Parquet")
     id: str | None = Field(None, description="record id column (default: that of records)")
     time: str | None = Field(None, description="hours since the record's index time, or a timestamp")
     index: str | None = Field(None, description="records column with the index time, when `time` is a timestamp")
@@ -133,6 +169,7 @@ Source = Annotated[
 class SiteData(StrictModel):
     """Where the site's data lie: `records`, and one entry for each modality that it has."""
 
+    database: Database | None = Field(None, description="where `table` and `query` are read from; a URL, or a block")
     records: Records = Field(description="the list of records")
     modalities: dict[str, Source] = Field(default_factory=dict, description="written as flat keys: modality -> source")
 
@@ -146,8 +183,16 @@ class SiteData(StrictModel):
     def _collect(cls, data: Any) -> Any:
         if not isinstance(data, dict) or "modalities" in data:
             return data
-        rest = {key: value for key, value in data.items() if key != "records"}
-        return {"modalities": rest, **({"records": data["records"]} if "records" in data else {})}
+        own = {key: data[key] for key in ("database", "records") if key in data}
+        return {"modalities": {key: value for key, value in data.items() if key not in own}, **own}
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        sources = {"records": self.records, **self.modalities}
+        for name, source in sources.items():
+            if self.database is None and isinstance(source, Rows) and source.file is None:
+                raise ValueError(f"{name} lies in a database; name it by `database`")
+        return self
 
 
 class Split(StrictModel):
