@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gapweave.client.cli import DataOption
+from gapweave.client.deployment_cli import DataOption
 
 
 def audit(

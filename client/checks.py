@@ -19,9 +19,9 @@ from gapweave.client.sources.labels import Targets, check_classes, read_targets
 from gapweave.client.sources.oddities import declared, unused, without_label
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
-from gapweave.shared.config.site import ColumnsSource, ImageSource, Site, Source
+from gapweave.shared.config.site import ClinicalSource, ColumnsSource, ImageSource, MeasurementSource, Site, Source
 from gapweave.shared.config.study import Study
-from gapweave.shared.errors import GapweaveError
+from gapweave.shared.errors import DataError, GapweaveError, RefusedError, Unreachable, UsageError
 
 __all__ = ["Finding", "as_json", "check_site"]
 
@@ -40,8 +40,35 @@ def check_site(study: Study | None, site: Site, site_file: Path, data_dir: Path 
     Returns:
         One finding a line, in the order of the checks; a problem does not stop the ones that can go on.
     """
-    files = Files(site_file=site_file, data_dir=data_dir, database=site.data.database)
-    return _Check(site, files).run(study)
+    check = _Check(site, Files(site_file=site_file, data_dir=data_dir, database=site.data.database))
+    findings, state = check.run(study), site_file.parent / site.state
+    if site.server is None:
+        return findings
+    from gapweave.client import doctor
+    from gapweave.client.service import Deployment
+
+    findings += doctor.check_machine(site, state)
+    if study is not None:
+        findings += doctor.check_budget(study, site, state, check.training)
+        findings.append(doctor.check_approval(study, site, site_file))
+    return [*findings, *doctor.check_hub(Deployment(site_file.resolve(), site))]
+
+
+AT_THE_HUB = frozenset({"connection", "name", "server", "tls", "clock", "version", "authentication"})
+OF_THE_SITE = frozenset({"key", "state", "device", "disk", "memory"})
+OF_THE_BUDGET = frozenset({"ledger", "budget", "plan"})
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """That of the first kind which has a problem: data, hub, the site's own machine, budget."""
+    found = {finding.id for finding in findings if finding.status == "problem"}
+    if not found:
+        return 0
+    if found - AT_THE_HUB - OF_THE_SITE - OF_THE_BUDGET:
+        return DataError.exit_code
+    if found & AT_THE_HUB:
+        return Unreachable.exit_code
+    return UsageError.exit_code if found & OF_THE_SITE else RefusedError.exit_code
 
 
 def as_json(findings: Iterable[Finding]) -> dict[str, Any]:
@@ -57,6 +84,7 @@ class _Check:
         self.site = site
         self.files = files
         self.findings: list[Finding] = []
+        self.training: int | None = None
 
     def run(self, study: Study | None) -> list[Finding]:
         self._database()
@@ -110,7 +138,8 @@ class _Check:
     def _columns(self, records: Records | None) -> None:
         """What can be checked without a study: that files and columns are there."""
         if records is not None:
-            named = [label.column for label in self.site.data.records.label.values()]
+            labels = self.site.data.records.label.values()
+            named = [label.column for label in labels if label.column is not None and label.query is None]
             for column in [*named, *([self.site.split.column] if self.site.split.column else [])]:
                 self._attempt("records", partial(records.table.column, column))
         for name, source in self.site.data.modalities.items():
@@ -124,6 +153,10 @@ class _Check:
             if records is not None:
                 records.table.column(source.column)
             return "the folder is there"
+        if isinstance(source, MeasurementSource | ClinicalSource):
+            from gapweave.client.sources.omop import count
+
+            return f"{count(source, self.files, self.files.key(f'data.{name}'))} rows of visits"
         wanted = _columns_of(source, self.site.data.records.id)
         table = read_source(source, wanted, self.files, self.files.key(f"data.{name}"), keep=_none_of)
         for column in wanted:
@@ -183,6 +216,7 @@ class _Check:
         where = label_where(study, self.site, records)
         self._attempt("classes", lambda: check_classes(study.task, targets, training, where))
         patients, least = len(np.unique(records.patient[training])), self.site.policy.min_patients
+        self.training = patients
         key = self.files.key("policy.min_patients")
         if patients < least:
             message = f"{patients} training patients are fewer than policy.min_patients={least}"

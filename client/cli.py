@@ -8,15 +8,11 @@ from typing import Annotated
 
 import typer
 
+from gapweave.client import deployment_cli
+from gapweave.client.deployment_cli import DataOption, SiteArgument
 from gapweave.shared.commands import command_group
 
-site = command_group("Write or check a hospital's site file.")
-
-SiteArgument = Annotated[Path, typer.Argument(help="Site file.", metavar="SITE.yaml")]
-DataOption = Annotated[
-    Path | None,
-    typer.Option("--data", envvar="GAPWEAVE_DATA", help="Folder that holds data sets, one sub-folder a set."),
-]
+site = command_group("Set up, check and run a hospital's part.")
 
 
 @site.command("init")
@@ -25,17 +21,30 @@ def init(
     study: Annotated[
         Path | None, typer.Option("--study", help="Study whose modalities and variables are written out.")
     ] = None,
+    connection: Annotated[
+        Path | None, typer.Option("--connection", help="The hub's connection.yaml; without it, for simulations only.")
+    ] = None,
 ) -> None:
-    """Write a site file with comments, to be filled in.
+    """Write a site file with comments, to be filled in, and a key pair by which the hub will know the site.
 
-    Example: gapweave site init hospital.yaml --study study.yaml
+    Example: gapweave site init site.yaml --study study.yaml --connection connection.yaml
     """
+    import os
+
+    from gapweave.client.keys import make_keys, public_file
     from gapweave.client.template import site_template
     from gapweave.shared.config import load_study
+    from gapweave.shared.config.connection import load_connection
     from gapweave.shared.files import write_new
 
-    write_new(path, site_template(path.stem, load_study(study) if study else None))
+    if connection is not None:
+        load_connection(connection)
+    hub = None if connection is None else os.path.relpath(connection, path.parent)
+    write_new(path, site_template(path.stem, load_study(study) if study else None, hub))
+    key = path.with_suffix(".key")
+    public = public_file(key) if key.exists() else make_keys(key)
     typer.echo(f"wrote {path}; fill it in, then: gapweave site check {path}")
+    typer.echo(f"{key} never leaves this machine; give {public} to the hub if the site shall join one")
 
 
 @site.command("check")
@@ -45,13 +54,15 @@ def check(
     data: DataOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Find what is wrong with a site's data before a run does; exits 6 when there is a problem.
+    """Find what is wrong with data, machine, network and budget before a run does.
+
+    Exits 6 when there is a problem with the data, else 5 with the hub, else 2, or 3 with ledger and budget.
 
     Example: gapweave site check hospital.yaml --study study.yaml
     """
     from gapweave.client import checks
     from gapweave.shared.config import load_site, load_study
-    from gapweave.shared.errors import DataError, UsageError
+    from gapweave.shared.errors import UsageError
 
     try:
         findings = checks.check_site(load_study(study) if study else None, load_site(path), path, data)
@@ -68,9 +79,14 @@ def check(
         for finding in findings:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
             typer.echo(f"{finding.status:<8} {finding.where}: {finding.message}{remedy}")
-    problems = sum(finding.status == "problem" for finding in findings)
-    if problems:
-        raise typer.Exit(DataError.exit_code)
+    code = checks.exit_code(findings)
+    if code:
+        raise typer.Exit(code)
+
+
+for command in (deployment_cli.approve, deployment_cli.start, deployment_cli.status, deployment_cli.budget):
+    site.command(command.__name__)(command)
+site.command("stop")(deployment_cli.stop)
 
 
 @site.command("recover")

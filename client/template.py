@@ -17,9 +17,9 @@ data:
     # where: {{ward: icu}}       # keep these rows only
 """
 
-TAIL = """split: {by: hash}                # or {column: fold}
-# subgroups: {sex: sex}          # for reports at the site
-patients: {declared: null, upper: 10000, max_records: 8}
+TAIL = """split: {{by: hash}}                # or {{column: fold}}
+# subgroups: {{sex: sex}}          # for reports at the site
+patients: {{declared: null, upper: 10000, max_records: 8}}
 device: auto
 state: state                     # ledger and private models; back it up, never copy an old one back
 policy:
@@ -28,23 +28,31 @@ policy:
   min_patients: 20
   releases: [update, counts]
   unnoised: refuse
-  studies: []                    # approved study hashes
+  studies: []                    # approved study hashes: `gapweave site approve` adds them
+{server}
 """
 
 
-def site_template(name: str, study: Study | None) -> str:
+SERVER = (
+    "server: {{connection: {connection}, key: {name}.key}}   # the hub gives the first; keep the second to yourself"
+)
+
+
+def site_template(name: str, study: Study | None, connection: str | None = None) -> str:
     """A site file with every modality of the study, local names equal to the study's.
 
     Args:
         name: of the site.
         study: None writes one table as an example.
+        connection: the hub's connection file; None leaves the line for later.
     """
     labels = ", ".join(f"{label}: {label}" for label in study.task.labels) if study else "outcome: outcome"
     if study is None:
         sources = "  labs:\n    file: labs.csv\n    columns: {sodium: sodium}   # the study's variable: local column\n"
     else:
         sources = "".join(_source(modality, study.modalities[modality]) for modality in study.order)
-    return HEAD.format(name=name, labels=labels) + sources + TAIL
+    server = SERVER.format(name=name, connection=connection or "connection.yaml")
+    return HEAD.format(name=name, labels=labels) + sources + TAIL.format(server=server if connection else f"# {server}")
 
 
 def _source(name: str, spec: ModalitySpec) -> str:

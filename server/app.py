@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
@@ -12,6 +14,7 @@ from gapweave.server.peers import Peer
 from gapweave.server.strategy import Observer, RoundLoop
 from gapweave.server.summary import summarise_deployment
 from gapweave.shared.config.study import Study, study_from_json
+from gapweave.shared.errors import GapweaveError
 from gapweave.shared.report.run_report import write_report
 from gapweave.shared.rundir import RunDirectory
 
@@ -20,23 +23,44 @@ app = ServerApp()
 
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
-    """Run the study of the run configuration: `study` (JSON), `out` (folder), `run` (our own id)."""
-    config = context.run_config
-    study = study_from_json(str(config["study"]))
-    out = Path(str(config["out"]))
+    """Run the study of the run configuration: see `card.CONFIG`."""
+    config = {key: str(value) for key, value in context.run_config.items()}
+    study = study_from_json(config["study"])
+    out = Path(config["out"])
     directory = RunDirectory(out) if (out / "study.yaml").exists() else RunDirectory.create(out, study)
-    run_study(grid, study, directory, str(config["run"]))
+    try:
+        run_study(grid, study, directory, config["run"], names=_names(config.get("sites", "")))
+    except GapweaveError as error:
+        directory.write_json(directory.failure.name, {"error": str(error), "exit_code": error.exit_code})
+        raise
+
+
+def _names(registry: str) -> Callable[[int], str | None] | None:
+    """By which name a hub let a node in: the one word about who it is that the node does not have itself."""
+    if not registry:
+        return None
+
+    def name(node: int) -> str | None:
+        numbers = json.loads(Path(registry).read_text(encoding="utf-8"))
+        return next((site for site, number in numbers.items() if number == node), None)
+
+    return name
 
 
 def run_study(
-    grid: Grid, study: Study, directory: RunDirectory, run: str, observer: Observer | None = None
+    grid: Grid,
+    study: Study,
+    directory: RunDirectory,
+    run: str,
+    observer: Observer | None = None,
+    names: Callable[[int], str | None] | None = None,
 ) -> tuple[RoundLoop, dict[str, Peer]]:
     """Run or resume a study, keep its model, and write what it may say.
 
     Returns:
         The finished loop and the sites by name.
     """
-    loop = RoundLoop(grid, study, directory, run, observer)
+    loop = RoundLoop(grid, study, directory, run, observer, names=names)
     peers = loop.run()
     save_model(directory, study, loop.final, peers)
     directory.write_json("summary.json", summarise_deployment(study, loop))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from gapweave.shared import wire
@@ -57,14 +59,17 @@ def ask(grid: Grid, kind: str, requests: Mapping[int, RecordDict], seconds: floa
             time.sleep(POLL_S)
 
 
+def _transport(reply: Message) -> str:
+    """What an error of Flower's says; the one that a site's guard writes names the versions of both sides."""
+    if reply.error.code == ErrorCode.INVALID_FAB and re.fullmatch(r"[\w.,:; ]{1,200}", reply.error.reason or ""):
+        return str(reply.error.reason)
+    return f"error {reply.error.code} in transport"
+
+
 def _read(node: int, reply: Message) -> Answer:
     """A reply as status and arrays; what cannot be read is a failed site, not a failed run."""
     if reply.has_error():
-        return Answer(
-            node=node,
-            header={"status": "failed", "text": f"error {reply.error.code} in transport"},
-            arrays={},
-        )
+        return Answer(node=node, header={"status": "failed", "text": _transport(reply)}, arrays={})
     try:
         header, arrays = wire.unpack(reply.content)
     except wire.ProtocolError as error:

@@ -7,6 +7,7 @@ Grid and Messages only (docs/decisions/0002).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -54,6 +55,7 @@ class RoundLoop:
         run: our own id of the run, unless a checkpoint has one.
         observer: who is told of progress.
         deadline_s: seconds that a round waits, in place of the study's.
+        names: by which name a node was let in, where somebody keeps that.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class RoundLoop:
         run: str,
         observer: Observer | None = None,
         deadline_s: float | None = None,
+        names: Callable[[int], str | None] | None = None,
     ) -> None:
+        self._names = names
         self.grid, self.study, self.directory = grid, study, directory
         self.observer = observer or Observer()
         self.deadline_s = study.aggregation.deadline_s if deadline_s is None else deadline_s
@@ -154,7 +158,12 @@ class RoundLoop:
 
     def _register(self, answer: Answer) -> None:
         header = answer.header if well_formed(answer.header) else malformed(answer.header)
-        name = str(header.get("site") or f"node-{answer.node}")
+        given = self._names(answer.node) if self._names else None
+        name = str(header.get("site") or given or f"node-{answer.node}")
+        if self._names and name != given:
+            # A site may answer for itself only, whatever it calls itself.
+            name = given or f"node-{answer.node}"
+            header = {"status": "failed", "text": f"was let in as {name!r}, and its site file has another name"}
         known = self.peers.get(name)
         if known is not None and known.node in self.grid.get_node_ids():
             self._greeted.discard(answer.node)  # a site that started anew comes in when its old node is gone

@@ -20,9 +20,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("gapweave.sites.simulate.cli:compare", "Vary a study and tabulate the results, with baselines."),
     "resume": ("gapweave.sites.simulate.cli:resume", "Continue a run from its last checkpoint."),
     "report": ("gapweave.sites.simulate.cli:report", "Rebuild a run's report.html from its files."),
+    "server": ("gapweave.server.cli:server", "Run the hub of a federation."),
+    "submit": ("gapweave.server.cli:submit", "Start a study on a hub."),
+    "runs": ("gapweave.server.cli:runs", "List the runs of a hub."),
+    "stop": ("gapweave.server.cli:stop", "Stop a run on a hub."),
+    "logs": ("gapweave.server.cli:logs", "Print what a run on a hub writes."),
+    "pull": ("gapweave.server.cli:pull", "Copy a run's directory from a hub."),
     "predict": ("gapweave.client.cli:predict", "Predict with a site's finished model, without the server."),
     "study": ("gapweave.sites.study_cli:app", "Write (init) or check a study file."),
-    "site": ("gapweave.client.cli:site", "Write (init) or check a hospital's site file and data."),
+    "site": ("gapweave.client.cli:site", "Set up, check and run a hospital's part."),
     "privacy": ("gapweave.shared.privacy.cli:app", "Plan, audit, report and verify what a site spends."),
     "data": ("gapweave.sites.datasets:app", "List and fetch public data sets."),
 }
@@ -165,3 +171,7 @@ def _run(arguments: list[str], debug: bool) -> int:
             raise
         typer.echo(f"error: internal error ({type(error).__name__}). Run again with --debug and report it", err=True)
         return 1
+
+
+if __name__ == "__main__":
+    main()

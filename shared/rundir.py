@@ -25,6 +25,7 @@ class RunDirectory:
         self.model = path / "model"
         self.sites = path / "sites"
         self.report = path / "report.html"
+        self.failure = path / "failure.json"
 
     @staticmethod
     def require_new(path: Path) -> None:

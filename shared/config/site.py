@@ -11,17 +11,42 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from gapweave.shared.config.base import StrictModel, parse, read_yaml
 from gapweave.shared.config.study import Version, category_code
 
+Window = tuple[float | None, float | None]
+"""Hours since the start of the visit: from, and up to but not including; null: no bound."""
+
+
+class ConceptSet(StrictModel):
+    """Concepts of the OMOP vocabulary."""
+
+    concepts: list[int] = Field(min_length=1, description="concept ids")
+    descendants: bool = Field(False, description="and all below them, by `concept_ancestor`")
+
+
+class LabelConditions(ConceptSet):
+    """A label that is 1 when the visit has one of these conditions (OMOP), else 0."""
+
+    hours: Window = Field((None, None), description="hours since the visit's start that count: [from, before]")
+    link: Literal["visit", "person"] = Field("visit", description="whose conditions: the visit's, or the person's")
+
 
 class LabelColumn(StrictModel):
-    """A label column whose codes differ from the study's."""
+    """A label: a column of the records or of a query, or conditions; its codes where they differ from the study's."""
 
-    column: str = Field(description="column of the records file")
+    column: str | None = Field(None, description="column of the records, or of the query")
+    query: str | None = Field(None, description="a SELECT on the database with the record id and the column")
+    conditions: LabelConditions | None = Field(None, description="instead of a column: conditions of the OMOP CDM")
     codes: dict[str, str] | None = Field(None, description="local code -> the study's code")
 
     @model_validator(mode="before")
     @classmethod
     def _codes(cls, data: Any) -> Any:
         return _with_text_codes(data)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.column is None) == (self.conditions is None) or (self.conditions is not None and self.query):
+            raise ValueError("a label is a column (of the records or of a query), or conditions")
+        return self
 
 
 class ValueColumn(StrictModel):
@@ -68,6 +93,7 @@ class Database(StrictModel):
     url: str = Field(description="postgresql+psycopg://user@host/name, sqlite:///file.db, ...; never with a password")
     password_file: str | None = Field(None, description="file that holds the password, readable by its owner only")
     password_env: str | None = Field(None, description="environment variable that holds the password")
+    cdm: str | None = Field(None, description="schema of the OMOP CDM's tables (default: the user's own)")
 
     @model_validator(mode="before")
     @classmethod
@@ -89,11 +115,14 @@ class Rows(StrictModel):
     file: str | None = Field(None, description="CSV (also .gz) or Parquet")
     table: str | None = Field(None, description="instead of `file`: a table or view of the database, as schema.table")
     query: str | None = Field(None, description="instead of `file`: a SELECT on the database")
+    omop: Literal["visits"] | None = Field(
+        None, description="instead of `file`: visits: the OMOP CDM's visit_occurrence with each visit's person"
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if sum(place is not None for place in (self.file, self.table, self.query)) != 1:
-            raise ValueError("give one of file, table and query")
+        if sum(place is not None for place in (self.file, self.table, self.query, self.omop)) != 1:
+            raise ValueError("give one of file, table, query and omop")
         return self
 
 
@@ -110,6 +139,8 @@ class Records(Rows):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "omop" in data:
+            data = {"id": "visit_occurrence_id", "patient": "person_id", **data}
         if isinstance(data, dict) and isinstance(data.get("label"), dict):
             label = {
                 key: {"column": value} if isinstance(value, str) else value for key, value in data["label"].items()
@@ -144,6 +175,43 @@ class TextSource(Rows):
     columns: list[str] = Field(min_length=1, description="local text columns")
 
 
+Take = Literal["last", "first", "min", "max", "mean"]
+
+
+class Measured(ConceptSet):
+    """A variable of the OMOP CDM's measurements."""
+
+    units: dict[int, str | float] = Field(
+        default_factory=dict,
+        description="unit_concept_id (0: none) -> its unit, or a factor to the study's; other units are refused",
+    )
+    take: Take | None = Field(
+        None, description="which value of a table's variable counts (default: that of the source)"
+    )
+
+
+class MeasurementSource(StrictModel):
+    """Values for a table or series modality from the OMOP CDM's measurements."""
+
+    omop: Literal["measurements"] = Field(description="measurements of the visit")
+    hours: Window = Field((None, None), description="hours since the visit's start that count: [from, before]")
+    link: Literal["visit", "person"] = Field("visit", description="whose measurements: the visit's, or the person's")
+    take: Take = Field("last", description="which value of a table's variable counts")
+    columns: dict[str, Measured] = Field(min_length=1, description="the study's variable -> concepts")
+
+
+class ClinicalSource(StrictModel):
+    """Text from the OMOP CDM: notes, or names of conditions."""
+
+    omop: Literal["notes", "conditions"] = Field(description="texts of notes, or names of conditions")
+    hours: Window = Field((None, None), description="hours since the visit's start that count: [from, before]")
+    link: Literal["visit", "person"] = Field("visit", description="whose: the visit's, or the person's")
+    concepts: list[int] = Field(
+        default_factory=list, description="only these: types or classes of notes, or conditions (default: all)"
+    )
+    descendants: bool = Field(False, description="and all below them, by `concept_ancestor`")
+
+
 class ImageSource(StrictModel):
     """A folder of images, named by a column of the records file."""
 
@@ -152,6 +220,9 @@ class ImageSource(StrictModel):
 
 
 def _source_shape(value: Any) -> str:
+    omop = value.get("omop") if isinstance(value, dict) else getattr(value, "omop", None)
+    if omop in ("measurements", "notes", "conditions"):
+        return "measurements" if omop == "measurements" else "clinical"
     if isinstance(value, ImageSource) or (isinstance(value, dict) and "folder" in value):
         return "image"
     columns = value.get("columns") if isinstance(value, dict) else getattr(value, "columns", None)
@@ -161,6 +232,8 @@ def _source_shape(value: Any) -> str:
 Source = Annotated[
     Annotated[ColumnsSource, Tag("columns")]
     | Annotated[TextSource, Tag("text")]
+    | Annotated[MeasurementSource, Tag("measurements")]
+    | Annotated[ClinicalSource, Tag("clinical")]
     | Annotated[ImageSource, Tag("image")],
     Discriminator(_source_shape),
 ]
@@ -188,11 +261,19 @@ class SiteData(StrictModel):
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
-        sources = {"records": self.records, **self.modalities}
+        sources = {"records": self.records, **self.records.label, **self.modalities}
         for name, source in sources.items():
-            if self.database is None and isinstance(source, Rows) and source.file is None:
+            if self.database is None and _in_database(source):
                 raise ValueError(f"{name} lies in a database; name it by `database`")
         return self
+
+
+def _in_database(source: Source | Rows | LabelColumn) -> bool:
+    if isinstance(source, Rows):
+        return source.file is None
+    if isinstance(source, LabelColumn):
+        return source.query is not None or source.conditions is not None
+    return isinstance(source, MeasurementSource | ClinicalSource)
 
 
 class Split(StrictModel):
@@ -234,6 +315,13 @@ class Policy(StrictModel):
     anchor: str | None = Field(None, description="file outside the state folder that keeps the ledger's head")
 
 
+class ServerLink(StrictModel):
+    """How the site reaches its hub; both files are relative to the site file."""
+
+    connection: str = Field("connection.yaml", description="the hub's connection file: its address and certificate")
+    key: str = Field("site.key", description="the site's private key, readable by its owner only")
+
+
 class Site(StrictModel):
     """A site file, all defaults filled in."""
 
@@ -249,6 +337,7 @@ class Site(StrictModel):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     state: str = Field("state", description="folder of the ledger and private parameters, relative to the site file")
     policy: Policy = Field(default_factory=Policy, description="the hospital's own limits")
+    server: ServerLink | None = Field(None, description="the hub that the site works for; null: none, simulations only")
 
     def holds(self, modality: str) -> bool:
         """Whether the site has data of ``modality``: a declared, public fact."""

@@ -64,16 +64,26 @@ def simulate(
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="Run directory of a simulation that was interrupted.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of a simulation, or RUN_ID on a hub.")],
+    server: Annotated[
+        str | None, typer.Option("--server", metavar="NAME", help="Name or folder of the hub that RUN_ID is on.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,
 ) -> None:
     """Continue a run from its last checkpoint; budgets go on from where they were.
 
     Example: gapweave resume runs/first
     """
+    if server is not None:
+        from gapweave.server import runs
+        from gapweave.server.hub import Hub
+
+        runs.resume(Hub.find(server), run)
+        typer.echo(f"{run} goes on; see gapweave runs --server {server}")
+        return
     from gapweave.sites.simulate import commands
 
-    summary, directory = commands.resume(run)
+    summary, directory = commands.resume(Path(run))
     _show(summary, directory, as_json)
 
 

@@ -1,0 +1,154 @@
+"""`gapweave site approve | start | status | budget | stop`: a hospital's part in a deployment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SiteArgument = Annotated[Path, typer.Argument(help="Site file.", metavar="SITE.yaml")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="GAPWEAVE_DATA", help="Folder that holds data sets, one sub-folder a set."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+STARTING_S = 60.0
+
+
+def _deployment(path: Path) -> Any:
+    from gapweave.client.service import Deployment
+
+    return Deployment.of(path)
+
+
+def approve(
+    path: SiteArgument,
+    study: Annotated[Path, typer.Option("--study", help="Study to approve.")],
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As `submit` was given it; repeatable.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Say what it would do, and approve nothing.")] = False,
+) -> None:
+    """Say what a study would do and spend here, and record the hospital's approval in policy.studies.
+
+    Example: gapweave site approve site.yaml --study study.yaml
+    """
+    from gapweave.client.approval import approve as record
+    from gapweave.client.approval import in_plain_words
+    from gapweave.client.service import Deployment
+    from gapweave.shared.config import load_site, load_study
+    from gapweave.shared.config.overrides import parse_assignment
+
+    chosen = load_study(study, dict(parse_assignment(text) for text in assignments or []))
+    deployment = Deployment(path.resolve(), load_site(path))
+    typer.echo("\n".join(in_plain_words(chosen, deployment)))
+    if show:
+        return
+    new = record(chosen, deployment)
+    typer.echo(f"\n{'approved' if new else 'was approved already'}: {path}, policy.studies")
+
+
+def start(
+    path: SiteArgument,
+    data: DataOption = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay until stopped: for systemd and containers.")
+    ] = False,
+) -> None:
+    """Start the site's part: it connects to the hub and waits for approved studies. Nothing comes in from outside.
+
+    Example: gapweave site start site.yaml
+    """
+    deployment = _deployment(path)
+    child = deployment.child(data)
+    if foreground:
+        deployment.forget_contact()
+        deployment.service.run([child])
+        return
+    words = ["site", "start", str(deployment.file), "--foreground", *(["--data", str(data)] if data else [])]
+    ready = deployment.service.start(words, deployment.connected, STARTING_S)
+    name, address = deployment.site.name, deployment.connection().address
+    if ready:
+        typer.echo(f"{name} is connected to {address}")
+    else:
+        typer.echo(f"{name} runs, and is not connected to {address} yet; it goes on trying", err=True)
+        typer.echo(
+            f"find out why: gapweave site check {path}, and {deployment.service.log_file('supernode')}", err=True
+        )
+
+
+def status(path: SiteArgument, as_json: JsonOption = False) -> None:
+    """Say how the site's part is: process, health, connection, last round, ledger. Exits 5 when it is not connected.
+
+    Example: gapweave site status site.yaml
+    """
+    from gapweave.shared.errors import Unreachable
+    from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
+    from gapweave.shared.report.ledger_report import verified
+
+    deployment = _deployment(path)
+    found = deployment.status()
+    there = (deployment.state / LEDGER_FILE).exists()
+    found["ledger"] = verified(read_ledger(deployment.state)) if there else None
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        for line in _status_lines(found):
+            typer.echo(line)
+    if not found["connected"]:
+        raise typer.Exit(Unreachable.exit_code)
+
+
+def _status_lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"{found['site']}: {'runs' if found['running'] else 'does not run'}"]
+    for name, process in found["processes"].items():
+        last = "" if process.get("last_exit") is None else f", ended with code {process['last_exit']} before"
+        lines.append(f"  {name:<11} {process['state']} since {process['since']}, restarts: {process['restarts']}{last}")
+    if found["running"]:
+        contact = "never heard" if found["contact_s"] is None else f"heard {found['contact_s']:.0f} s ago"
+        lines.append(f"  hub         {'connected' if found['connected'] else 'not connected'}, {contact}")
+    if found["last"]:
+        last = found["last"]
+        lines.append(f"  last run    {last['run']}, round {last['round']}{', finished' if last['finished'] else ''}")
+    ledger = found["ledger"]
+    lines.append(
+        f"  ledger      epsilon {ledger['epsilon_filter']:.2f} of {ledger['cap']:g}, intact: {ledger['intact']}"
+        if ledger
+        else "  ledger      none yet"
+    )
+    return lines
+
+
+def budget(path: SiteArgument, as_json: JsonOption = False) -> None:
+    """Say what the site has spent of its privacy budget, on which studies, and what is left.
+
+    Example: gapweave site budget site.yaml
+    """
+    from gapweave.shared.config import load_site
+    from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
+    from gapweave.shared.report.ledger_report import ledger_facts
+    from gapweave.shared.report.ledger_text import ledger_lines
+
+    site = load_site(path)
+    state = path.parent / site.state
+    if not (state / LEDGER_FILE).exists():
+        nothing = {"site": site.name, "epsilon": 0.0, "epsilon_filter": 0.0, "cap": site.policy.epsilon, "releases": 0}
+        typer.echo(
+            json.dumps(nothing, indent=1)
+            if as_json
+            else f"{site.name}: nothing is spent of a cap of epsilon {site.policy.epsilon:g}"
+        )
+        return
+    facts = ledger_facts(read_ledger(state), None)
+    typer.echo(json.dumps(facts.to_dict(), indent=1) if as_json else "\n".join(ledger_lines(facts)))
+
+
+def stop(path: SiteArgument) -> None:
+    """Stop the site's part. What it has released and spent stays in its ledger.
+
+    Example: gapweave site stop site.yaml
+    """
+    deployment = _deployment(path)
+    typer.echo(f"{deployment.site.name} {'is stopped' if deployment.service.stop() else 'did not run'}")

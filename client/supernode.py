@@ -1,0 +1,153 @@
+"""The SuperNode, Flower's process at a site, with a guard: it runs no bundle but the run card of this version.
+
+The one place on the client's side that uses names of Flower's which are not documented; test_supernode.py fails when
+they move. Flower itself would run whatever code the server ships, or trust whoever holds a signing key.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gapweave.shared.card import refusal
+from gapweave.shared.files import write_atomically
+
+log = logging.getLogger("gapweave")
+
+CONTACT = "GAPWEAVE_CONTACT"
+"""Environment variable: the file in which the SuperNode notes when it last heard of its hub."""
+CONTACT_S = 5.0
+"""Seconds between two notes."""
+
+
+class Guard:
+    """What stands between the hub's messages and this machine.
+
+    Args:
+        contact: file for the last contact, if anybody looks.
+    """
+
+    def __init__(self, contact: Path | None = None) -> None:
+        self._contact = contact
+        self._noted = 0.0
+        self.refused: str | None = None
+
+    def get_fab(self, get: Callable[[str, int], Any]) -> Callable[[str, int], Any]:
+        """Fetch a bundle and remember why it must not run, before anything of it is unpacked."""
+
+        def checked(fab_hash: str, run_id: int) -> Any:
+            bundle = get(fab_hash, run_id)
+            self.refused = refusal(bundle.content)
+            if self.refused is not None:
+                log.error("refused: %s", self.refused)
+            # Without these Flower refuses before it asks `verify`.
+            bundle.verifications = {"valid_license": "gapweave"}
+            return bundle
+
+        return checked
+
+    def receive(self, receive: Callable[[], Any]) -> Callable[[], Any]:
+        """Ask for a message, and note that the hub answered."""
+
+        def noted() -> Any:
+            message = receive()
+            self.heard()
+            return message
+
+        return noted
+
+    def heard(self) -> None:
+        """Note the time of the last contact."""
+        if self._contact is None or time.monotonic() - self._noted < CONTACT_S:
+            return
+        self._noted = time.monotonic()
+        with suppress(OSError):  # a full disk must not end the site's part
+            write_atomically(self._contact, json.dumps({"time": time.time()}).encode(), durable=False)
+
+
+def install(guard: Guard) -> Callable[..., None]:
+    """Put the guard into Flower.
+
+    Returns:
+        Flower's loop of a SuperNode, which asks the guard.
+    """
+    import flwr.supernode.start_client_internal as flower
+    from flwr.app import Error
+
+    def verify(fab: Any, trusted: Any) -> bool:
+        """Asked of every bundle, since the loop below is given a trusted entity."""
+        if guard.refused is not None:
+            flower.FAB_VERIFICATION_ERROR = Error(flower.FAB_VERIFICATION_ERROR.code, guard.refused)
+        return guard.refused is None
+
+    connect, loop = flower._init_connection, flower.start_client_internal
+
+    @contextmanager
+    def guarded(*args: Any, **keywords: Any) -> Iterator[tuple[Any, ...]]:
+        with connect(*args, **keywords) as connection:
+            node, receive, send, get_run, get_fab, *rest = connection
+            guard.heard()
+            yield (node, guard.receive(receive), send, get_run, guard.get_fab(get_fab), *rest)
+
+    flower._init_connection = guarded
+    flower._verify_fab = verify
+
+    def start(**keywords: Any) -> None:
+        loop(**{**keywords, "trusted_entities": {"gapweave": "the run card"}})
+
+    return start
+
+
+def known_to_hub(address: str, authority: bytes, key: bytes) -> bool:
+    """Whether a hub lets a site in, by its key; a site that is connected elsewhere with it counts as let in.
+
+    Args:
+        address: of the hub.
+        authority: its certificate, PEM.
+        key: the site's private key in OpenSSH's format.
+    """
+    import httpx
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    private: Any = load_ssh_private_key(key, password=None)
+    public = private.public_key()
+    with FleetHttpClient.from_server_address(
+        address,
+        False,
+        authority,
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(private, public),
+        ],
+    ) as client:
+        try:
+            request = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=30)
+            client.DeactivateNode(DeactivateNodeRequest(node_id=client.ActivateNode(request).node_id))
+        except httpx.HTTPStatusError as error:
+            return "already" in error.response.text.lower()
+    return True
+
+
+def main() -> None:
+    """Run a SuperNode in this process, with the arguments of Flower's own command."""
+    # By name: the package has a function called as the module is.
+    command: Any = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    contact = os.environ.get(CONTACT)
+    command.start_client_internal = install(Guard(Path(contact) if contact else None))
+    command.flower_supernode()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The hub's folder: certificates, configuration, registered sites, runs. Everything that `server init` makes.
+
+HUB/hub.yaml            name, hosts, ports
+HUB/connection.yaml     for the hospitals; nothing in it is secret
+HUB/ca.crt, ca.key      the hub's own authority; HUB/server.crt, server.key  what it shows to sites
+HUB/nginx.conf          the reverse proxy: the only thing that listens beyond this machine
+HUB/keys/NAME.pub       public keys of sites;  HUB/sites.json  their numbers in the SuperLink
+HUB/runs/RUN            run directories;  HUB/submitted/RUN.json  what was submitted
+HUB/superlink.db        Flower's database;  HUB/service  lock, status and logs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from platformdirs import user_config_path
+from pydantic import Field
+
+from gapweave.server.certificates import RENEW_DAYS, days_left, make_authority, make_server_certificate
+from gapweave.server.proxy import proxy_configuration
+from gapweave.shared.config.base import StrictModel, parse, read_yaml
+from gapweave.shared.config.study import Version
+from gapweave.shared.errors import UsageError
+from gapweave.shared.files import private_folder, write_atomically
+from gapweave.shared.service import Service
+
+PORT = 9092
+"""Where sites connect to; the SuperLink and its health server listen on the next two, on loopback."""
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+
+
+class HubConfig(StrictModel):
+    """hub.yaml."""
+
+    version: Version = Field(description="format of the file: 1")
+    name: str = Field(pattern=NAME, description="name of the hub")
+    hosts: list[str] = Field(min_length=1, description="names and addresses of this machine, the first for the sites")
+    port: int = Field(PORT, ge=1, le=65535, description="public port, of the reverse proxy")
+    control_port: int = Field(PORT + 1, ge=1, le=65535, description="port of the SuperLink, on loopback only")
+    health_port: int = Field(PORT + 2, ge=1, le=65535, description="port of its health server, on loopback only")
+
+
+class Hub:
+    """A hub's folder.
+
+    Args:
+        folder: as `create` or `find` gives it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.config = parse(HubConfig, read_yaml(self.folder / "hub.yaml", "hub"), str(folder / "hub.yaml"))
+        self.ca, self.certificate, self.key = (self.folder / name for name in ("ca.crt", "server.crt", "server.key"))
+        self.connection = self.folder / "connection.yaml"
+        self.database = self.folder / "superlink.db"
+        self.runs, self._submitted = self.folder / "runs", self.folder / "submitted"
+        self.keys, self.registry = self.folder / "keys", self.folder / "sites.json"
+        self.proxy = self.folder / "nginx.conf"
+        self.service = Service(self.folder / "service", f"the hub {self.config.name}")
+
+    @classmethod
+    def create(cls, folder: Path, name: str, hosts: Sequence[str], port: int) -> Hub:
+        """Make a hub and enter it in the user's list of servers.
+
+        Raises:
+            UsageError: when there is one already, or for a name that is none.
+        """
+        if (folder / "hub.yaml").exists():
+            raise UsageError("there is a hub already", where=str(folder), remedy="Start it, or give another --dir")
+        if not re.fullmatch(NAME, name):
+            raise UsageError(
+                f"{name!r} is no name for a hub", where="--name", remedy="Use letters, digits, '-' and '_'"
+            )
+        config = HubConfig(
+            version=1, name=name, hosts=list(hosts), port=port, control_port=port + 1, health_port=port + 2
+        )
+        private_folder(folder)
+        folder.chmod(0o700)
+        for part in ("keys", "runs", "submitted", "flower"):
+            private_folder(folder / part)
+        make_authority(folder / "ca.crt", folder / "ca.key", name)
+        content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_atomically(folder / "hub.yaml", content.encode())
+        hub = cls(folder)
+        hub.renew(force=True)
+        _enter(name, hub.folder)
+        return hub
+
+    @classmethod
+    def find(cls, name: str | None) -> Hub:
+        """A hub by its name in the user's list, or by its folder; None: that of GAPWEAVE_HUB, or ./hub.
+
+        Raises:
+            UsageError: when there is none.
+        """
+        if name is None:
+            return cls._at(Path(os.environ.get("GAPWEAVE_HUB", "hub")), "--dir")
+        entered = _entered().get(name)
+        if entered is not None and (Path(entered) / "hub.yaml").exists():
+            return cls(Path(entered))
+        return cls._at(Path(name), "--server")
+
+    @classmethod
+    def _at(cls, folder: Path, option: str) -> Hub:
+        if not (folder / "hub.yaml").exists():
+            known = ", ".join(sorted(_entered())) or "none"
+            raise UsageError(
+                f"there is no hub {str(folder)!r}",
+                where=option,
+                remedy=f"Make one with `gapweave server init`; hubs of this user: {known}",
+            )
+        return cls(folder)
+
+    def renew(self, *, force: bool = False) -> None:
+        """Write what follows from hub.yaml, and a new certificate when the old one ends soon."""
+        names = self.config.hosts
+        if force or not self.certificate.exists() or days_left(self.certificate) < RENEW_DAYS:
+            make_server_certificate(self.ca, self.folder / "ca.key", names, self.certificate, self.key)
+        head = {"version": 1, "name": self.config.name, "host": names[0], "port": self.config.port}
+        authority = "".join(f"  {line}\n" for line in self.ca.read_text().splitlines())
+        text = f"{yaml.safe_dump(head, sort_keys=False)}ca: |\n{authority}"
+        write_atomically(self.connection, text.encode())
+        self.connection.chmod(0o644)
+        ports = {"port": self.config.port, "control_port": self.config.control_port}
+        write_atomically(self.proxy, proxy_configuration(self.folder, **ports).encode())
+
+    def add_site(self, name: str, key: Path) -> None:
+        """Let a site in, by its public key; a running hub takes it up at once.
+
+        Raises:
+            UsageError: for a name that is none or taken, or a file that holds no public key.
+        """
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+        if not re.fullmatch(NAME, name):
+            raise UsageError(f"{name!r} is no name of a site", where="NAME", remedy="Give the `name` of its site file")
+        if not key.exists():
+            raise UsageError("there is no such file", where=str(key), remedy="`gapweave site init` makes site.pub")
+        content = key.read_bytes()
+        if b"PRIVATE KEY" in content:
+            raise UsageError(
+                "this is a private key", where=str(key), remedy="It must not leave the hospital: ask for the .pub file"
+            )
+        try:
+            public = load_ssh_public_key(content)
+        except Exception:  # of several kinds, by what the file holds
+            public = None
+        if not (isinstance(public, ec.EllipticCurvePublicKey) and public.curve.name in ("secp256r1", "secp384r1")):
+            raise UsageError(
+                "this is no public key of a site", where=str(key), remedy="`gapweave site init` makes site.pub"
+            )
+        file = self.keys / f"{name}.pub"
+        if file.exists() and file.read_bytes() != content:
+            raise UsageError(
+                f"the hub has another key of {name!r}",
+                where=str(file),
+                remedy=f"If the site has a new key, first: gapweave server remove-site {name}",
+            )
+        write_atomically(file, content)
+
+    def remove_site(self, name: str) -> None:
+        """Let a site in no more; a running hub takes it up at once.
+
+        Raises:
+            UsageError: when there is none of that name.
+        """
+        file = self.keys / f"{name}.pub"
+        if not file.exists():
+            raise UsageError(f"there is no site {name!r}", where=str(self.keys), remedy=f"Sites: {self.sites()}")
+        file.unlink()
+
+    def sites(self) -> list[str]:
+        """Names of the sites that are let in."""
+        return sorted(file.stem for file in self.keys.glob("*.pub"))
+
+    def registered(self) -> dict[str, int]:
+        """Numbers that Flower gave to sites, by name."""
+        return json.loads(self.registry.read_text(encoding="utf-8")) if self.registry.exists() else {}
+
+    def write_registered(self, numbers: dict[str, int]) -> None:
+        """Keep the numbers of sites: a run reads them to know who a message is from."""
+        write_atomically(self.registry, json.dumps(numbers, indent=1).encode())
+
+    def note(self, run: str, content: dict[str, Any]) -> None:
+        """Keep what was submitted as a run."""
+        write_atomically(self._submitted / f"{run}.json", json.dumps(content, indent=1).encode())
+
+    def noted(self) -> dict[str, dict[str, Any]]:
+        """All submitted runs, the oldest first."""
+        files = self._submitted.glob("*.json")
+        found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+        return dict(sorted(found.items(), key=lambda item: str(item[1]["submitted"])))
+
+
+def _list_file() -> Path:
+    return user_config_path("gapweave") / "servers.json"
+
+
+def _entered() -> dict[str, str]:
+    file = _list_file()
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _enter(name: str, folder: Path) -> None:
+    file = _list_file()
+    private_folder(file.parent)
+    write_atomically(file, json.dumps({**_entered(), name: str(folder)}, indent=1).encode())

@@ -1,0 +1,223 @@
+"""The SuperLink, Flower's server process: how it is started, and the calls of its control side.
+
+The one place on the server's side that uses names of Flower's which are not documented; test_superlink.py fails when
+they move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gapweave.server.hub import Hub
+from gapweave.server.proxy import nginx
+from gapweave.shared.errors import Unreachable, UsageError
+from gapweave.shared.health import healthy
+from gapweave.shared.service import Child
+
+LOOK_S = 1.0
+"""How often a running hub looks for sites that were added or removed."""
+
+
+def children(hub: Hub, *, proxy: bool) -> list[Child]:
+    """The processes of a hub: the SuperLink on loopback, and the reverse proxy."""
+    config = hub.config
+    superlink = Child(
+        name="superlink",
+        command=(
+            *(sys.executable, "-m", "gapweave.server.superlink"),
+            *("--host", "127.0.0.1", "--port", str(config.control_port)),
+            *("--ssl-ca-certfile", str(hub.ca), "--ssl-certfile", str(hub.certificate)),
+            *("--ssl-keyfile", str(hub.key), "--enable-supernode-auth", "--database", str(hub.database)),
+            *("--health-server-address", f"127.0.0.1:{config.health_port}"),
+            "--disable-runtime-dependency-installation",
+        ),
+        environment={"FLWR_HOME": str(hub.folder / "flower")},
+    )
+    if not proxy:
+        return [superlink]
+    command = (nginx(), "-p", f"{hub.folder}/", "-c", str(hub.proxy), "-e", "stderr")
+    return [superlink, Child(name="proxy", command=command)]
+
+
+def serves(hub: Hub) -> bool:
+    """Whether the SuperLink is up."""
+    return healthy(hub.config.health_port)
+
+
+def keep_registered(hub: Hub, over: threading.Event) -> None:
+    """Let the SuperLink know the hub's sites, and only these, until the hub is stopped."""
+    while not over.wait(LOOK_S):
+        with contextlib.suppress(Unreachable, OSError):
+            if serves(hub):
+                with Control(hub) as control:
+                    control.register(over)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowerRun:
+    """A run as Flower knows it.
+
+    Attributes:
+        number: Flower's own.
+        status: pending, starting, running, completed, failed or stopped.
+    """
+
+    number: int
+    status: str
+
+
+class Control:
+    """The SuperLink's control side, over TLS on loopback.
+
+    Args:
+        hub: whose.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def __enter__(self) -> Control:
+        from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
+        from flwr.supercore.control import ControlHttpClient
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+        self._client = ControlHttpClient.from_server_address(
+            server_address=f"127.0.0.1:{self._hub.config.control_port}",
+            insecure=False,
+            root_certificates=self._hub.ca.read_bytes(),
+            interceptors=[CliClientHttpInterceptor(), RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """An error of the transport as one of ours."""
+        import httpx
+
+        try:
+            yield
+        except httpx.TransportError:
+            raise Unreachable(
+                f"the hub {self._hub.config.name} does not answer",
+                where=str(self._hub.folder),
+                remedy="Start it with `gapweave server start`",
+            ) from None
+        except httpx.HTTPStatusError as error:
+            raise UsageError(
+                f"the hub refuses ({error.response.status_code})",
+                where=str(self._hub.folder),
+                remedy="Look at its log with `gapweave server status`",
+            ) from None
+
+    def sites(self) -> dict[int, dict[str, Any]]:
+        """Registered sites by number: `name`, `key` and `online`."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+
+        with self._asking():
+            answer = self._client.ListNodes(ListNodesRequest())
+        return {
+            node.node_id: {"name": node.name, "key": node.public_key, "online": node.status == "online"}
+            for node in answer.nodes_info
+            if node.status != "unregistered"
+        }
+
+    def register(self, over: threading.Event | None = None) -> None:
+        """Make the SuperLink's sites those of the hub's folder, and note their numbers there."""
+        from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
+        from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+        wanted = {}
+        for name in self._hub.sites():
+            wanted[name] = public_key_to_bytes(_public_key(self._hub, name))
+        found = {site["key"]: number for number, site in self.sites().items()}
+        for key, number in found.items():
+            if key not in wanted.values():
+                with self._asking():
+                    self._client.UnregisterNode(UnregisterNodeRequest(node_id=number))
+        for name, key in wanted.items():
+            if key not in found and not (over and over.is_set()):
+                with self._asking():
+                    found[key] = self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id
+        numbers = {name: found[key] for name, key in wanted.items() if key in found}
+        if numbers != self._hub.registered():
+            self._hub.write_registered(numbers)
+
+    def start(self, config: Mapping[str, str]) -> int:
+        """Start a run of the card of this version.
+
+        Args:
+            config: of the run, see `card.CONFIG`.
+
+        Returns:
+            Flower's number of the run.
+        """
+        from flwr.common.serde import fab_to_proto, user_config_to_proto
+        from flwr.proto.control_pb2 import StartRunRequest
+        from flwr.supercore.fab import Fab
+
+        from gapweave.shared.card import run_card
+
+        bundle = run_card()
+        request = StartRunRequest(
+            fab=fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})),
+            override_config=user_config_to_proto(dict(config)),
+        )
+        with self._asking():
+            answer = self._client.StartRun(request)
+        if not answer.HasField("run_id"):
+            raise UsageError("the hub started no run", where=str(self._hub.folder), remedy="Look at its log")
+        return int(answer.run_id)
+
+    def runs(self) -> dict[int, FlowerRun]:
+        """All runs by Flower's number."""
+        from flwr.proto.control_pb2 import ListRunsRequest
+
+        with self._asking():
+            answer = self._client.ListRuns(ListRunsRequest())
+        return {number: FlowerRun(number=number, status=_status(run.status)) for number, run in answer.run_dict.items()}
+
+    def stop(self, number: int) -> bool:
+        """End a run; whether it was still going."""
+        from flwr.proto.control_pb2 import StopRunRequest
+
+        with self._asking():
+            return bool(self._client.StopRun(StopRunRequest(run_id=number)).success)
+
+    def logs(self, number: int) -> Iterator[str]:
+        """What a run writes, until it is over."""
+        from flwr.proto.control_pb2 import StreamLogsRequest
+
+        with self._asking():
+            for part in self._client.StreamLogs(StreamLogsRequest(run_id=number, after_timestamp=0.0)):
+                yield part.log_output
+
+
+def _status(status: Any) -> str:
+    """`completed`, `failed` or `stopped` of a finished run, else where it is."""
+    return str(status.sub_status if status.status == "finished" else status.status)
+
+
+def _public_key(hub: Hub, name: str) -> Any:
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+    return load_ssh_public_key((hub.keys / f"{name}.pub").read_bytes())
+
+
+def main() -> None:
+    """Run the SuperLink in this process, with the arguments of Flower's own command."""
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+
+    flower_superlink()
+
+
+if __name__ == "__main__":
+    main()
