@@ -19,7 +19,8 @@ from gapweave.client.sources.labels import Targets, check_classes, read_targets
 from gapweave.client.sources.oddities import declared, unused, without_label
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
-from gapweave.shared.config.site import ClinicalSource, ColumnsSource, ImageSource, MeasurementSource, Site, Source
+from gapweave.shared.config.site import Site
+from gapweave.shared.config.sources import ClinicalSource, ColumnsSource, ImageSource, MeasurementSource, Source
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import DataError, GapweaveError, RefusedError, Unreachable, UsageError
 

@@ -21,7 +21,8 @@ from gapweave.client.sources.labels import Targets, check_classes, read_targets,
 from gapweave.client.sources.oddities import declared, unused, without_label
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.client.sources.split import test_patients
-from gapweave.shared.config.site import ColumnsSource, ImageSource, Site, TextSource
+from gapweave.shared.config.site import Site
+from gapweave.shared.config.sources import ClinicalSource, ColumnsSource, ImageSource, MeasurementSource, TextSource
 from gapweave.shared.config.study import (
     ImageModality,
     SeriesModality,
@@ -135,7 +136,7 @@ def load_cohort(
 
 def label_where(study: Study, site: Site, records: Records) -> str:
     """The label columns, for messages."""
-    columns = [site.data.records.label[name].column for name in study.task.labels]
+    columns = [site.data.records.label[name].column or name for name in study.task.labels]
     return records.table.where(",".join(columns))
 
 
@@ -214,11 +215,11 @@ def _reader(
     study: Study, site: Site, reading: Reading
 ) -> Callable[[Reading], tuple[NDArray[np.float32], NDArray[np.bool_]]]:
     spec, source = study.modalities[reading.modality], site.data.modalities[reading.modality]
-    if isinstance(spec, TableModality) and isinstance(source, ColumnsSource):
+    if isinstance(spec, TableModality) and isinstance(source, ColumnsSource | MeasurementSource):
         return partial(table.read, spec, source)
-    if isinstance(spec, SeriesModality) and isinstance(source, ColumnsSource):
+    if isinstance(spec, SeriesModality) and isinstance(source, ColumnsSource | MeasurementSource):
         return partial(series.read, spec, source)
-    if isinstance(spec, TextModality) and isinstance(source, TextSource):
+    if isinstance(spec, TextModality) and isinstance(source, TextSource | ClinicalSource):
         return partial(text.read, spec, source)
     if isinstance(spec, ImageModality) and isinstance(source, ImageSource):
         return partial(images.read, spec, source)

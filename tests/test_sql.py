@@ -23,7 +23,8 @@ from gapweave.client.sources import sql
 from gapweave.client.sources.files import Files
 from gapweave.shared.config import load_site, load_study
 from gapweave.shared.config.base import parse
-from gapweave.shared.config.site import Database, Site
+from gapweave.shared.config.site import Site
+from gapweave.shared.config.sources import Database
 from gapweave.shared.errors import DataError, GapweaveError, Unreachable, UsageError
 from gapweave.sites.demo.write import write_demo
 
@@ -292,7 +293,7 @@ def test_what_a_site_file_may_not_say(tmp_path: Path, block: Any, text: str) -> 
 def test_rows_lie_in_one_place(tmp_path: Path, places: dict[str, str]) -> None:
     hospital = Hospital(tmp_path)
     hospital.add("labs", columns={"sodium": "na"}, **places)
-    with pytest.raises(UsageError, match="give one of file, table and query"):
+    with pytest.raises(UsageError, match="give one of file, table, query and omop"):
         parse(Site, hospital.content, "site.yaml")
 
 

@@ -17,7 +17,7 @@ import polars as pl
 from polars.exceptions import NoDataError, PolarsError
 
 from gapweave.client.sources import SOURCES
-from gapweave.shared.config.site import Database
+from gapweave.shared.config.sources import Database
 from gapweave.shared.errors import DataError
 
 LONGEST_NAME = 40

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from gapweave.client.sources.cells import code_text, missing, recode, refuse_codes
 from gapweave.client.sources.files import Files
+from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Records
 from gapweave.shared.config.site import Site
+from gapweave.shared.config.sources import LabelColumn, Rows
 from gapweave.shared.config.study import Task
 from gapweave.shared.errors import DataError, UsageError
 
@@ -63,7 +66,8 @@ def _codes(label: str, allowed: list[str], site: Site, files: Files, records: Re
             remedy=f"Add `{label}: <column>`",
         )
     refuse_codes(column.codes, allowed, files.key(f"data.records.label.{label}.codes"))
-    codes = recode(code_text(records.table.column(column.column)), column.codes)
+    raw, where = _raw(label, column, files, records)
+    codes = recode(code_text(raw), column.codes)
     result = np.full(len(codes), -1, np.int64)
     for at, code in enumerate(allowed):
         result[(codes == code).fill_null(False).to_numpy()] = at
@@ -71,10 +75,33 @@ def _codes(label: str, allowed: list[str], site: Site, files: Files, records: Re
     if strange:
         raise DataError(
             f"{strange} rows hold a label that is not one of {', '.join(allowed)}",
-            where=records.table.where(column.column),
+            where=where,
             remedy="Map the codes by `label: {column: ..., codes: {local: code}}`; leave unknown ones empty",
         )
     return result
+
+
+def _raw(label: str, column: LabelColumn, files: Files, records: Records) -> tuple[pl.Series, str]:
+    """The label of each record as the site has it, and where it is from."""
+    key = files.key(f"data.records.label.{label}")
+    if column.conditions is not None:
+        from gapweave.client.sources.omop import read_conditions
+
+        return read_conditions(column.conditions, files, records, f"{key}.conditions")
+    assert column.column is not None
+    if column.query is None:
+        return records.table.column(column.column), records.table.where(column.column)
+    table = read_source(Rows(query=column.query), [records.id_column, column.column], files, key)
+    rows, found = records.rows_of(table.column(records.id_column)), table.column(column.column)
+    ours = pl.DataFrame({"row": rows, "label": found}).filter(pl.col("row") >= 0)
+    if ours["row"].is_duplicated().any():
+        raise DataError(
+            f"{int(ours['row'].is_duplicated().sum())} rows give a record more than one label",
+            where=table.where(records.id_column),
+            remedy="Let the query give one row a record",
+        )
+    every = pl.DataFrame({"row": np.arange(len(records))})
+    return every.join(ours, on="row", how="left", maintain_order="left")["label"], table.where(column.column)
 
 
 def check_classes(task: Task, targets: Targets, training: NDArray[np.bool_], where: str) -> None:

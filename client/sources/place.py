@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import polars as pl
 
 from gapweave.client.sources.files import Files, Table, read_table
-from gapweave.shared.config.site import Rows
+from gapweave.shared.config.sources import Rows
 
 
 def read_source(

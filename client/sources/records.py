@@ -13,7 +13,8 @@ from gapweave.client.sources.cells import code_text, id_text
 from gapweave.client.sources.files import Files, Table
 from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.place import read_source
-from gapweave.shared.config.site import ImageSource, Site
+from gapweave.shared.config.site import Site
+from gapweave.shared.config.sources import ColumnsSource, ImageSource, TextSource
 from gapweave.shared.config.study import category_code
 from gapweave.shared.errors import DataError
 
@@ -137,13 +138,13 @@ def _wanted(site: Site) -> list[str]:
     """Every column of the list of records that some part of the site file names, the id first."""
     records = site.data.records
     wanted = {*records.where, *site.subgroups.values()}
-    wanted |= {label.column for label in records.label.values()}
+    wanted |= {label.column for label in records.label.values() if label.column is not None and label.query is None}
     if site.split.column is not None:
         wanted.add(site.split.column)
     for source in site.data.modalities.values():
         if isinstance(source, ImageSource):
             wanted.add(source.column)
-        elif source.index is not None:
+        elif isinstance(source, ColumnsSource | TextSource) and source.index is not None:
             wanted.add(source.index)
     return [records.id, records.patient, *sorted(wanted - {records.id, records.patient})]
 

@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.values import note_presence, numeric, read_cells
-from gapweave.shared.config.site import ColumnsSource
+from gapweave.shared.config.sources import ColumnsSource, MeasurementSource
 from gapweave.shared.config.study import SeriesModality
 from gapweave.shared.errors import UsageError
 from gapweave.shared.features import series as features
 
 
 def read(
-    spec: SeriesModality, source: ColumnsSource, reading: Reading
+    spec: SeriesModality, source: ColumnsSource | MeasurementSource, reading: Reading
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Read a series modality.
 
@@ -26,16 +26,16 @@ def read(
             converted.
         DataError: for a file or column that is missing or unreadable.
     """
-    if source.time is None:
+    if isinstance(source, ColumnsSource) and source.time is None:
         raise UsageError(
             "a series needs the time of its values",
             where=reading.key(".time"),
             remedy="Name the column with hours, or the timestamps and their `index`",
         )
     events = {}
-    found = read_cells(source, list(spec.columns), spec.hours, reading)
+    found = read_cells(source, spec.columns, spec.hours, reading)
     for name, cells in found.items():
-        value = numeric(cells, name, source.columns[name], spec.columns[name], reading)
+        value = numeric(cells, name, spec.columns[name], reading)
         hour = cells.rows.hour
         assert hour is not None
         events[name] = features.Events(record=cells.rows.record, hour=hour, value=value)

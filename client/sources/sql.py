@@ -16,7 +16,7 @@ from urllib.parse import quote
 import polars as pl
 
 from gapweave.client.sources.files import Files, Table
-from gapweave.shared.config.site import Rows
+from gapweave.shared.config.sources import Rows
 from gapweave.shared.errors import DataError, GapweaveError, Unreachable, UsageError
 
 if TYPE_CHECKING:
@@ -46,8 +46,9 @@ def read(source: Rows, wanted: Iterable[str], files: Files, key: str, keep: Keep
     The rows are put in the order of their values, column by column as they are wanted, for a database promises
     none: the same rows are the same cohort, and what counts as the first of several does not change.
     """
-    where = f"{key}.{'table' if source.query is None else 'query'}"
-    return run(lambda: _statement(source), wanted, files, where, keep)
+    place = "query" if source.query is not None else "table" if source.table is not None else "omop"
+    where = f"{key}.{place}"
+    return run(lambda: _statement(source, files), wanted, files, where, keep)
 
 
 def run(
@@ -95,9 +96,13 @@ def may_write(files: Files) -> bool | None:
     return bool(table.frame["may_write"][0])
 
 
-def _statement(source: Rows) -> Executable:
+def _statement(source: Rows, files: Files) -> Executable:
     from sqlalchemy import literal_column, select, table, text
 
+    if source.omop is not None:
+        from gapweave.client.sources.cdm import visits
+
+        return visits(files)
     if source.query is not None:
         # A colon before a word would be a parameter; there are none.
         return text(re.sub(r"(?<![:\w\\]):(?=\w+(?!:))", r"\\:", source.query.strip().rstrip(";")))

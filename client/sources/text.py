@@ -8,13 +8,15 @@ from numpy.typing import NDArray
 
 from gapweave.client.sources.cells import missing
 from gapweave.client.sources.records import Reading
-from gapweave.client.sources.values import read_rows
-from gapweave.shared.config.site import TextSource
+from gapweave.client.sources.values import Rows, read_rows
+from gapweave.shared.config.sources import ClinicalSource, TextSource
 from gapweave.shared.config.study import TextModality
 from gapweave.shared.features import text as features
 
 
-def read(spec: TextModality, source: TextSource, reading: Reading) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def read(
+    spec: TextModality, source: TextSource | ClinicalSource, reading: Reading
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Read a text modality: the columns in their order, the rows by time, or as the file has them.
 
     Returns:
@@ -24,11 +26,9 @@ def read(spec: TextModality, source: TextSource, reading: Reading) -> tuple[NDAr
         UsageError: for a time without prediction time.
         DataError: for a file or column that is missing or unreadable.
     """
-    rows = read_rows(source, source.columns, spec.hours, reading)
-    columns = [
-        rows.table.column(name).cast(pl.String).fill_null("").alias(str(at)) for at, name in enumerate(source.columns)
-    ]
-    for name in source.columns:
+    rows, names = _rows(spec, source, reading)
+    columns = [rows.table.column(name).cast(pl.String).fill_null("").alias(str(at)) for at, name in enumerate(names)]
+    for name in names:
         if len(rows.record) and missing(rows.table.column(name).cast(pl.String)).all():
             reading.warn(
                 "empty",
@@ -44,3 +44,12 @@ def read(spec: TextModality, source: TextSource, reading: Reading) -> tuple[NDAr
     texts = np.full(len(reading.records), "", object)
     texts[by_record["record"].to_numpy()] = by_record["text"].to_list()
     return features.encode(texts.tolist(), spec.buckets)
+
+
+def _rows(spec: TextModality, source: TextSource | ClinicalSource, reading: Reading) -> tuple[Rows, list[str]]:
+    """The rows, and which of their columns are text."""
+    if isinstance(source, TextSource):
+        return read_rows(source, source.columns, spec.hours, reading), source.columns
+    from gapweave.client.sources.omop import read_texts
+
+    return read_texts(source, spec.hours, reading)

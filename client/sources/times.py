@@ -40,15 +40,15 @@ def hours_of(
     if index is None:
         hour = _numeric(series, table.where(time))
     else:
-        moments, zoned = _moments(series, table.where(time))
-        starts, starts_zoned = _moments(reading.records.table.column(index), reading.records.table.where(index))
+        at, zoned = _timestamps(series, table.where(time))
+        starts, starts_zoned = _timestamps(reading.records.table.column(index), reading.records.table.where(index))
         if zoned != starts_zoned:
             raise DataError(
                 "of the time and the index column only one names a time zone",
                 where=table.where(time),
                 remedy=f"Write both with a time zone, or both without (index: {index!r})",
             )
-        hour = (moments - starts[np.maximum(rows, 0)]) / MICROSECONDS
+        hour = (at - starts[np.maximum(rows, 0)]) / MICROSECONDS
     unknown = int((np.isnan(hour) & (rows >= 0)).sum())
     if unknown:
         reading.warn(
@@ -74,24 +74,29 @@ def _numeric(series: pl.Series, where: str) -> NDArray[np.float64]:
     return np.where(np.isfinite(hour), hour, np.nan)
 
 
-def _moments(series: pl.Series, where: str) -> tuple[NDArray[np.float64], bool]:
+def moments(series: pl.Series) -> tuple[NDArray[np.float64], bool]:
     """Microseconds since the epoch (NaN where unknown), and whether the column names a time zone."""
     if series.dtype == pl.Date:
         series = series.cast(pl.Datetime("us"))
     if isinstance(series.dtype, pl.Datetime):
         zoned = series.dtype.time_zone is not None
-        moments = series.dt.timestamp("us")
+        found = series.dt.timestamp("us")
     elif series.dtype == pl.String:
-        moments, zoned = _parsed(series)
+        found, zoned = _parsed(series)
     else:
-        moments, zoned = pl.Series([None] * len(series), dtype=pl.Int64), False
-    if len(series) and moments.null_count() == len(series):
+        found, zoned = pl.Series([None] * len(series), dtype=pl.Int64), False
+    return found.cast(pl.Float64).fill_null(float("nan")).to_numpy(), zoned
+
+
+def _timestamps(series: pl.Series, where: str) -> tuple[NDArray[np.float64], bool]:
+    found, zoned = moments(series)
+    if len(series) and np.isnan(found).all():
         raise DataError(
             "the column does not hold timestamps",
             where=where,
             remedy="Write timestamps such as 2024-05-01 13:00, or hours and no `index`",
         )
-    return moments.cast(pl.Float64).fill_null(float("nan")).to_numpy(), zoned
+    return found, zoned
 
 
 def _parsed(series: pl.Series) -> tuple[pl.Series, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.times import hours_of
 from gapweave.client.sources.units import to_study_unit
-from gapweave.shared.config.site import ColumnsSource, TextSource, ValueColumn
+from gapweave.shared.config.sources import ColumnsSource, MeasurementSource, Take, TextSource, ValueColumn
 from gapweave.shared.config.study import Categories, Range, category_code
 from gapweave.shared.errors import UsageError
 from gapweave.shared.features.ranges import implausible
@@ -60,11 +61,15 @@ class Cells:
         where: file:column, for messages.
         rows: [E] the rows that they stand in.
         raw: [E] as the file holds them.
+        column: what the site file says of them.
+        take: which of a record's counts in a table; None: the last in time, or the first in the file.
     """
 
     where: str
     rows: Rows
     raw: pl.Series
+    column: ValueColumn
+    take: Take | None = None
 
 
 def read_rows(source: ColumnsSource | TextSource, columns: list[str], hours: int | None, reading: Reading) -> Rows:
@@ -111,12 +116,17 @@ def read_rows(source: ColumnsSource | TextSource, columns: list[str], hours: int
     return Rows(table=table, record=record, hour=hour).only(keep)
 
 
-def read_cells(source: ColumnsSource, known: list[str], hours: int | None, reading: Reading) -> dict[str, Cells]:
+def read_cells(
+    source: ColumnsSource | MeasurementSource,
+    cards: Mapping[str, Range | Categories],
+    hours: int | None,
+    reading: Reading,
+) -> dict[str, Cells]:
     """The cells of each variable, from one column a variable or from long form.
 
     Args:
         source: the modality's entry in the site file.
-        known: the study's variables.
+        cards: the study's variables.
         hours: the study's prediction time.
         reading: the modality.
 
@@ -125,18 +135,24 @@ def read_cells(source: ColumnsSource, known: list[str], hours: int | None, readi
         DataError: as `read_rows`.
     """
     for name in source.columns:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        if name not in cards:
+            close = difflib.get_close_matches(name, cards, n=1, cutoff=0.5)
             raise UsageError(
                 f"the study has no variable {name!r} in {reading.modality!r}",
                 where=reading.key(f".columns.{name}"),
-                remedy=f"Did you mean {close[0]!r}?" if close else f"Its variables: {', '.join(known)}",
+                remedy=f"Did you mean {close[0]!r}?" if close else f"Its variables: {', '.join(cards)}",
             )
+    if isinstance(source, MeasurementSource):
+        from gapweave.client.sources.omop import read_measurements
+
+        return read_measurements(source, cards, hours, reading)
     if source.item is not None and source.value is not None:
         return _long(source, source.item, source.value, hours, reading)
     rows = read_rows(source, [column.column for column in source.columns.values()], hours, reading)
     return {
-        name: Cells(where=rows.table.where(column.column), rows=rows, raw=rows.table.column(column.column))
+        name: Cells(
+            where=rows.table.where(column.column), rows=rows, raw=rows.table.column(column.column), column=column
+        )
         for name, column in source.columns.items()
     }
 
@@ -148,7 +164,7 @@ def _long(source: ColumnsSource, item: str, value: str, hours: int | None, readi
     for name, column in source.columns.items():
         chosen = rows.only((items == category_code(column.column)).fill_null(False).to_numpy())
         where = f"{rows.table.where(value)}[{name}]"
-        result[name] = Cells(where=where, rows=chosen, raw=chosen.table.column(value))
+        result[name] = Cells(where=where, rows=chosen, raw=chosen.table.column(value), column=column)
     _note_absent([name for name, cells in result.items() if cells.raw.is_empty()], source, item, reading)
     return result
 
@@ -198,7 +214,7 @@ def note_presence(cells: dict[str, Cells], seen: dict[str, NDArray[np.bool_]], r
             )
 
 
-def numeric(cells: Cells, name: str, column: ValueColumn, card: Range, reading: Reading) -> NDArray[np.float64]:
+def numeric(cells: Cells, name: str, card: Range, reading: Reading) -> NDArray[np.float64]:
     """Cells as numbers in the study's unit, NaN where missing.
 
     The cells that are not numbers, and the values outside the public range, are counted in the findings.
@@ -206,6 +222,7 @@ def numeric(cells: Cells, name: str, column: ValueColumn, card: Range, reading: 
     Raises:
         UsageError: for a unit that cannot be converted, or codes that are not mapped to numbers.
     """
+    column = cells.column
     refuse_codes(column.codes, None, reading.key(f".columns.{name}.codes"))
     raw = _without_missing(cells.raw, column)
     local, unreadable = numbers(recode(code_text(raw), column.codes) if column.codes else raw)
@@ -243,12 +260,13 @@ def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: 
         reading.warn("range", where, f"{text} and are clipped", "Look at these rows; infinite ones count as missing")
 
 
-def categorical(cells: Cells, name: str, column: ValueColumn, card: Categories, reading: Reading) -> NDArray[Any]:
+def categorical(cells: Cells, name: str, card: Categories, reading: Reading) -> NDArray[Any]:
     """Cells as the study's codes, None where missing; codes that the study lacks are counted.
 
     Raises:
         UsageError: for codes that are mapped to a category that the study lacks.
     """
+    column = cells.column
     refuse_codes(column.codes, card.categories, reading.key(f".columns.{name}.codes"))
     codes = recode(code_text(_without_missing(cells.raw, column)), column.codes)
     known = codes.is_in(card.categories).fill_null(False)
