@@ -102,15 +102,16 @@ class _Check:
         self.findings.append(Finding(id=check, status=status, where=where, message=message, remedy=remedy))
 
     def _attempt(self, check: str, action: Callable[[], Result]) -> Result | None:
-        """The action's result; None, and a problem, when it fails."""
+        """The action's result; None, and a problem that is told once, when it fails."""
         try:
             return action()
         except GapweaveError as error:
-            self._add(check, "problem", error.where, error.what, error.remedy)
+            if (error.where, error.what) not in {(finding.where, finding.message) for finding in self.findings}:
+                self._add(check, "problem", error.where, error.what, error.remedy)
             return None
 
     def _database(self) -> None:
-        """Whether the user of the database may do more than read."""
+        """Whether the database can be read, and its user may do no more than that."""
         if self.files.database is None:
             return
         from gapweave.client.sources.sql import may_write

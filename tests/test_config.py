@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,19 @@ def test_assignments_are_read_as_yaml() -> None:
     for text in ("seed", "seed=", "=1,2"):
         with pytest.raises(UsageError, match="is not key=v1,v2"):
             parse_variation(text)
+
+
+def test_the_examples_of_the_page_on_site_files_are_valid() -> None:
+    """Every `data` block and every single source of docs/study-and-site.md."""
+    page = (Path(__file__).parents[1] / "docs" / "study-and-site.md").read_text(encoding="utf-8")
+    examples = [
+        yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    ]
+    records = {"file": "records.csv", "id": "id", "patient": "patient"}
+    sites = [
+        parse(Site, {"version": 1, "name": "a", "data": example.get("data", {"records": records, **example})}, "page")
+        for example in examples
+    ]
+    assert len(sites) >= 4
+    kinds = {type(source).__name__ for site in sites for source in site.data.modalities.values()}
+    assert kinds == {"ColumnsSource", "TextSource", "ImageSource", "MeasurementSource", "ClinicalSource"}

@@ -306,6 +306,13 @@ def test_the_check_warns_of_a_user_who_may_write(store: Any, tmp_path: Path) -> 
     assert (finding.status, finding.message) == ("warning", "its user may change tables")
 
 
+def test_a_database_that_is_not_there_is_told_once(tmp_path: Path) -> None:
+    hospital = hospital_in({"url": "sqlite:///nothing.db"}, tmp_path)
+    for of in (None, study({"labs": LABS})):
+        problems = [one for one in check_site(of, hospital.site, hospital.site_file) if one.status == "problem"]
+        assert [(one.id, one.message.split(";")[0]) for one in problems] == [("database", "there is no nothing.db")]
+
+
 def test_types_of_a_database(store: Any, tmp_path: Path) -> None:
     """Decimals, time zones and identifiers, which files do not have."""
     hospital = hospital_in(store("postgresql")[0](frames()), tmp_path)

@@ -86,14 +86,20 @@ def may_write(files: Files) -> bool | None:
     """Whether the user of the database may change a table; None where that cannot be told (PostgreSQL only).
 
     Raises:
-        DataError: and the other errors of `run`.
+        DataError: and the other errors of `run`, also where it cannot be told.
     """
-    if files.database is None or not files.database.url.startswith("postgres"):
-        return None
-    from sqlalchemy import text
+    table = run(lambda: _right(files), ["may_write"], files, files.key("data.database"))
+    may: bool | None = table.frame["may_write"][0]
+    return may
 
-    table = run(lambda: text(_MAY_WRITE), ["may_write"], files, files.key("data.database"))
-    return bool(table.frame["may_write"][0])
+
+def _right(files: Files) -> Executable:
+    from sqlalchemy import null, select, text
+
+    assert files.database is not None
+    if files.database.url.startswith("postgres"):
+        return text(_MAY_WRITE)
+    return select(null().label("may_write"))
 
 
 def _statement(source: Rows, files: Files) -> Executable:
