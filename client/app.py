@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -114,13 +115,14 @@ def _status(error: Exception) -> dict[str, str]:
     if isinstance(error, ProtocolError):
         return {"status": "failed", "error": "ProtocolError", "text": str(error)}
     if isinstance(error, GapweaveError):
-        log.info("%s: %s", type(error).__name__, error)
+        log.warning("%s: %s", type(error).__name__, error)
         status = "refused" if isinstance(error, RefusedError) else "failed"
         kind = next(kind for kind in type(error).__mro__ if kind in FIXED_TEXTS)
         return {"status": status, "error": kind.__name__, "text": FIXED_TEXTS[kind]}
-    # Whatever it was, its text may quote a record.
+    # Whatever it was, its text may quote a record: not even the site's own log gets it.
     reference = uuid.uuid4().hex[:12]
-    log.error("internal error %s", reference, exc_info=error)
+    places = [f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
+    log.error("internal error %s: %s at %s", reference, type(error).__name__, " < ".join(reversed(places)))
     text = f"internal error at the site, reference {reference}"
     return {"status": "failed", "error": "InternalError", "text": text}
 

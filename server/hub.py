@@ -94,16 +94,20 @@ class Hub:
 
     @classmethod
     def find(cls, name: str | None) -> Hub:
-        """A hub by its name in the user's list, or by its folder; None: that of GAPWEAVE_HUB, or ./hub.
+        """A hub by its name in the user's list, or by its folder.
+
+        None: that of GAPWEAVE_HUB, or ./hub, or the only one in the list.
 
         Raises:
             UsageError: when there is none.
         """
         if name is None:
-            return cls._at(Path(os.environ.get("GAPWEAVE_HUB", "hub")), "--dir")
-        entered = _entered().get(name)
-        if entered is not None and (Path(entered) / "hub.yaml").exists():
-            return cls(Path(entered))
+            place, entered = Path(os.environ.get("GAPWEAVE_HUB", "hub")), list(_entered().values())
+            only = len(entered) == 1 and not (place / "hub.yaml").exists() and "GAPWEAVE_HUB" not in os.environ
+            return cls._at(Path(entered[0]) if only else place, "--dir")
+        listed = _entered().get(name)
+        if listed is not None and (Path(listed) / "hub.yaml").exists():
+            return cls(Path(listed))
         return cls._at(Path(name), "--server")
 
     @classmethod
