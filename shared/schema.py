@@ -31,14 +31,14 @@ def modalities(study: Study) -> tuple[Modality, ...]:
 
 
 def input_shape(spec: ModalitySpec) -> tuple[int, ...]:
-    """Shape of one record's input: [2V] table, [T, 2V] series, [C, H, W] image, [buckets] text."""
+    """Shape of one record's input: [2V] table, [T, 2V] series, [C, H, W] image, [width] text."""
     if isinstance(spec, TableModality):
         return (table_features.width(spec.columns),)
     if isinstance(spec, SeriesModality):
         return (spec.hours, series_features.channels(spec.columns))
     if isinstance(spec, ImageModality):
         return (spec.channels, spec.size, spec.size)
-    return (spec.buckets,)
+    return (spec.width,)
 
 
 class Features(dict[str, Tensor]):

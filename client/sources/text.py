@@ -11,6 +11,7 @@ from gapweave.client.sources.records import Reading
 from gapweave.client.sources.values import Rows, read_rows
 from gapweave.shared.config.sources import ClinicalSource, TextSource
 from gapweave.shared.config.study import TextModality
+from gapweave.shared.errors import UsageError
 from gapweave.shared.features import text as features
 
 
@@ -20,10 +21,10 @@ def read(
     """Read a text modality: the columns in their order, the rows by time, or as the file has them.
 
     Returns:
-        inputs [R, buckets]; present [R].
+        inputs [R, width]; present [R].
 
     Raises:
-        UsageError: for a time without prediction time.
+        UsageError: for a time without prediction time, or without the study's transformer.
         DataError: for a file or column that is missing or unreadable.
     """
     rows, names = _rows(spec, source, reading)
@@ -43,7 +44,17 @@ def read(
     by_record = frame.group_by("record", maintain_order=True).agg(pl.col("text").str.join(" "))
     texts = np.full(len(reading.records), "", object)
     texts[by_record["record"].to_numpy()] = by_record["text"].to_list()
-    return features.encode(texts.tolist(), spec.buckets)
+    if spec.vectors is None:
+        return features.encode(texts.tolist(), spec.buckets)
+    if source.encoder is None:
+        raise UsageError(
+            "the study asks for vectors of a transformer, and the site file names none",
+            where=reading.key(".encoder"),
+            remedy="Add `encoder: <folder>`",
+        )
+    from gapweave.client.sources import vectors
+
+    return vectors.encode(texts.tolist(), spec.vectors, source.encoder, reading)
 
 
 def _rows(spec: TextModality, source: TextSource | ClinicalSource, reading: Reading) -> tuple[Rows, list[str]]:

@@ -165,6 +165,9 @@ class ColumnsSource(Rows):
         return self
 
 
+_ENCODER = "folder of the transformer (extra `text`), where the study asks for its vectors"
+
+
 class TextSource(Rows):
     """Text columns, joined in their order."""
 
@@ -172,6 +175,7 @@ class TextSource(Rows):
     time: str | None = Field(None, description="hours since the record's index time, or a timestamp")
     index: str | None = Field(None, description="records column with the index time, when `time` is a timestamp")
     columns: list[str] = Field(min_length=1, description="local text columns")
+    encoder: str | None = Field(None, description=_ENCODER)
 
 
 Take = Literal["last", "first", "min", "max", "mean"]
@@ -209,6 +213,7 @@ class ClinicalSource(StrictModel):
         default_factory=list, description="only these: types or classes of notes, or conditions (default: all)"
     )
     descendants: bool = Field(False, description="and all below them, by `concept_ancestor`")
+    encoder: str | None = Field(None, description=_ENCODER)
 
 
 class ImageSource(StrictModel):

@@ -110,12 +110,25 @@ class ImageModality(_Modality):
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour")
 
 
+class Vectors(StrictModel):
+    """A frozen transformer that every site has in a folder of its own."""
+
+    width: int = Field(ge=2, le=8192, description="numbers of a vector: the transformer's hidden size")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of its model.safetensors")
+
+
 class TextModality(_Modality):
-    """Free text a record, as hashed words."""
+    """Free text a record, as hashed words, or as vectors of a frozen transformer."""
 
     kind: Literal["text"] = Field(description="kind of data")
+    vectors: Vectors | None = Field(None, description="vectors of this transformer instead of hashed words")
     buckets: int = Field(512, ge=16, le=2**18, description="number of hash buckets")
     hours: int | None = Field(None, gt=0, description="prediction time, for sites whose notes carry a time")
+
+    @property
+    def width(self) -> int:
+        """Numbers of one record's input."""
+        return self.buckets if self.vectors is None else self.vectors.width
 
 
 ModalitySpec = Annotated[TableModality | SeriesModality | ImageModality | TextModality, Field(discriminator="kind")]
