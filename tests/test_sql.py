@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import sys
@@ -21,6 +22,7 @@ from gapweave.client.checks import check_site
 from gapweave.client.data import load_cohort
 from gapweave.client.sources import sql
 from gapweave.client.sources.files import Files
+from gapweave.shared.cli import _run
 from gapweave.shared.config import load_site, load_study
 from gapweave.shared.config.base import parse
 from gapweave.shared.config.site import Site
@@ -363,3 +365,19 @@ def test_a_site_without_the_extra_is_told_so(tmp_path: Path, monkeypatch: pytest
     files = Files(site_file=tmp_path / "site.yaml", database=Database(url="sqlite:///a.db"))
     with pytest.raises(UsageError, match=r"gapweave\[sql\]"):
         sql.run(lambda: sa.text("SELECT 1"), ["a"], files, "x")
+
+
+def test_a_simulation_without_a_site_whose_database_is_down(tmp_path: Path) -> None:
+    path = write_demo(tmp_path / "demo", hospitals=3, patients=30)
+    site = tmp_path / "demo" / "sites" / "birch.yaml"
+    content = yaml.safe_load(site.read_text())
+    content["data"]["database"] = "postgresql+psycopg://reader@127.0.0.1:9/x"
+    content["data"]["labs"] |= {"table": "labs"}
+    del content["data"]["labs"]["file"]
+    site.write_text(yaml.safe_dump(content))
+    words = ["simulate", str(path), "--rounds", "1", "--set", "privacy.enabled=false"]
+    with pytest.raises(Unreachable, match="or go on with --continue-without"):
+        _run([*words, "--out", str(tmp_path / "a")], debug=True)
+    assert _run([*words, "--continue-without", "--out", str(tmp_path / "b")], debug=True) == 0
+    rows = json.loads((tmp_path / "b" / "summary.json").read_text())["sites"]
+    assert {name: row["status"] for name, row in rows.items()} == {"alder": "ok", "birch": "failed", "cedar": "ok"}

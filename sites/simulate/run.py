@@ -19,7 +19,7 @@ from gapweave.server.model_card import save_model
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared.config import Site, Study, load_site
 from gapweave.shared.config.study import LABEL_ATTACKS
-from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, UsageError
+from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, Unreachable, UsageError
 from gapweave.shared.files import write_atomically
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.attacks import HostileGrid, bad_names, mislabelled
@@ -125,7 +125,7 @@ class VirtualSite:
     site: Site
     config: dict[str, Any]
     participant: Participant
-    error: DataError | None = None
+    error: DataError | Unreachable | None = None
 
 
 def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lambda name: None) -> list[VirtualSite]:
@@ -134,6 +134,7 @@ def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lam
     Raises:
         DataError: the first site's problem, with the number of further ones, unless `continue_without` is set
             and the quorum is met.
+        Unreachable: likewise, for a database that cannot be connected.
         TooFewSites: when there are fewer site files than the quorum; in one process no further site will come.
     """
     loaded = [_load_site(study, setup, file, progress) for file in setup.sites]
@@ -143,7 +144,7 @@ def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lam
         more = f" (and problems at {len(errors) - 1} more sites)" if len(errors) > 1 else ""
         first = errors[0]
         remedy = f"{first.remedy}, or go on with --continue-without" if not setup.continue_without else first.remedy
-        raise DataError(f"{first.what}{more}", where=first.where, remedy=remedy)
+        raise type(first)(f"{first.what}{more}", where=first.where, remedy=remedy)
     if usable < study.aggregation.quorum:
         raise TooFewSites(
             f"{usable} sites are fewer than the quorum of {study.aggregation.quorum}",
@@ -167,7 +168,7 @@ def _load_site(study: Study, setup: Setup, file: Path, progress: Callable[[str],
     error = None
     try:
         participant.cohort  # noqa: B018 - reads the data
-    except DataError as problem:
+    except (DataError, Unreachable) as problem:
         error = problem
     return VirtualSite(file=file, site=site, config=config, participant=participant, error=error)
 
