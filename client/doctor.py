@@ -99,7 +99,7 @@ def check_budget(study: Study, site: Site, state: Path, patients: int | None) ->
     except UsageError as error:
         yield _finding("plan", "problem", error.where, error.what, error.remedy)
         return
-    if view is not None and not Budget(view).allows(schedule(report.plan)[:1]):
+    if view is not None and Budget(view).with_more(schedule(report.plan)[:1]) > site.policy.epsilon:
         remedy = "Raise policy.epsilon if the hospital agrees"
         yield _finding("budget", "problem", where, "the cap has no room for a single round of this study", remedy)
     warnings = list(report.warnings())

@@ -188,7 +188,8 @@ ASK = """
 import sys, httpx
 for method, url in (line.split() for line in sys.argv[2:]):
     try:
-        answer = httpx.request(method, url, verify=sys.argv[1], timeout=5, content=b"")
+        answer = httpx.request(method, url, verify=sys.argv[1], timeout=5, content=b"",
+                               headers={"content-type": "application/x-protobuf"})
         print(answer.status_code)
     except httpx.TransportError as error:
         print(type(error).__name__)
