@@ -189,7 +189,7 @@ import sys, httpx
 for method, url in (line.split() for line in sys.argv[2:]):
     try:
         answer = httpx.request(method, url, verify=sys.argv[1], timeout=5, content=b"",
-                               headers={"content-type": "application/x-protobuf"})
+                               headers={"content-type": "application/protobuf"})
         print(answer.status_code)
     except httpx.TransportError as error:
         print(type(error).__name__)
@@ -246,7 +246,7 @@ ca, own, other, node = sys.argv[1:5]
 own, other = (load_ssh_private_key(open(file, "rb").read(), None) for file in (own, other))
 def ask(signer, shown, seconds=0, tamper=b""):
     stamp = (datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=seconds)).isoformat()
-    headers = {"content-type": "application/x-protobuf", TIMESTAMP_HEADER: stamp}
+    headers = {"content-type": "application/protobuf", TIMESTAMP_HEADER: stamp}
     if signer is not None:
         headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(sign_message(signer, stamp.encode() + tamper)).decode()
         headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = b64encode(public_key_to_bytes(shown.public_key())).decode()
