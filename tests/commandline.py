@@ -56,6 +56,13 @@ def done(*arguments: object) -> Outcome:
     return outcome
 
 
+def run(*arguments: object, code: int = 0) -> Outcome:
+    """Run a command that must end with a code."""
+    outcome = _call(arguments, debug=False)
+    assert outcome.code == code, outcome
+    return outcome
+
+
 def _call(arguments: tuple[object, ...], *, debug: bool) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):

@@ -1,0 +1,105 @@
+"""What `server init` makes, who is let in, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from commandline import run
+from cryptography import x509
+
+from gapweave.client.keys import make_keys
+from gapweave.server.certificates import days_left, make_server_certificate
+from gapweave.server.hub import Hub
+from gapweave.server.proxy import CALLS, nginx
+from gapweave.shared.config.connection import load_connection
+from gapweave.shared.errors import UsageError
+from gapweave.sites.demo import write_demo
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("GAPWEAVE_HUB", str(tmp_path / "hub"))
+    assert run("server", "init", "--host", "hub.example.org", "--host", "10.0.0.7", "--port", "30443").code == 0
+    return Hub.find(None)
+
+
+def test_what_is_made(hub: Hub) -> None:
+    for name in ("ca.key", "server.key", "hub.yaml", "nginx.conf"):
+        assert stat.S_IMODE((hub.folder / name).stat().st_mode) == 0o600, name
+    assert stat.S_IMODE(hub.folder.stat().st_mode) == 0o700
+    connection = load_connection(hub.connection)
+    assert (connection.host, connection.port) == ("hub.example.org", 30443)
+    assert "PRIVATE" not in hub.connection.read_text()
+    certificate = x509.load_pem_x509_certificate(hub.certificate.read_bytes())
+    authority = x509.load_pem_x509_certificate(connection.ca.encode())
+    certificate.verify_directly_issued_by(authority)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["hub.example.org", "localhost"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
+    assert certificate.not_valid_before_utc < datetime.now(UTC)
+    assert Hub.find("hub").folder == hub.folder
+    assert "there is a hub already" in run("server", "init", code=2).err
+
+
+def test_a_certificate_is_renewed_before_it_ends(hub: Hub) -> None:
+    before = hub.certificate.read_bytes()
+    hub.renew()
+    assert hub.certificate.read_bytes() == before
+    make_server_certificate(hub.ca, hub.folder / "ca.key", ["x"], hub.certificate, hub.key, days=20)
+    hub.renew()
+    assert days_left(hub.certificate) > 300
+
+
+def test_nginx_reads_its_configuration(hub: Hub) -> None:
+    try:
+        program = nginx()
+    except UsageError as error:
+        pytest.skip(f"{error}")
+    command = [program, "-t", "-p", f"{hub.folder}/", "-c", str(hub.proxy), "-e", "stderr"]
+    (hub.folder / "service").mkdir()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "register-node" not in CALLS
+
+
+def test_who_is_let_in(hub: Hub, tmp_path: Path) -> None:
+    public = make_keys(tmp_path / "site.key")
+    assert run("server", "add-site", "north", "--key", str(public)).code == 0
+    assert run("server", "add-site", "north", "--key", str(public)).code == 0, "again changes nothing"
+    assert hub.sites() == ["north"]
+    other = make_keys(tmp_path / "other.key")
+    for words, text in {
+        ("north", str(other)): "another key",
+        ("south", str(tmp_path / "none.pub")): "no such file",
+        ("south", str(tmp_path / "site.key")): "private key",
+        ("south", str(hub.ca)): "no public key",
+        ("../south", str(public)): "no name of a site",
+    }.items():
+        assert text in run("server", "add-site", words[0], "--key", words[1], code=2).err
+    assert run("server", "remove-site", "north").code == 0
+    assert "no site 'north'" in run("server", "remove-site", "north", code=2).err
+
+
+def test_without_a_hub_that_runs(hub: Hub, tmp_path: Path) -> None:
+    study = write_demo(tmp_path / "demo", hospitals=2, patients=40)
+    for words in (["submit", str(study)], ["runs"]):
+        assert "does not answer" in run(*words, code=5).err
+    assert "no run" in run("stop", "none", code=2).err
+    assert run("server", "status", code=5).out.startswith("hub: does not serve")
+    assert "what only a simulation may do" in run("submit", str(study), "--set", "missing_rate=0.5", code=2).err
+    assert run("server", "stop").out == "the hub hub did not run\n"
+    assert "there is no hub 'elsewhere'" in run("runs", "--server", "elsewhere", code=2).err
+
+
+def test_run_directories_of_a_hub(hub: Hub) -> None:
+    hub.note("b", {"submitted": "2026-01-02"})
+    hub.note("a", {"submitted": "2026-01-03"})
+    assert list(hub.noted()) == ["b", "a"]
+    hub.write_registered({"north": 7})
+    assert json.loads(hub.registry.read_text()) == {"north": 7}

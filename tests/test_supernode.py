@@ -1,0 +1,106 @@
+"""The guard of a SuperNode, and the names of Flower's that both adapters use: this fails when Flower moves them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import io
+import json
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gapweave.client.supernode import Guard, install
+from gapweave.shared import PROTOCOL_VERSION, __version__
+from gapweave.shared.card import CARD, refusal, run_card
+
+OURS = f"the site runs Gapweave {__version__}, protocol {PROTOCOL_VERSION}"
+
+
+def archive(files: dict[str, str]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as made:
+        for name, text in files.items():
+            made.writestr(name, text)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("bundle", "says"),
+    [
+        (b"", f"a bundle that is no run card of Gapweave; {OURS}"),
+        (run_card() + b"\0", f"a bundle that is no run card of Gapweave; {OURS}"),
+        (archive({"pyproject.toml": CARD, "more.py": "x = 1"}), f"a bundle that is no run card of Gapweave; {OURS}"),
+        (archive({"pyproject.toml": CARD.replace("protocol ", "protocol 9")}), "the bundle is of Gapweave"),
+        (archive({"pyproject.toml": '[project]\ndescription = "<b>Gapweave 1.0, protocol 2"'}), "no run card"),
+        (archive({"pyproject.toml": "x" * 10}), "no run card"),
+    ],
+)
+def test_bundles_that_are_refused(bundle: bytes, says: str) -> None:
+    reason = refusal(bundle)
+    assert reason is not None
+    assert says in reason
+    assert OURS in reason
+
+
+def test_the_card_of_this_version_runs_and_holds_no_code() -> None:
+    assert refusal(run_card()) is None
+    with zipfile.ZipFile(io.BytesIO(run_card())) as card:
+        assert card.namelist() == ["pyproject.toml", ".info/CONTENT"]
+
+
+def test_flower_has_what_the_guard_replaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its loop asks for a bundle by the connection's fifth part, verifies it, and answers with the module's error."""
+    flower = importlib.import_module("flwr.supernode.start_client_internal")
+    command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    assert command.start_client_internal is flower.start_client_internal
+    source = inspect.getsource(flower.start_client_internal) + inspect.getsource(flower._pull_and_store_message)
+    for words in ("with _init_connection(", "_verify_fab(fab, trusted_entities)", "Message(FAB_VERIFICATION_ERROR"):
+        assert words in source
+    assert source.index("_verify_fab(fab") < source.index("state.store_fab(fab)")
+    asked: dict[str, Any] = {}
+
+    @contextmanager
+    def connection(*_: Any, **__: Any) -> Any:
+        bundle = SimpleNamespace(content=archive({"evil.py": ""}), verifications={})
+        yield (1, lambda: None, "send", "get_run", lambda *_: bundle, "pull", "push", "confirm")
+
+    monkeypatch.setattr(flower, "_init_connection", connection)
+    monkeypatch.setattr(flower, "start_client_internal", lambda **keywords: asked.update(keywords))
+    monkeypatch.setattr(flower, "_verify_fab", flower._verify_fab)
+    monkeypatch.setattr(flower, "FAB_VERIFICATION_ERROR", flower.FAB_VERIFICATION_ERROR)
+    contact = tmp_path / "contact.json"
+    install(Guard(contact))(trusted_entities=None, other=1)
+    assert asked["trusted_entities"], "without a trusted entity Flower verifies nothing"
+    assert asked["other"] == 1
+    with flower._init_connection() as (_, receive, _, _, get_fab, *_):
+        assert json.loads(contact.read_text())["time"] > 0
+        receive()
+        fab = get_fab("hash", 1)
+        assert fab.verifications["valid_license"]
+        assert not flower._verify_fab(fab, {})
+        assert OURS in flower.FAB_VERIFICATION_ERROR.reason
+
+
+def test_flower_has_what_the_hub_calls() -> None:
+    from flwr.cli.build import build_fab_from_files
+    from flwr.common.constant import ErrorCode
+    from flwr.proto import control_pb2
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
+    for call in ("StartRun", "StopRun", "ListRuns", "StreamLogs", "ListNodes", "RegisterNode", "UnregisterNode"):
+        assert hasattr(ControlHttpClient, call)
+        assert hasattr(control_pb2, f"{call}Request")
+    assert {"ActivateNode", "DeactivateNode"} <= set(dir(FleetHttpClient))
+    assert ErrorCode.INVALID_FAB
+    assert callable(build_fab_from_files)
+    routes = inspect.getsource(importlib.import_module("flwr.supernode.fleet_http_client"))
+    from gapweave.server.proxy import CALLS
+
+    paths = {line.split("/v1/fleet/")[1].split('"')[0] for line in routes.splitlines() if "/v1/fleet/" in line}
+    assert paths == {*CALLS, "register-node", "unregister-node"}, "the proxy lets through what a site asks, no more"
