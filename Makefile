@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # One thread a process: small models lose more to hand-offs than they win.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-system demo test test-long test-docs test-all check format docs picture bench bench-privacy bench-aggregation bench-simulation bench-attacks clean
+.PHONY: help setup setup-system demo federation test test-long test-docs test-all check format docs picture bench bench-privacy bench-aggregation bench-simulation bench-attacks clean
 
 help:               ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,9 @@ setup-system:       ## system packages that tests need (packages.txt)
 
 demo: setup         ## six synthetic hospitals, private, with baselines: under two minutes
 	gapweave simulate --baselines local,pooled,lr
+
+federation: setup    ## a hub and four hospitals on hosts of their own (root: network namespaces)
+	python tests/federation.py
 
 test: setup         ## fast tests with branch coverage
 	python -m pytest -n 2 -m "not long and not docs" --cov --cov-report=term

@@ -29,6 +29,11 @@ class Postgres:
     """A running cluster. Its user `owner` may do everything, `reader` may read what is granted to it."""
 
     port: int
+    folder: Path
+
+    def socket_url(self, user: str, database: str) -> str:
+        """The same by its socket, which other network namespaces reach, too."""
+        return f"postgresql+psycopg://{user}@/{database}?host={self.folder}&port={self.port}"
 
     def url(self, user: str, database: str = "postgres") -> str:
         """As a site file has it: without a password."""
@@ -90,7 +95,7 @@ def running_postgres() -> Iterator[Postgres]:
     options = ["-D", str(base / "data"), "-k", str(base), "-h", "127.0.0.1", "-p", str(port), "-c", "fsync=off"]
     with (base / "log").open("wb") as log:
         server = subprocess.Popen([str(folder / "postgres"), *options], stdout=log, stderr=log, cwd=base, **user)
-    cluster = Postgres(port=port)
+    cluster = Postgres(port=port, folder=base)
     try:
         _wait(cluster, server)
         with cluster.engine().connect() as connection:

@@ -20,7 +20,10 @@ from typing import Any
 
 import numpy as np
 import yaml
+from databases import PASSWORD, Postgres, running_postgres
+from dicoms import as_dicom
 from networks import Network, available
+from omop import write_cdm
 
 from gapweave.shared import tensorfile
 from gapweave.shared.config import load_site, load_study
@@ -100,6 +103,28 @@ class Federation:
             self.on("hub", "server", "add-site", name, "--key", str(file.with_suffix(".pub")))
             self.on(name, "site", "approve", str(file), "--study", str(self.study), *self.words())
 
+    def into_omop(self, name: str, cluster: Postgres) -> None:
+        """Put a hospital's tables and notes into PostgreSQL, as an OMOP CDM that its site may only read."""
+        file, database = self.site_file(name), f"cdm_{name}"
+        content = write_cdm(cluster.create(database), file, "cdm54")
+        password = file.with_name(f"{name}.password")
+        password.write_text(PASSWORD)
+        password.chmod(0o600)
+        url = cluster.socket_url("reader", database)
+        content["data"]["database"] = {"url": url, "password_file": password.name, "cdm": "cdm54"}
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def into_dicom(self, name: str) -> None:
+        """Turn a hospital's pictures into DICOM files."""
+        file = self.site_file(name)
+        content = yaml.safe_load(file.read_text())
+        scans = content["data"]["scan"]
+        as_dicom(file.parent / scans["folder"], file.parent / f"{scans['folder']}-dicom")
+        scans["folder"] = f"{scans['folder']}-dicom"
+        records = file.parent / content["data"]["records"]["file"]
+        records.write_text(records.read_text().replace(".png", ".dcm"))
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+
     def change(self, name: str, **keys: Any) -> None:
         """Edit a site file."""
         file = self.site_file(name)
@@ -175,52 +200,57 @@ def private_and_plain(folder: Path, say: Any = print) -> None:
     private = {"training.rounds": 5, "aggregation.deadline_s": 120}
     plain = {**private, "training.rounds": 2, "privacy.enabled": False, "sharing": "all"}
     federation = Federation(folder, 4, private)
-    with federation:
-        begun = time.monotonic()
-        federation.start()
-        say(f"hub and {len(federation.names)} hospitals are up after {time.monotonic() - begun:.0f} s")
-        run = federation.submit()
-        state = federation.wait(run, 400)
-        assert state["status"] == "completed", f"{state}\n{federation.logs()}"
-        summary = json.loads((federation.directory(run) / "summary.json").read_text())
-        assert summary["guarantee"].startswith("patient-level"), summary["guarantee"]
-        assert {site["status"] for site in summary["sites"].values()} == {"ok"}
-        seconds = [line["seconds"] for line in federation.rounds(run)]
-        say(f"private study: {len(seconds)} rounds of {sum(seconds) / len(seconds):.1f} s")
-        for name in federation.names:
-            file = federation.site_file(name)
-            budget = json.loads(federation.on(name, "site", "budget", str(file), "--json"))
-            assert 0 < budget["epsilon"] <= budget["cap"], budget
-            say(f"  {name}: epsilon {budget['epsilon']:.2f} of {budget['cap']:g}")
-            # A test on data that need no protection, in a folder of its own: no ledger with a guarantee is ended.
-            federation.on(name, "site", "stop", str(file))
-            federation.change(name, policy={"unnoised": "allow"}, state=f"../plain/{name}")
-            federation.on(
-                name, "site", "approve", str(file), "--study", str(federation.study), *federation.words(plain)
-            )
-            federation.on(name, "site", "start", str(file))
-        run = federation.submit(plain)
-        state = federation.wait(run, 300)
-        assert state["status"] == "completed", f"{state}\n{federation.logs()}"
-        federation.on("hub", "server", "stop")
-        inline = folder / "inline"
-        command = [GAPWEAVE, "simulate", str(federation.study), "--out", str(inline), *federation.words(plain)]
-        subprocess.run(command, check=True, capture_output=True, timeout=200)
-        apart = distance(shared_model(inline), shared_model(federation.directory(run)))
-        say(f"study without noise: at most {apart:.1e} from the inline engine's model")
-        assert apart <= 1e-6
-        assert distance(shared_model(inline), initial(federation, plain)) > 1e-3
-        for name in federation.names:
-            out = folder / f"{name}.csv"
-            model = federation.state(name) / "runs" / run
-            site = str(federation.site_file(name))
-            federation.on(name, "predict", str(model), "--site", site, "--out", str(out))
-            assert out.read_text().count("\n") > 100
-        say("the hub is stopped, and every hospital predicts")
-        for host in federation.network.hosts:
-            foreign = federation.network.asked(host) - {"hub.test"}
-            assert not foreign, f"{host} asked for {foreign}"
-        say("nobody asked for a foreign name")
+    with running_postgres() as cluster:
+        federation.into_omop("alder", cluster)
+        federation.into_dicom("birch")
+        with federation:
+            _both(federation, folder, plain, say)
+
+
+def _both(federation: Federation, folder: Path, plain: dict[str, Any], say: Any) -> None:
+    begun = time.monotonic()
+    federation.start()
+    say(f"hub and {len(federation.names)} hospitals are up after {time.monotonic() - begun:.0f} s")
+    run = federation.submit()
+    state = federation.wait(run, 400)
+    assert state["status"] == "completed", f"{state}\n{federation.logs()}"
+    summary = json.loads((federation.directory(run) / "summary.json").read_text())
+    assert summary["guarantee"].startswith("patient-level"), summary["guarantee"]
+    assert {site["status"] for site in summary["sites"].values()} == {"ok"}
+    seconds = [line["seconds"] for line in federation.rounds(run)]
+    say(f"private study: {len(seconds)} rounds of {sum(seconds) / len(seconds):.1f} s")
+    for name in federation.names:
+        file = federation.site_file(name)
+        budget = json.loads(federation.on(name, "site", "budget", str(file), "--json"))
+        assert 0 < budget["epsilon"] <= budget["cap"], budget
+        say(f"  {name}: epsilon {budget['epsilon']:.2f} of {budget['cap']:g}")
+        # A test on data that need no protection, in a folder of its own: no ledger with a guarantee is ended.
+        federation.on(name, "site", "stop", str(file))
+        federation.change(name, policy={"unnoised": "allow"}, state=f"../plain/{name}")
+        federation.on(name, "site", "approve", str(file), "--study", str(federation.study), *federation.words(plain))
+        federation.on(name, "site", "start", str(file))
+    run = federation.submit(plain)
+    state = federation.wait(run, 300)
+    assert state["status"] == "completed", f"{state}\n{federation.logs()}"
+    federation.on("hub", "server", "stop")
+    inline = folder / "inline"
+    command = [GAPWEAVE, "simulate", str(federation.study), "--out", str(inline), *federation.words(plain)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    apart = distance(shared_model(inline), shared_model(federation.directory(run)))
+    say(f"study without noise: at most {apart:.1e} from the inline engine's model")
+    assert apart <= 1e-6
+    assert distance(shared_model(inline), initial(federation, plain)) > 1e-3
+    for name in federation.names:
+        out = folder / f"{name}.csv"
+        model = federation.state(name) / "runs" / run
+        site = str(federation.site_file(name))
+        federation.on(name, "predict", str(model), "--site", site, "--out", str(out))
+        assert out.read_text().count("\n") > 100
+    say("the hub is stopped, and every hospital predicts")
+    for host in federation.network.hosts:
+        foreign = federation.network.asked(host) - {"hub.test"}
+        assert not foreign, f"{host} asked for {foreign}"
+    say("nobody asked for a foreign name")
 
 
 def initial(federation: Federation, settings: dict[str, Any]) -> dict[str, Any]:
