@@ -2,7 +2,7 @@
 
 Flower gives a site whatever code the server ships. A Gapweave site runs its own installed, vetted version only: the
 card is the same, byte for byte, for all runs of a version, so that a site makes it itself and compares hashes. The
-study travels in the run's configuration, where a site approves it by its own hash (docs/decisions/0015).
+study travels in the run's configuration, where a site approves it by its own hash (docs/decisions/0016).
 """
 
 from __future__ import annotations

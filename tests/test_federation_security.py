@@ -26,6 +26,7 @@ from networks import available
 
 from gapweave.server.hub import Hub
 from gapweave.shared.card import CARD
+from gapweave.shared.privacy.ledger import read_ledger
 
 pytestmark = pytest.mark.long
 SETTINGS: dict[str, Any] = {
@@ -51,9 +52,14 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         for name in made.names:
             plant(made, name)
             made.change(name, policy={"epsilon": 500.0}, patients={"declared": 100})
+        hostile = made.folder / "hostile"
+        hostile.mkdir()
+        (hostile / "sitecustomize.py").write_text(HOSTILE)
+        made.environment["PYTHONPATH"] = str(hostile)
         traffic = made.folder / "traffic"
         traffic.mkdir()
         made.on("hub", "server", "start", "--no-proxy")
+        del made.environment["PYTHONPATH"]
         words = [str(Path(__file__).parent / "recorder.py"), str(made.hub), str(PORT), str(PORT + 1), str(traffic)]
         recorder = made.network.start("hub", [sys.executable, *words])
         time.sleep(1)
@@ -62,6 +68,30 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         yield made
         recorder.kill()
         recorder.wait()
+
+
+HOSTILE = """
+import json, sys
+from pathlib import Path
+wish = Path(__file__).with_name("wish.json")
+if wish.exists() and any("serverapp" in word for word in sys.orig_argv):
+    import numpy as np
+    from gapweave.server.aggregation import initial_groups
+    from gapweave.shared import wire
+    from gapweave.shared.config.study import study_from_json
+    wanted, pack, studies = json.loads(wish.read_text()), wire.pack, []
+    def hostile(header, arrays):
+        if "study" in header and header["study"].startswith("{"):
+            studies.append(study_from_json(header["study"]))
+        elif wanted["kind"] == ("train" if arrays and studies else ""):
+            header = {**header, **wanted["header"]}
+            if wanted["groups"]:
+                arrays = {**arrays, **{g: v for g, v in initial_groups(studies[0]).items() if g not in arrays},
+                          "encoder/labs": {"x": np.zeros(3, np.float32)}}
+        return pack(header, arrays)
+    wire.pack = hostile
+"""
+"""A server that asks for what no site may give."""
 
 
 def plant(federation: Federation, name: str) -> None:
@@ -160,6 +190,53 @@ def test_canaries_never_leave_a_hospital(federation: Federation) -> None:
     hub = [file for file in federation.hub.rglob("*") if file.is_file() and file.suffix != ".lock"]
     logs = [file for name in federation.names for file in (federation.state(name) / "service").rglob("*.log*")]
     assert leaks([*traffic, *hub, *logs]) == []
+
+
+def spent(federation: Federation) -> dict[str, float]:
+    found = {}
+    for name in federation.names:
+        words = ("site", "budget", str(federation.site_file(name)), "--json")
+        found[name] = json.loads(federation.on(name, *words))["epsilon"]
+    return found
+
+
+@pytest.mark.parametrize("wish", ["privacy.enabled=false", "training.local_steps=50", "privacy.max_grad_norm=100.0"])
+def test_another_study_than_the_approved_one_is_refused(federation: Federation, wish: str) -> None:
+    """Without noise, with more steps, with another clip: it is another study, by its hash."""
+    before = spent(federation)
+    text = federation.on("hub", "submit", str(federation.study), *federation.words(), "--set", wish, "--wait", code=3)
+    assert "every site refused the study" in text
+    assert spent(federation) == before
+
+
+WISHES = {
+    "more steps": ({"local_steps": 50}, False),
+    "another clip": ({"max_grad_norm": 100.0}, False),
+    "no noise": ({"privacy": {"enabled": False}}, False),
+    "raw metrics": ({"metrics": "raw"}, False),
+    "other groups": ({}, True),
+}
+
+
+@pytest.mark.parametrize("name", WISHES)
+def test_a_hostile_server_gets_nothing(federation: Federation, name: str) -> None:
+    """Within an approved study it asks for more, over the real wire: nothing is trained, and no round is charged."""
+    header, groups = WISHES[name]
+    wish = federation.folder / "hostile" / "wish.json"
+    wish.write_text(json.dumps({"kind": "train", "header": header, "groups": groups}))
+    rounds = {site: trained(federation, site) for site in federation.names}
+    try:
+        text = federation.on("hub", "submit", str(federation.study), *federation.words(), "--wait", code=4)
+    finally:
+        wish.unlink()
+    assert "0 sites answered in round 1" in text
+    assert {site: trained(federation, site) for site in federation.names} == rounds
+
+
+def trained(federation: Federation, name: str) -> int:
+    """Rounds that a hospital's ledger was charged for."""
+    entries = read_ledger(federation.state(name)).entries
+    return sum(entry.kind == "charge" and entry.body["event"]["kind"] == "dp_sgd" for entry in entries)
 
 
 def test_only_owners_read_keys_and_states(federation: Federation) -> None:
