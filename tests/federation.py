@@ -90,16 +90,16 @@ class Federation:
 
     def set_up(self) -> None:
         """What each side does once."""
-        self.hub.parent.mkdir(parents=True)
+        self.hub.parent.mkdir(parents=True, exist_ok=True)
         self.on("hub", "server", "init", "--host", "hub.test", "--port", str(PORT))
         for name in self.names:
             file = self.site_file(name)
-            shutil.copy(self.hub / "connection.yaml", file.parent / "connection.yaml")
+            shutil.copy(self.hub / "connection.yaml", self.study.parent / "connection.yaml")
             self.on(name, "site", "init", str(file.with_name(f"new-{name}.yaml")), "--study", str(self.study))
             file.with_name(f"new-{name}.yaml").unlink()
             for suffix in ("key", "pub"):
                 file.with_name(f"new-{name}.{suffix}").rename(file.with_suffix(f".{suffix}"))
-            self.change(name, server={"connection": "connection.yaml", "key": f"{name}.key"})
+            self.change(name, server={"connection": "../connection.yaml", "key": f"{name}.key"})
             self.on("hub", "server", "add-site", name, "--key", str(file.with_suffix(".pub")))
             self.on(name, "site", "approve", str(file), "--study", str(self.study), *self.words())
 
