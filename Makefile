@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # One thread a process: small models lose more to hand-offs than they win.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-system demo federation test test-long test-docs test-all check format docs picture bench bench-privacy bench-aggregation bench-simulation bench-attacks clean
+.PHONY: help setup setup-system demo federation test test-long test-docs test-all check format docs picture bench bench-privacy bench-aggregation bench-simulation bench-attacks bench-deployment clean
 
 help:               ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -76,6 +76,9 @@ bench-simulation: setup  ## cost of a simulated round over a plain loop
 
 bench-attacks: setup  ## what a bad site costs the honest ones: writes docs/attacks.md (about an hour; resumable)
 	python benchmarks/attacks.py
+
+bench-deployment: setup  ## cost of a deployed round over an inline one
+	python benchmarks/deployment.py
 
 clean:              ## remove what the verbs made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* .import_linter_cache
