@@ -19,8 +19,8 @@ from gapweave.shared.files import private_folder, write_atomically
 from gapweave.shared.health import free_port, healthy
 from gapweave.shared.service import Child, Service
 
-LOST_S = 60.0
-"""Without an answer of the hub for so long, a site calls itself disconnected."""
+LOST_S = 75.0
+"""Without an answer of the hub for so long, a site calls itself disconnected; heartbeats are 30 s apart."""
 
 
 @dataclass(frozen=True)

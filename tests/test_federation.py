@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = {
     "aggregation.quorum": 1,
     "aggregation.deadline_s": DEADLINE_S,
 }
+PATIENT: dict[str, Any] = {**SETTINGS, "training.rounds": 2, "aggregation.deadline_s": 300}
+"""For two studies at once: each site works for one at a time, and here all sites share two cores."""
 STARTING_S = 90
 """Until the server's process of a run is there, and the sites' first ones, on two cores."""
 
@@ -44,9 +46,11 @@ def namespaces() -> None:
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """Three hospitals with room in their budgets for every test of this file."""
     made = Federation(tmp_path_factory.mktemp("federation"), 3, SETTINGS, patients=150)
-    with small_disk(made.state("cedar"), "8m"), small_disk(made.hub.parent, "64m"), made:
+    with small_disk(made.state("cedar"), "300m"), small_disk(made.hub.parent, "300m"), made:
         for name in made.names:
             made.change(name, policy={"epsilon": 500.0}, patients={"declared": 120})
+            file = str(made.site_file(name))
+            made.on(name, "site", "approve", file, "--study", str(made.study), *made.words(PATIENT))
         made.start()
         yield made
 
@@ -160,9 +164,9 @@ def test_networks_that_are_cut(healed: Federation) -> None:
 
 
 def test_two_studies_at_once(healed: Federation) -> None:
-    runs = [healed.submit(), healed.submit()]
+    runs = [healed.submit(PATIENT), healed.submit(PATIENT)]
     for run in runs:
-        state = healed.wait(run, 2 * longest(3))
+        state = healed.wait(run, 600)
         assert state["status"] == "completed", f"{state}\n{healed.logs()}"
         budgets_are_right(healed, run)
         assert all(line["sites"][name]["status"] == "ok" for line in healed.rounds(run) for name in healed.names)

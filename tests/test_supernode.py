@@ -74,6 +74,8 @@ def test_flower_has_what_the_guard_replaces(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(flower, "_verify_fab", flower._verify_fab)
     monkeypatch.setattr(flower, "FAB_VERIFICATION_ERROR", flower.FAB_VERIFICATION_ERROR)
     contact = tmp_path / "contact.json"
+    client = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
+    monkeypatch.setattr(client, "SendNodeHeartbeat", client.SendNodeHeartbeat)
     install(Guard(contact))(trusted_entities=None, other=1)
     assert asked["trusted_entities"], "without a trusted entity Flower verifies nothing"
     assert asked["other"] == 1
