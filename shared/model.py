@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gapweave.shared.config.study import Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.encoders import TwoStage, build_encoder
-from gapweave.shared.fusion import FUSIONS
+from gapweave.shared.fusion import build_fusion
 from gapweave.shared.imputers import IMPUTERS
 from gapweave.shared.schema import Features, modalities
 
@@ -75,7 +75,7 @@ class MultimodalModel(nn.Module):
         with _seeded(study.seed, "imputer"):
             self.imputer = IMPUTERS[study.model.imputer](len(self.order), width)
         with _seeded(study.seed, "fusion"):
-            self.fusion = FUSIONS[study.model.fusion](len(self.order), width, outputs)
+            self.fusion = build_fusion(study)
 
     def forward(self, inputs: Mapping[str, Tensor], present: Tensor, used: Tensor) -> Outputs:
         """Predict.

@@ -7,15 +7,12 @@ and their embedding is a detached target).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gapweave.shared.config.study import TaskKind as TaskKind
 from gapweave.shared.model import Outputs
-
-TaskKind = Literal["binary", "multiclass", "multilabel"]
 
 
 def record_losses(outputs: Outputs, target: Tensor, label_mask: Tensor, kind: TaskKind) -> Tensor:

@@ -11,7 +11,7 @@ from gapweave.server.aggregators import resolve, rule_for, start
 from gapweave.shared.config import Site, Study
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import TooFewSites, UsageError
-from gapweave.shared.fusion import FUSIONS
+from gapweave.shared.fusion import FUSIONS, chosen_fusion
 from gapweave.shared.imputers import IMPUTERS
 from gapweave.shared.model import MultimodalModel, groups
 from gapweave.shared.registry import Registry
@@ -23,7 +23,7 @@ def check_names(study: Study) -> None:
     """Resolve every registered name of a study before any work.
 
     Raises:
-        UsageError: naming the key and the installed names.
+        UsageError: naming the key and the installed names; for a fusion that cannot serve the study, why not.
     """
     named: list[tuple[str, str | None, Registry[Any]]] = [
         ("model.fusion", study.model.fusion, FUSIONS),
@@ -36,6 +36,7 @@ def check_names(study: Study) -> None:
             continue
         with _at(key):
             registry[name]
+    chosen_fusion(study)
     for key, rule in {"default": study.aggregation.default, **study.aggregation.rules}.items():
         with _at(f"aggregation.{key}"):
             resolve(rule_for(rule, 1))

@@ -11,6 +11,8 @@ from cohorts import study
 from torch import Tensor
 
 from gapweave.shared.config.study import Study
+from gapweave.shared.fusion import FUSIONS
+from gapweave.shared.imputers import IMPUTERS
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.schema import Batch, modalities
 
@@ -28,6 +30,20 @@ TASKS: dict[str, dict[str, Any]] = {
     "multiclass": {"kind": "multiclass", "label": "y", "classes": ["a", "b", "c"]},
     "multilabel": {"kind": "multilabel", "label": ["x", "y", "z"]},
 }
+
+PAIRS = list(dict.fromkeys([*((fusion, "cra") for fusion in FUSIONS), *(("concat", name) for name in IMPUTERS)]))
+"""Every fusion and every imputer, once at least: all pairs would be too many, and neither knows the other."""
+
+
+def tasks_of(fusion: str) -> list[str]:
+    """Tasks that a fusion can do."""
+    return [task for task in TASKS if task != "multilabel" or FUSIONS[fusion].instead is None]
+
+
+TRIPLES = [
+    (*pair, task) for pair in PAIRS for task in (tasks_of(pair[0]) if pair[0] in ("concat", "late") else ["binary"])
+]
+"""The pairs for a binary task, and the two oldest fusions for every task."""
 
 
 def four_kinds(fusion: str = "late", imputer: str = "cra", task: str = "binary", **keys: Any) -> Study:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import EVERY_KIND, blank, four_kinds, patterns, random_batch, random_model
+from batches import EVERY_KIND, PAIRS, TRIPLES, blank, four_kinds, patterns, random_batch, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,13 +16,13 @@ from gapweave.client.gradients.plain import PlainEngine
 from gapweave.shared.config.study import Study
 from gapweave.shared.constants import Constants, Rescaling
 from gapweave.shared.fusion import FUSIONS
-from gapweave.shared.imputers import IMPUTERS
 from gapweave.shared.model import MultimodalModel, Outputs, group_of, groups, load_groups, shared_groups
 from gapweave.shared.objective import record_losses
 from gapweave.shared.schema import Batch, Features
 
 few = settings(derandomize=True, deadline=None, max_examples=10)
 FILLS = [float("nan"), 1e30, "random"]
+FILLED = [*((*pair, FILLS[0]) for pair in PAIRS), *(("concat", "cra", fill) for fill in FILLS[1:])]
 MOVED = Rescaling(values=(0,), flags=(1,), centers=(0.3,), scales=(0.5,))
 RESCALED = Constants(rescaling={"labs": MOVED, "vitals": MOVED}, offset=(0.7,))
 
@@ -50,9 +50,7 @@ def engine_of(name: str, study: Study) -> GradientEngine:
 # What the model may depend on.
 
 
-@pytest.mark.parametrize("fill", FILLS, ids=str)
-@pytest.mark.parametrize("imputer", list(IMPUTERS))
-@pytest.mark.parametrize("fusion", list(FUSIONS))
+@pytest.mark.parametrize(("fusion", "imputer", "fill"), FILLED, ids=str)
 def test_content_of_an_absent_modality_changes_no_output(fusion: str, imputer: str, fill: float | str) -> None:
     study = four_kinds(fusion, imputer)
     batch = random_batch(study, [1, 2, 3, 1, 2])
@@ -61,10 +59,8 @@ def test_content_of_an_absent_modality_changes_no_output(fusion: str, imputer: s
     assert_same_outputs(run(model, batch), run(model, blank(batch, study.order, fill)))
 
 
-@pytest.mark.parametrize("fill", FILLS, ids=str)
 @pytest.mark.parametrize("engine", ["plain", "opacus"])
-@pytest.mark.parametrize("imputer", list(IMPUTERS))
-@pytest.mark.parametrize("fusion", list(FUSIONS))
+@pytest.mark.parametrize(("fusion", "imputer", "fill"), FILLED, ids=str)
 def test_content_of_an_absent_modality_changes_no_gradient(
     fusion: str, imputer: str, engine: str, fill: float | str
 ) -> None:
@@ -96,8 +92,7 @@ def test_features_taken_once_for_all_records_give_the_same_outputs(constants: Co
     assert_same_outputs(run(model, ready.to(torch.device("cpu"))), run(model, batch))
 
 
-@pytest.mark.parametrize("imputer", list(IMPUTERS))
-@pytest.mark.parametrize("fusion", list(FUSIONS))
+@pytest.mark.parametrize(("fusion", "imputer"), PAIRS)
 def test_a_modality_hidden_on_purpose_does_not_inform_the_prediction(fusion: str, imputer: str) -> None:
     study = four_kinds(fusion, imputer)
     batch = random_batch(study, present=torch.ones(6, 4, dtype=torch.bool))
@@ -109,8 +104,7 @@ def test_a_modality_hidden_on_purpose_does_not_inform_the_prediction(fusion: str
     assert not torch.equal(run(model, batch).logits, run(model, other).logits)
 
 
-@pytest.mark.parametrize("imputer", list(IMPUTERS))
-@pytest.mark.parametrize("fusion", list(FUSIONS))
+@pytest.mark.parametrize(("fusion", "imputer"), PAIRS)
 def test_each_record_is_independent_of_the_others(fusion: str, imputer: str) -> None:
     study = four_kinds(fusion, imputer)
     model, batch = random_model(study), random_batch(study, [1] * 5)
@@ -145,9 +139,7 @@ def test_the_order_of_records_changes_nothing_but_the_order(order: list[int]) ->
     torch.testing.assert_close(shuffled.imputed, straight.imputed[rows], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
-@pytest.mark.parametrize("imputer", list(IMPUTERS))
-@pytest.mark.parametrize("fusion", list(FUSIONS))
+@pytest.mark.parametrize(("fusion", "imputer", "task"), TRIPLES)
 def test_every_pattern_of_modalities_predicts_and_trains(fusion: str, imputer: str, task: str) -> None:
     study = four_kinds(fusion, imputer, task)
     present = patterns(study.order)
@@ -193,8 +185,7 @@ def test_a_record_without_any_modality_gives_a_finite_answer() -> None:
 # Parameter groups.
 
 
-@pytest.mark.parametrize("imputer", list(IMPUTERS))
-@pytest.mark.parametrize("fusion", list(FUSIONS))
+@pytest.mark.parametrize(("fusion", "imputer"), PAIRS)
 def test_every_trained_tensor_is_in_exactly_one_group(fusion: str, imputer: str) -> None:
     study = four_kinds(fusion, imputer)
     model = MultimodalModel(study, study.order)
@@ -224,8 +215,7 @@ def test_a_site_has_no_group_of_a_modality_that_it_lacks() -> None:
     assert shared_groups(study, names) == sorted(names)
 
 
-@pytest.mark.parametrize("imputer", list(IMPUTERS))
-@pytest.mark.parametrize("fusion", list(FUSIONS))
+@pytest.mark.parametrize(("fusion", "imputer"), PAIRS)
 def test_a_group_starts_the_same_at_every_site(fusion: str, imputer: str) -> None:
     study = four_kinds(fusion, imputer, seed=3)
     whole = groups(MultimodalModel(study, study.order))

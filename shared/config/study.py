@@ -20,6 +20,7 @@ GROUP_FAMILIES = ("encoder/*", "head/*", "imputer", "fusion")
 
 Variable = Annotated[str, Field(pattern=Name)]
 Share = Literal["shared", "holders", "local"]
+TaskKind = Literal["binary", "multiclass", "multilabel"]
 
 
 class Range(StrictModel):
@@ -137,7 +138,7 @@ ModalitySpec = Annotated[TableModality | SeriesModality | ImageModality | TextMo
 class Task(StrictModel):
     """What is predicted."""
 
-    kind: Literal["binary", "multiclass", "multilabel"] = Field(description="form of the label")
+    kind: TaskKind = Field(description="form of the label")
     label: str | list[str] = Field(description="name of the label; a list for multilabel")
     classes: list[str] | None = Field(None, description="class codes, for multiclass")
 
@@ -180,7 +181,8 @@ class ModelConfig(StrictModel):
     """The model's parts, by registered name."""
 
     embedding: int = Field(16, ge=2, le=1024, description="width of each modality's embedding")
-    fusion: str = Field("late", description="a registered fusion")
+    fusion: str = Field("late", description="a registered fusion (docs/methods.md)")
+    fusion_settings: dict[str, Any] = Field(default_factory=dict, description="settings that this fusion declares")
     imputer: str = Field("cra", description="a registered imputer")
 
 

@@ -1,0 +1,117 @@
+"""Foreign packages: one entry point adds an entry, and the family's contract suite runs on it by itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SUITE = Path(__file__).parent / "test_families.py"
+
+PLUGIN = '''
+"""A fusion that keeps its contract, one that mixes patients, and an imputer."""
+
+from torch import Tensor
+
+from gapweave.shared.fusion import FUSIONS, Fused, Fusion, Shape
+from gapweave.shared.fusion.parts import Docks, Head, Numbers
+from gapweave.shared.imputers import IMPUTERS, Imputer
+
+
+@FUSIONS.register("foreign_honest")
+class Honest(Fusion):
+    """A sum.
+
+    Reference: none
+    Form: a sum
+    Couples: nothing
+    """
+
+    reads_slots = False
+
+    def __init__(self, shape: Shape, settings=None) -> None:
+        super().__init__(shape)
+        self.docks = Docks(shape.modalities, shape.embedding, 5)
+        self.head = Head(5, shape.outputs, 7)
+
+    def forward(self, slots: Tensor, used: Tensor, modality_logits: Tensor) -> Fused:
+        return Fused(logits=self.head(self.pooled(slots, used)), weights=None)
+
+    def pooled(self, slots: Tensor, used: Tensor) -> Tensor:
+        return self.docks(slots, used).sum(1)
+
+
+@FUSIONS.register("foreign_mixing")
+class Mixing(Honest):
+    """A sum, less its mean over the batch.
+
+    Reference: none
+    Form: a sum
+    Couples: patients
+    """
+
+    def pooled(self, slots: Tensor, used: Tensor) -> Tensor:
+        pooled = super().pooled(slots, used)
+        return pooled - pooled.mean(0)
+
+
+@IMPUTERS.register("foreign_constant")
+class Constant(Imputer):
+    """The null token, everywhere."""
+
+    def forward(self, embeddings: Tensor, used: Tensor) -> Tensor:
+        return self.tokens(len(used))
+'''
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Outcome -> tests of the suite about the plug-in's entries, as they ended with it installed."""
+    site = tmp_path_factory.mktemp("installed")
+    (site / "their_fusions.py").write_text(PLUGIN, encoding="utf-8")
+    info = site / "their_fusions-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-fusions\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[gapweave.plugins]\ntheirs = their_fusions\n", encoding="utf-8")
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rA", "-p", "no:cacheprovider", "-k", "foreign"]
+    done = subprocess.run(
+        [*command, str(SUITE)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    found: dict[str, set[str]] = {"PASSED": set(), "FAILED": set(), "ERROR": set()}
+    for outcome, test in re.findall(r"^(PASSED|FAILED|ERROR) \S*?::(\S+)", done.stdout, re.MULTILINE):
+        found[outcome].add(test)
+    assert found["PASSED"], done.stdout + done.stderr
+    return found
+
+
+def test_the_suite_runs_on_a_fusion_and_an_imputer_that_are_installed(outcomes: dict[str, set[str]]) -> None:
+    mine = {test for test in outcomes["PASSED"] if "foreign_honest" in test}
+    assert len(mine) >= 12
+    assert {test.partition("[")[0] for test in mine} >= {
+        "test_a_fusion_decides_one_record_at_a_time_in_every_pattern",
+        "test_a_fusion_never_reads_what_an_absent_modality_says",
+        "test_two_hospitals_train_one_private_round",
+        "test_parameters_survive_a_file_and_a_message",
+    }
+    assert any("foreign_constant" in test for test in outcomes["PASSED"])
+    assert not outcomes["ERROR"]
+    assert not [test for test in outcomes["FAILED"] if "foreign_mixing" not in test]
+
+
+def test_the_suite_finds_a_fusion_that_mixes_patients(outcomes: dict[str, set[str]]) -> None:
+    failed = {test.partition("[")[0] for test in outcomes["FAILED"] if "foreign_mixing" in test}
+    assert failed >= {
+        "test_a_fusion_decides_one_record_at_a_time_in_every_pattern",
+        "test_a_fusion_has_per_patient_gradients",
+        "test_two_hospitals_train_one_private_round",
+    }
