@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gapweave.shared.service import Service
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # The README begins with getting the source and ends with `make test`, which CI runs as itself.
@@ -25,6 +27,12 @@ def script(page: Path) -> str:
     return "\n".join(["set -euo pipefail", *lines, ""])
 
 
+def end_services(folder: Path) -> list[str]:
+    """End the hub and sites that a page has left running; which they were."""
+    services = [Service(lock.parent, str(lock.parent)) for lock in folder.rglob("service.lock")]
+    return [service.what for service in services if service.stop()]
+
+
 @pytest.mark.docs
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_commands_run(page: Path, tmp_path: Path) -> None:
@@ -36,19 +44,18 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "GAPWEAVE": str(ROOT),
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
     }
     where = ROOT if page.name == "README.md" else tmp_path
-    done = subprocess.run(
-        ["bash", "-c", text],
-        cwd=where,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=840,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    output = tmp_path / "output.txt"  # no pipe: what a page leaves running would hold it open
+    with output.open("w") as file:
+        try:
+            words = ["bash", "-c", text]
+            done = subprocess.run(words, cwd=where, env=environment, stdout=file, stderr=file, timeout=840, check=False)
+        finally:
+            left = end_services(tmp_path)
+    assert done.returncode == 0, output.read_text()
+    assert not left, f"the page leaves running: {left}"
 
 
 def test_the_reference_page_is_current() -> None:
