@@ -52,11 +52,14 @@ def serves(hub: Hub) -> bool:
 
 def keep_registered(hub: Hub, over: threading.Event) -> None:
     """Let the SuperLink know the hub's sites, and only these, until the hub is stopped."""
+    done: dict[str, int] | None = None
     while not over.wait(LOOK_S):
+        wanted = {file.name: file.stat().st_mtime_ns for file in hub.keys.glob("*.pub")}
         with contextlib.suppress(Unreachable, OSError):
-            if serves(hub):
+            if wanted != done and serves(hub):
                 with Control(hub) as control:
                     control.register(over)
+                done = wanted
 
 
 @dataclass(frozen=True, kw_only=True)
