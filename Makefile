@@ -57,8 +57,9 @@ format: setup       ## apply lint fixes and formatting
 	ruff check --fix .
 	ruff format .
 
-docs: setup         ## regenerate docs/reference.md
+docs: setup         ## regenerate docs/reference.md and docs/methods.md
 	python -m gapweave.shared.config.reference > docs/reference.md
+	python -m gapweave.shared.catalogue > docs/methods.md
 
 picture: setup      ## make docs/privacy-report.png again (needs chromium)
 	docs/privacy-report.sh

@@ -17,6 +17,8 @@ from gapweave.shared.config.base import parse, read_yaml
 from gapweave.shared.config.overrides import ALIASES, METHODS, apply, expand, parse_assignment, parse_variation
 from gapweave.shared.config.study import study_from_json
 from gapweave.shared.errors import UsageError
+from gapweave.shared.fusion import FUSIONS
+from gapweave.sites.study_check import check_names
 
 STUDY: dict[str, Any] = {
     "version": 1,
@@ -361,6 +363,16 @@ def test_every_alias_and_method_leads_to_keys_of_the_study() -> None:
         study = parse(Study, apply(STUDY, {"method": name}), "study")
         assert preset.get("model.fusion", study.model.fusion) == study.model.fusion
         assert preset.get("scheme.name", study.scheme.name) == study.scheme.name
+        check_names(study)
+
+
+def test_every_fusion_is_a_method_under_its_own_name() -> None:
+    own = [name for name in FUSIONS if FUSIONS[name].__module__.startswith("gapweave.")]
+    assert {name: METHODS[name]["model.fusion"] for name in own} == {name: name for name in own}
+    unread = [name for name in own if not FUSIONS[name].reads_slots and name != "late"]
+    assert all(METHODS[name]["model.imputer"] == "none" for name in unread), (
+        "an imputer that nothing reads costs budget"
+    )
 
 
 def test_overrides_are_written_into_a_copy() -> None:

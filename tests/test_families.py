@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import re
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from gapweave.server.aggregation import initial_groups
 from gapweave.server.aggregators import AGGREGATORS, Mixer, Update, bad_sites, promises, resolve, rule_for, start
 from gapweave.server.rules_table import table
 from gapweave.shared import tensorfile, wire
+from gapweave.shared.catalogue import described
 from gapweave.shared.config.study import Study
 from gapweave.shared.encoders import DEFAULTS, ENCODERS
 from gapweave.shared.errors import TooFewSites, UsageError
@@ -246,6 +245,7 @@ def test_a_fusion_decides_one_record_at_a_time_in_every_pattern(name: str) -> No
 def test_a_fusion_gives_shares_to_the_modalities_that_are_there(name: str) -> None:
     for task in tasks_of(name):
         weights = fusion_of(name, task)(noise(15, M, D), USED, votes_for(task)).weights
+        assert (weights is not None) == FUSIONS[name].gives_shares
         if weights is None:
             return
         assert weights.shape == (15, M)
@@ -285,11 +285,14 @@ def test_a_fusion_says_whether_imputed_slots_can_change_its_answer(name: str) ->
     assert torch.equal(before, after) != fusion.reads_slots
 
 
-@pytest.mark.parametrize("name", list(FUSIONS))
-def test_a_fusion_says_where_it_comes_from(name: str) -> None:
-    """The three sections that docs/methods.md is made from."""
-    text = inspect.getdoc(FUSIONS[name])
-    assert all(re.search(rf"^{section}: \S", text, re.MULTILINE) for section in ("Reference", "Form", "Couples"))
+@pytest.mark.parametrize(
+    ("registry", "name"),
+    [(registry, name) for registry in (FUSIONS, IMPUTERS, SCHEMES) for name in registry],
+    ids=lambda value: getattr(value, "family", value),
+)
+def test_a_part_says_where_it_comes_from(registry: Registry, name: str) -> None:
+    """The sections that docs/methods.md is made from."""
+    assert all(described(registry[name]).values())
 
 
 @pytest.mark.parametrize("name", list(FUSIONS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from batches import EVERY_KIND, four_kinds, wake
 from cohorts import study
 
+from gapweave.shared import catalogue
 from gapweave.shared.errors import UsageError
 from gapweave.shared.fusion import FUSIONS, Fusion, Shape, chosen_fusion
 from gapweave.sites.study_check import check_names
@@ -198,6 +200,31 @@ def test_a_tensor_over_too_many_modalities_is_refused_with_its_size() -> None:
     assert caught.value.where == "study:model.fusion"
     check_names(many(6, fusion="tensor", fusion_settings={"width": 3}))
     check_names(many(40, fusion="low_rank_tensor"))
+
+
+# The catalogue.
+
+
+def test_the_page_of_methods_is_current() -> None:
+    page = Path(__file__).parent.parent / "docs" / "methods.md"
+    assert page.read_text(encoding="utf-8").strip() == catalogue.markdown().strip(), "run make docs"
+
+
+def test_a_part_without_a_section_is_named() -> None:
+    def part() -> None:
+        """Something.
+
+        Reference: a paper
+        Form: two
+          lines
+        """
+
+    with pytest.raises(UsageError, match="docstring of part has no section 'Couples'"):
+        catalogue.described(part)
+    part.__doc__ = "Something.\n\nReference: a paper\nForm: two\n    lines\nCouples: nothing\n"
+    assert catalogue.described(part) == {
+        "Summary": "Something.", "Reference": "a paper", "Form": "two lines", "Couples": "nothing",
+    }  # fmt: skip
 
 
 # Refusals and settings.

@@ -61,7 +61,12 @@ class Mixing(Honest):
 
 @IMPUTERS.register("foreign_constant")
 class Constant(Imputer):
-    """The null token, everywhere."""
+    """The null token, everywhere.
+
+    Reference: none
+    Form: a constant
+    Couples: nothing
+    """
 
     def forward(self, embeddings: Tensor, used: Tensor) -> Tensor:
         return self.tokens(len(used))

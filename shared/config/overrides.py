@@ -23,9 +23,18 @@ ALIASES = {
 }
 """Short names of study keys; `method` is a preset of several (see `METHODS`)."""
 
+MASKED = (
+    "attention", "cross_attention", "gated", "low_rank_tensor", "majority", "max", "mean", "product", "qmf", "sum",
+    "tensor", "weighted",
+)  # fmt: skip
+"""Fusions that read no imputed slot: as methods they are trained without an imputer, which could only cost budget."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "concat": {"model.fusion": "concat", "scheme.name": "none"},
     "late": {"model.fusion": "late", "scheme.name": "none"},
+    "se_gate": {"model.fusion": "se_gate", "scheme.name": "none"},
+    **{name: {"model.fusion": name, "model.imputer": "none", "scheme.name": "none"} for name in MASKED},
+    "embracenet": {"model.fusion": "embracenet", "model.imputer": "none", "scheme.name": "modality_dropout"},
     "modality_dropout": {
         "model.fusion": "concat",
         "model.imputer": "none",

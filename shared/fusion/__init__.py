@@ -71,6 +71,8 @@ class Fusion(nn.Module):
     """Where modalities meet."""
     reads_slots: ClassVar[bool] = True
     """Whether imputed slots can change the prediction."""
+    gives_shares: ClassVar[bool] = False
+    """Whether it says each modality's share in the decision."""
     instead: ClassVar[str | None] = None
     """For a fusion that cannot do several labels a record: the nearest one that can."""
 

@@ -32,6 +32,7 @@ class AttentionFusion(Fusion):
 
     Settings = HiddenSettings
     reads_slots = False
+    gives_shares = True
 
     def __init__(self, shape: Shape, settings: HiddenSettings | None = None) -> None:
         super().__init__(shape)
@@ -69,6 +70,7 @@ class CrossAttentionFusion(Fusion):
 
     Settings = CrossAttentionSettings
     reads_slots = False
+    gives_shares = True
 
     def __init__(self, shape: Shape, settings: CrossAttentionSettings | None = None) -> None:
         super().__init__(shape)

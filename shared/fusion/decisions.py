@@ -16,6 +16,7 @@ class Decision(Fusion):
 
     stage = "late"
     reads_slots = False
+    gives_shares = True
 
     def __init__(self, shape: Shape, settings: StrictModel | None = None) -> None:
         super().__init__(shape)

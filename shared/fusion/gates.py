@@ -23,6 +23,7 @@ class GatedFusion(Fusion):
 
     Settings = HiddenSettings
     reads_slots = False
+    gives_shares = True
 
     def __init__(self, shape: Shape, settings: HiddenSettings | None = None) -> None:
         super().__init__(shape)
@@ -86,6 +87,7 @@ class EmbraceFusion(Fusion):
 
     Settings = HiddenSettings
     reads_slots = False
+    gives_shares = True
 
     def __init__(self, shape: Shape, settings: HiddenSettings | None = None) -> None:
         super().__init__(shape)

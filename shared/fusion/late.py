@@ -24,6 +24,7 @@ class LateFusion(Fusion):
 
     stage = "late"
     reads_slots = False
+    gives_shares = True
 
     def __init__(self, shape: Shape, settings: StrictModel | None = None) -> None:
         super().__init__(shape)

@@ -54,8 +54,10 @@ class MeanFusion(Pooling):
 
     Reference: Havaei et al. 2016, "HeMIS: Hetero-Modal Image Segmentation" (MICCAI)
     Form: g(mean over used m of W_m v^m + b_m); HeMIS' variance over modalities is left out: one modality has none
-    Couples: batch normalisation of the paper's networks; there is none
+    Couples: nothing
     """
+
+    gives_shares = True
 
     def pool(self, docked: Tensor, used: Tensor) -> tuple[Tensor, Tensor | None]:
         """Average."""
@@ -73,6 +75,8 @@ class MaxFusion(Pooling):
     Form: g(max over used m of W_m v^m + b_m)
     Couples: nothing
     """
+
+    gives_shares = True
 
     def pool(self, docked: Tensor, used: Tensor) -> tuple[Tensor, Tensor | None]:
         """Take the largest."""

@@ -2,7 +2,7 @@
 
 Every imputer owns one learned null token a modality (an Embedding, so that per-patient gradients are known) and
 is a function of one record's embeddings, its mask, and public parameters. Tokens and imputer are one parameter
-group, `imputer`.
+group, `imputer`. Docstrings have the sections of the fusions' (shared/fusion).
 """
 
 from __future__ import annotations

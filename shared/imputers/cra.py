@@ -30,7 +30,13 @@ class ResidualAutoencoder(nn.Module):
 
 @IMPUTERS.register("cra")
 class CascadedResidualAutoencoder(Imputer):
-    """v' = v_in + the sum of K corrections, each stage seeing the sum so far."""
+    """v' = v_in + the sum of K corrections, each stage seeing the sum so far.
+
+    Reference: Tran et al. 2017, "Missing Modalities Imputation via Cascaded Residual Autoencoder" (CVPR)
+    Form: K autoencoders over [slots, mask] with tanh units; learns from modalities hidden on purpose, whose embedding
+        is a detached target
+    Couples: nothing
+    """
 
     learns = True
 

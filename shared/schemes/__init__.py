@@ -1,6 +1,7 @@
 """Training schemes: which of a record's modalities a training step uses.
 
 A scheme is a function of one record's own mask and of private uniform draws; nothing in it couples patients.
+Docstrings have the sections of the fusions' (shared/fusion).
 """
 
 from __future__ import annotations

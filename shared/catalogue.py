@@ -1,0 +1,109 @@
+"""docs/methods.md, generated from the docstrings of the registered parts (`make docs`)."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from gapweave.shared.config.overrides import METHODS
+from gapweave.shared.errors import UsageError
+from gapweave.shared.fusion import FUSIONS, Fusion
+from gapweave.shared.imputers import IMPUTERS
+from gapweave.shared.registry import Registry
+from gapweave.shared.schemes import SCHEMES
+
+SECTIONS = ("Reference", "Form", "Couples")
+"""What each part's docstring says: the paper, what is built, and what of the original couples patients."""
+
+HEAD = """# Methods
+
+Generated from the code (`make docs`); a test keeps it current. Each name can be set alone (`--set fusion=gated`), or
+as a preset of fusion, imputer and scheme under its own name (`--set method=gated`, `--vary method=late,gated`).
+Whatever is chosen, a record's prediction and loss are a function of that record and of public parameters, modalities
+in any pattern may be missing, and the guarantee is the same.
+
+In the formulas v^m is the embedding of modality m, g a head with a linear path and a hidden layer, *used* the
+modalities that a record has and that inform the prediction.
+"""
+
+
+def described(part: object) -> dict[str, str]:
+    """First line and sections of a part's docstring, each on one line.
+
+    Raises:
+        UsageError: when a section is missing.
+    """
+    text = inspect.getdoc(part) or ""
+    found = {"Summary": text.partition("\n")[0]}
+    for section in SECTIONS:
+        match = re.search(rf"^{section}: (.+(?:\n +.+)*)", text, re.MULTILINE)
+        if match is None:
+            name = getattr(part, "__name__", part)
+            raise UsageError(f"the docstring of {name} has no section {section!r}", remedy=f"Add '{section}: ...'")
+        found[section] = " ".join(match[1].split())
+    return found
+
+
+def markdown() -> str:
+    """The whole page; foreign plug-ins are left out."""
+    own = [name for name in FUSIONS if _is_own(FUSIONS[name])]
+    return "\n".join(
+        [
+            HEAD,
+            "## Fusions: what they are given and what they give\n",
+            _table(
+                ("fusion", "stage", "reads imputed slots", "shares of modalities", "several labels", "settings"),
+                (_abilities(name, FUSIONS[name]) for name in own),
+            ),
+            "## Fusions: origin and form\n",
+            _origins("fusion", FUSIONS),
+            "## Imputers\n",
+            _origins("imputer", IMPUTERS),
+            "## Training schemes\n",
+            _origins("scheme", SCHEMES),
+            "## Presets\n",
+            _table(
+                ("method", "sets"),
+                (
+                    (f"`{name}`", ", ".join(f"`{key}={value}`" for key, value in preset.items()))
+                    for name, preset in METHODS.items()
+                ),
+            ),
+        ]
+    )
+
+
+def _abilities(name: str, fusion: type[Fusion]) -> tuple[str, ...]:
+    fields = fusion.Settings.model_fields
+    settings = ", ".join(f"`{key}: {field.default}` ({field.description})" for key, field in fields.items())
+    return (
+        f"`{name}`",
+        fusion.stage,
+        "yes" if fusion.reads_slots else "no",
+        "yes" if fusion.gives_shares else "no",
+        "yes" if fusion.instead is None else f"no: `{fusion.instead}` can",
+        settings or "none",
+    )
+
+
+def _origins(family: str, registry: Registry[Any]) -> str:
+    parts = [(name, described(registry[name])) for name in registry if _is_own(registry[name])]
+    rows = ((f"`{name}`", *(part[key] for key in ("Summary", *SECTIONS))) for name, part in parts)
+    return _table((family, "what it does", "paper", "what is built", "what couples patients in the original"), rows)
+
+
+def _is_own(part: object) -> bool:
+    return str(getattr(part, "__module__", "")).startswith("gapweave.")
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(columns)
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    head = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    return "\n".join(f"| {line} |" for line in [*head, *lines]) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown())
