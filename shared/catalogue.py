@@ -26,6 +26,11 @@ in any pattern may be missing, and the guarantee is the same.
 
 In the formulas v^m is the embedding of modality m, g a head with a linear path and a hidden layer, *used* the
 modalities that a record has and that inform the prediction.
+
+In `predictions.csv` a fusion's shares are `weight_<m>`: they add up to 1 over the modalities that the record has, are 0
+for the others and for a record without any, and are left empty by a fusion that has none. `vote_<m>` is what the
+modality's own head says, empty where the modality is absent: an imputed slot never votes. `imputed` lists the absent
+modalities whose slots the fusion reads, and `unseen_pattern` is 1 when no training record of the site had just these.
 """
 
 

@@ -14,13 +14,15 @@ from cohorts import Hospital, study
 from hospitals import build, participant, plan_of
 from torch import nn
 
+from gapweave.client.data import Cohort
 from gapweave.client.gradients.fast import FastEngine
 from gapweave.client.gradients.opacus import OpacusEngine
 from gapweave.client.gradients.plain import PlainEngine
+from gapweave.client.predict import SiteModel, predict, table
 from gapweave.client.state import to_arrays, to_tensors
 from gapweave.server.aggregation import initial_groups
 from gapweave.server.aggregators import AGGREGATORS, Mixer, Update, bad_sites, promises, resolve, rule_for, start
-from gapweave.server.rules_table import table
+from gapweave.server.rules_table import table as rules_table
 from gapweave.shared import tensorfile, wire
 from gapweave.shared.catalogue import described
 from gapweave.shared.config.study import Study
@@ -29,6 +31,7 @@ from gapweave.shared.errors import TooFewSites, UsageError
 from gapweave.shared.fusion import FUSIONS, Fused, Fusion, Shape
 from gapweave.shared.imputers import IMPUTERS
 from gapweave.shared.model import MultimodalModel, groups, load_groups
+from gapweave.shared.objective import probabilities
 from gapweave.shared.registry import Registry
 from gapweave.shared.schema import Modality, modalities
 from gapweave.shared.schemes import SCHEMES
@@ -403,6 +406,50 @@ def test_parameters_survive_a_file_and_a_message(fusion: str, imputer: str) -> N
             }
 
 
+@pytest.mark.parametrize("name", list(FUSIONS))
+def test_every_pattern_is_explained_when_it_is_predicted(name: str) -> None:
+    """Shares add up to 1, votes come from what is there, and a pattern that training had not is marked."""
+    for task in tasks_of(name):
+        of = plan_of(private=False, model={"fusion": name}, task=TASKS[task])
+        present = torch.cat([patterns(of.order), torch.zeros(1, 3, dtype=torch.bool)])
+        batch = random_batch(of, [1] * 8, present=present)
+        ids = tuple(f"r{row}" for row in range(8))
+        cohort = Cohort(site="a", batch=batch, record_ids=ids, patient_ids=ids, test=present[:, 0], subgroups={})
+        seen, names = ["labs", "labs+vitals"], of.task.class_names
+        model = random_model(of)
+        kept = SiteModel(study=of, model=model, card={"patterns": seen})
+        predictions = predict(model, batch, of, [0.25] * of.task.outputs)
+        rows = table(kept, cohort, batch, predictions).to_dicts()
+        with torch.no_grad():
+            alone = probabilities(model(batch.inputs, batch.present, batch.present).modality_logits, of.task.kind)
+        assert len(rows) == 8
+        for at, row in enumerate(rows):
+            there = [modality for modality, here in zip(of.order, present[at].tolist(), strict=True) if here]
+            assert row["present"] == "+".join(there)
+            absent = [modality for modality in of.order if modality not in there]
+            assert row["imputed"] == ("+".join(absent) if FUSIONS[name].reads_slots else "")
+            assert row["unseen_pattern"] == (row["present"] not in seen)
+            shares = [row[f"weight_{modality}"] for modality in there]
+            assert not any(row[f"weight_{modality}"] for modality in absent)
+            assert all(row[f"vote_{modality}"] is None for modality in absent)
+            if FUSIONS[name].gives_shares:
+                assert sum(shares) == pytest.approx(1.0 if there else 0.0, abs=1e-6)
+            else:
+                assert all(share is None for share in shares)
+            for modality in there:
+                own = alone[at, of.order.index(modality)]
+                if task == "binary":
+                    assert row[f"vote_{modality}"] == pytest.approx(float(own[1]))
+                elif task == "multiclass":
+                    assert row[f"vote_{modality}"] == names[int(own.argmax())]
+                else:
+                    said = [label for label, value in zip(names, own.tolist(), strict=True) if value >= 0.5]
+                    assert row[f"vote_{modality}"] == "+".join(said)
+        assert [rows[-1][f"p_{label}"] for label in names] == {
+            "binary": [0.75, 0.25], "multiclass": [0.25] * 3, "multilabel": [0.25] * 3
+        }[task]  # fmt: skip
+
+
 # Schemes.
 
 
@@ -582,7 +629,7 @@ def test_the_default_rule_follows_the_number_of_holders() -> None:
 
 def test_the_documentation_lists_what_every_stage_promises() -> None:
     page = Path(__file__).parent.parent / "docs" / "aggregation.md"
-    assert table() in page.read_text(encoding="utf-8"), "run python -m gapweave.server.rules_table"
+    assert rules_table() in page.read_text(encoding="utf-8"), "run python -m gapweave.server.rules_table"
 
 
 @pytest.mark.parametrize("chain", ["nnm", "median+nnm", "median+mean"])
