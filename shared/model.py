@@ -37,6 +37,8 @@ class Outputs:
         present: [B, M] bool, modalities that the record has.
         used: [B, M] bool, modalities that entered; a subset of present.
         weights: [B, M] shares in the decision, or None.
+        joint: [B, K] that training reads in place of `logits`, or None (see `Fused`).
+        vote_weights: [B, M, C] of the losses of the modalities' votes, or None (see `Fused`).
     """
 
     logits: Tensor
@@ -46,6 +48,8 @@ class Outputs:
     present: Tensor
     used: Tensor
     weights: Tensor | None
+    joint: Tensor | None = None
+    vote_weights: Tensor | None = None
 
 
 class MultimodalModel(nn.Module):
@@ -103,6 +107,8 @@ class MultimodalModel(nn.Module):
             present=present,
             used=used,
             weights=fused.weights,
+            joint=None if fused.joint is None else self.constants.logits(fused.joint),
+            vote_weights=fused.vote_weights,
         )
 
     @cached_property

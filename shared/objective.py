@@ -1,6 +1,7 @@
 """The loss of one record, as a function of that record and public parameters only.
 
-loss = CE(fused, y) + mean over used m of CE(m's head, y) + mean over hidden m of |imputed - embedding|^2 / d
+loss = CE(fused, y) + mean over used m of w CE(m's head, y) + mean over hidden m of |imputed - embedding|^2 / d
+with w = 1, or the fusion's own detached weight of m for the true class
 (OmniFuse with the corrections of docs/decisions/0003: only modalities hidden on purpose supervise the imputer,
 and their embedding is a detached target).
 """
@@ -27,24 +28,32 @@ def record_losses(outputs: Outputs, target: Tensor, label_mask: Tensor, kind: Ta
     Returns:
         [B]; records are not coupled, and no number depends on the batch size.
     """
-    losses = _cross_entropy(outputs.logits, target, label_mask, kind)
+    fused = outputs.logits if outputs.joint is None else outputs.joint
+    losses = _cross_entropy(fused, target, label_mask, kind)
     used = outputs.used
     votes = _cross_entropy(
         outputs.modality_logits,
         target.unsqueeze(1).expand_as(outputs.modality_logits),
         label_mask.unsqueeze(1),
         kind,
+        outputs.vote_weights,
     )
     losses = losses + _mean_over(votes, used)
     distance = (outputs.imputed - outputs.embeddings.detach()).square().mean(-1)
     return losses + _mean_over(distance, outputs.present & ~used)
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, kind: TaskKind) -> Tensor:
-    """[..., K] -> [...]: softmax for multiclass, else the sum of K two-class problems over K."""
+def _cross_entropy(
+    logits: Tensor, target: Tensor, mask: Tensor, kind: TaskKind, weights: Tensor | None = None
+) -> Tensor:
+    """[..., K] -> [...]: softmax for multiclass, else the sum of K two-class problems over K; weighed by true class."""
     if kind == "multiclass":
-        return -(target * torch.log_softmax(logits, -1)).sum(-1) * mask[..., 0]
+        chosen = target if weights is None else target * weights
+        return -(chosen * torch.log_softmax(logits, -1)).sum(-1) * mask[..., 0]
     losses = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    if weights is not None:
+        negative, positive = weights.chunk(2, -1)
+        losses = losses * torch.where(target > 0, positive, negative)
     return torch.where(mask, losses, 0.0).mean(-1)
 
 

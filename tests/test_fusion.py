@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from batches import EVERY_KIND, four_kinds, wake
+from batches import EVERY_KIND, TASKS, four_kinds, wake
 from cohorts import study
 
 from gapweave.shared import catalogue
 from gapweave.shared.errors import UsageError
 from gapweave.shared.fusion import FUSIONS, Fusion, Shape, chosen_fusion
+from gapweave.shared.fusion.dwfuse import class_weights
+from gapweave.shared.model import Outputs
+from gapweave.shared.objective import record_losses
 from gapweave.sites.study_check import check_names
 
 M, D, K = 3, 4, 2
@@ -87,6 +90,60 @@ def test_majority_counts_votes_and_not_how_sure_they_are(
     task: str, given: list[list[float]], expected: list[float]
 ) -> None:
     assert fusion("majority", task)(NO_SLOTS, ALL, votes(*given)).logits[0].tolist() == pytest.approx(expected)
+
+
+# Dynamic weights.
+
+
+def test_dwfuse_by_hand() -> None:
+    """Two modalities with p = .8 and .5 for class 1, a joint head that says .5: weights, score and shares."""
+    of = fusion("dwfuse", "binary")
+    for parameter in of.parameters():
+        parameter.data.zero_()
+    logit = math.log(0.8 / 0.2)
+    fused = of(NO_SLOTS, used(True, True, False), votes([logit], [0.0], [99.0]))
+    # (no, yes) of each: what the other one does not see.
+    torch.testing.assert_close(fused.vote_weights, torch.tensor([[[0.5, 0.5], [0.8, 0.2], [0.0, 0.0]]]))
+    no = (math.log(0.5) + 0.5 * math.log(0.2) + 0.8 * math.log(0.5)) / 3
+    yes = (math.log(0.5) + 0.5 * math.log(0.8) + 0.2 * math.log(0.5)) / 3
+    assert fused.logits.item() == pytest.approx(yes - no, rel=1e-5)
+    assert fused.weights[0].tolist() == pytest.approx([0.5 / 0.7, 0.2 / 0.7, 0.0])
+    assert fused.joint.item() == 0.0
+
+
+def test_dwfuse_over_three_modalities_and_alone() -> None:
+    p = torch.tensor([[[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]]])
+    weights = class_weights(p, ALL, beta=1.0)
+    torch.testing.assert_close(weights[0, 0], torch.tensor([(0.5 * 0.1) ** 0.5, (0.5 * 0.9) ** 0.5]))
+    torch.testing.assert_close(class_weights(p, ALL, beta=0.5), weights.sqrt())
+    assert torch.equal(class_weights(p, ALL, beta=0.0), torch.ones_like(p))
+    assert class_weights(p, used(False, True, False), beta=1.0)[0, 1].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.8])
+def test_dwfuse_pulls_every_vote_towards_the_truth(task: str, p: float) -> None:
+    # Believed (the paper's Eqs. 12 and 13): the loss falls when the weighted votes do. True: their sign maximises it.
+    logit = math.log(p / (1 - p))
+    says = torch.full((1, M, 1 if task == "binary" else K), logit if task != "multiclass" else 0.0)
+    if task == "multiclass":
+        says[..., 0] = logit
+    says.requires_grad_()
+    mask, truth = used(True, True, False), torch.zeros(1, says.shape[-1])
+    truth[:, 0] = 1
+    fused = fusion("dwfuse", task)(NO_SLOTS, mask, says)
+    outputs = Outputs(
+        logits=fused.logits, modality_logits=says, embeddings=NO_SLOTS, imputed=NO_SLOTS, present=mask, used=mask,
+        weights=fused.weights, joint=fused.joint, vote_weights=fused.vote_weights,
+    )  # fmt: skip
+    loss = record_losses(outputs, truth, torch.ones_like(truth, dtype=torch.bool), task).sum()
+    (gradient,) = torch.autograd.grad(loss, says)
+    labels = 1 if task != "multilabel" else K
+    # The mean over two modalities of w (p - 1), w = 1 - p of the other one.
+    torch.testing.assert_close(gradient[0, :2, 0], torch.full((2,), -((1 - p) ** 2) / 2 / labels))
+    if task != "binary":
+        assert (gradient[0, :2, 1] > 0).all()
+    assert not gradient[0, 2].any()
 
 
 # Pooling.

@@ -32,6 +32,7 @@ MASKED = (
 METHODS: dict[str, dict[str, Any]] = {
     "concat": {"model.fusion": "concat", "scheme.name": "none"},
     "late": {"model.fusion": "late", "scheme.name": "none"},
+    "dwfuse": {"model.fusion": "dwfuse", "scheme.name": "none"},
     "se_gate": {"model.fusion": "se_gate", "scheme.name": "none"},
     **{name: {"model.fusion": name, "model.imputer": "none", "scheme.name": "none"} for name in MASKED},
     "embracenet": {"model.fusion": "embracenet", "model.imputer": "none", "scheme.name": "modality_dropout"},

@@ -47,10 +47,15 @@ class Fused:
         logits: [B, K].
         weights: [B, M] share of each modality in the decision, 0 for absent ones; None when the fusion has no
             such shares.
+        joint: [B, K] that training reads in place of `logits`; None for `logits`.
+        vote_weights: [B, M, C], detached, what the loss of each modality's vote is multiplied with, by true class: one
+            number a class for multiclass, else those for "no" to every label and then those for "yes"; None for 1.
     """
 
     logits: Tensor
     weights: Tensor | None
+    joint: Tensor | None = None
+    vote_weights: Tensor | None = None
 
 
 class NoSettings(StrictModel):
