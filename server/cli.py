@@ -23,7 +23,7 @@ ServerOption = Annotated[
 RunArgument = Annotated[str, typer.Argument(metavar="RUN_ID", help="As `submit` and `runs` print it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 STARTING_S = 60.0
-FOLLOW_S = 1.0
+FOLLOW_S = 2.0
 
 
 def _hub(folder: Path | None) -> Any:

@@ -148,14 +148,17 @@ class Federation:
 
     def wait(self, run: str, seconds: float, until_round: int | None = None) -> dict[str, Any]:
         """Until a run is over, or a round of it is done."""
-        deadline = time.monotonic() + seconds
+        deadline, asked = time.monotonic() + seconds, 0.0
+        files = [self.directory(run) / name for name in ("report.html", "failure.json")]
         while time.monotonic() < deadline:
             if until_round is not None and len(self.rounds(run)) >= until_round:
                 return {"round": until_round}
-            if until_round is None:
-                state = self.state_of(run)
+            # To ask costs a process, which here takes time from those that are waited for.
+            if until_round is None and (time.monotonic() - asked > 10 or any(file.exists() for file in files)):
+                asked, state = time.monotonic(), self.state_of(run)
                 if state["status"] not in ("pending", "starting", "running"):
                     return state
+                time.sleep(1)
             time.sleep(0.5)
         raise TimeoutError(f"{self.state_of(run)}\n{self.logs()}")
 

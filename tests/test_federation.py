@@ -67,7 +67,7 @@ def connected(federation: Federation, *names: str, seconds: float = 150) -> None
     deadline = time.monotonic() + seconds
     while not all(federation.site_status(name)["connected"] for name in names):
         assert time.monotonic() < deadline, federation.logs()
-        time.sleep(1)
+        time.sleep(3)
 
 
 def longest(rounds: int) -> float:
