@@ -62,10 +62,9 @@ def start(
     Example: gapweave site start site.yaml
     """
     deployment = _deployment(path)
-    child = deployment.child(data)
+    deployment.check()
     if foreground:
-        deployment.forget_contact()
-        deployment.service.run([child])
+        deployment.service.run(lambda: [deployment.child(data)])
         return
     words = ["site", "start", str(deployment.file), "--foreground", *(["--data", str(data)] if data else [])]
     ready = deployment.service.start(words, deployment.connected, STARTING_S)

@@ -85,17 +85,23 @@ class Deployment:
     def _contact(self) -> Path:
         return self.state / "service" / "contact.json"
 
-    def child(self, data: Path | None) -> Child:
-        """The SuperNode of this site; its own interfaces are on loopback.
-
-        Args:
-            data: folder of data sets.
+    def check(self) -> None:
+        """Refuse a start that cannot succeed.
 
         Raises:
             UsageError: when the key or the connection file is not usable.
         """
-        connection = self.connection()
+        self.connection()
         check_key(self.key)
+
+    def child(self, data: Path | None) -> Child:
+        """The SuperNode of this site, with the files that it reads; its own interfaces are on loopback.
+
+        Args:
+            data: folder of data sets.
+        """
+        connection = self.connection()
+        self._contact.unlink(missing_ok=True)  # what was heard earlier says nothing about now
         for folder in (self.state, self.state / "service", self.state / "flower"):
             private_folder(folder)
         authority = self.state / "service" / "ca.crt"
@@ -134,10 +140,6 @@ class Deployment:
         """Whether the hub answers."""
         contact = self.contact()
         return self.up() and contact is not None and contact < LOST_S
-
-    def forget_contact(self) -> None:
-        """Before a start: what was heard earlier says nothing about now."""
-        self._contact.unlink(missing_ok=True)
 
     def status(self) -> dict[str, Any]:
         """`running`, `healthy`, `connected`, `contact_s`, and the last run and its round."""

@@ -101,14 +101,15 @@ def start(
     """
     from functools import partial
 
+    from gapweave.server.proxy import nginx
     from gapweave.server.superlink import children, keep_registered, serves
     from gapweave.shared.errors import Unreachable
 
     hub = _hub(folder)
-    hub.renew()
-    parts = children(hub, proxy=proxy)
+    if proxy:
+        nginx()
     if foreground:
-        hub.service.run(parts, partial(keep_registered, hub))
+        hub.service.run(partial(children, hub, proxy=proxy), partial(keep_registered, hub))
         return
     words = ["server", "start", "--foreground", "--dir", str(hub.folder), "--proxy" if proxy else "--no-proxy"]
     if not hub.service.start(words, partial(serves, hub), STARTING_S):

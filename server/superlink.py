@@ -25,7 +25,8 @@ LOOK_S = 1.0
 
 
 def children(hub: Hub, *, proxy: bool) -> list[Child]:
-    """The processes of a hub: the SuperLink on loopback, and the reverse proxy."""
+    """The processes of a hub, the SuperLink on loopback and the reverse proxy, with certificates that are good."""
+    hub.renew()
     config = hub.config
     superlink = Child(
         name="superlink",

@@ -96,11 +96,14 @@ class Service:
             children = json.loads(self._status.read_text(encoding="utf-8")) if pid is not None else {}
         return {"running": pid is not None, "pid": pid, "processes": children}
 
-    def run(self, children: Sequence[Child], beside: Callable[[threading.Event], None] | None = None) -> None:
+    def run(
+        self, children: Callable[[], Sequence[Child]], beside: Callable[[threading.Event], None] | None = None
+    ) -> None:
         """Keep processes running until this one is told to end (SIGTERM or Ctrl-C).
 
         Args:
-            children: are started at once and restarted whenever they end, after a growing wait.
+            children: gives the processes, once nobody else runs the service; they are started at once, and again
+                whenever they end, after a growing wait.
             beside: runs in a thread of its own; the event that it gets is set at the end.
 
         Raises:
@@ -110,7 +113,7 @@ class Service:
         private_folder(self.folder / "logs")
         os.umask(0o077)
         with self._locked():
-            _Supervisor(self, children, beside).run()
+            _Supervisor(self, children(), beside).run()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

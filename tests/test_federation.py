@@ -175,7 +175,12 @@ def test_two_studies_at_once(healed: Federation) -> None:
 def test_a_site_is_started_once(healed: Federation) -> None:
     text = healed.on("birch", "site", "start", str(healed.site_file("birch")), code=2)
     assert "runs already" in text
-    assert healed.site_status("birch")["connected"]
+    # A second one that is not told to look first changes nothing either.
+    text = healed.on("birch", "site", "start", str(healed.site_file("birch")), "--foreground", code=2)
+    assert "runs already" in text
+    status = healed.site_status("birch")
+    assert status["healthy"]
+    assert status["connected"]
     assert "runs already" in healed.on("hub", "server", "start", code=2)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from gapweave.shared import service
 service.DELAYS_S = (0.2,)
 folder, *command = sys.argv[1:]
-service.Service(Path(folder), "the test").run([service.Child(name="one", command=tuple(command))])
+service.Service(Path(folder), "the test").run(lambda: [service.Child(name="one", command=tuple(command))])
 """
 
 
