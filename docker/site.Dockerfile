@@ -1,5 +1,5 @@
 # A hospital's part. Built from the root of the source: docker build -f docker/site.Dockerfile -t gapweave-site:0.1.0 .
-# The steps up to the remark on images and sql are those of server.Dockerfile: an engine runs them once for both.
+# The steps up to the health check's are those of server.Dockerfile: an engine runs them once for both.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
@@ -17,6 +17,7 @@ COPY server/ server/
 COPY sites/ sites/
 RUN pip install --no-cache-dir --no-build-isolation -c constraints.txt .
 
+COPY docker/health.py ./
 # `images` and `sql`: DICOM files and databases.
 RUN pip install --no-cache-dir --no-build-isolation -c constraints.txt '.[images,sql]' \
     && groupadd --gid 10001 gapweave \
@@ -26,7 +27,6 @@ RUN pip install --no-cache-dir --no-build-isolation -c constraints.txt '.[images
 ENV HOME=/site MPLCONFIGDIR=/tmp/matplotlib XDG_CACHE_HOME=/tmp/cache
 USER 10001:10001
 WORKDIR /site
-# Of the process alone: a hub that does not answer is no fault of the site's.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=90s --retries=3 \
-    CMD ["python", "-c", "import sys; from pathlib import Path; from gapweave.client.service import Deployment; sys.exit(not Deployment.of(Path('/site/site.yaml')).up())"]
+    CMD ["python", "/opt/gapweave/health.py", "/site/site.yaml"]
 ENTRYPOINT ["gapweave", "site", "start", "--foreground", "/site/site.yaml"]
