@@ -1,7 +1,7 @@
 """The health check of a hospital's container: does the site's process answer, or is its next start waited for?
 
 While a hub's proxy answers and the hub behind it does not, Flower's process ends and is started again after a growing
-wait. That is no fault of the site's, and an engine that starts unhealthy containers anew would only begin the wait again.
+wait. That is no fault of the site's, and an engine that restarts unhealthy containers would only begin the wait again.
 """
 
 import sys
