@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gapweave.shared.card import refusal
+from gapweave.shared.card import install_card, refusal
 from gapweave.shared.files import write_atomically
 
 log = logging.getLogger("gapweave")
@@ -32,10 +32,11 @@ class Guard:
 
     Args:
         contact: file for the last contact, if anybody looks.
+        home: where Flower unpacks bundles.
     """
 
-    def __init__(self, contact: Path | None = None) -> None:
-        self._contact = contact
+    def __init__(self, contact: Path | None = None, home: Path | None = None) -> None:
+        self._contact, self._home = contact, home
         self._noted = 0.0
         self.refused: str | None = None
 
@@ -44,7 +45,7 @@ class Guard:
 
         def checked(fab_hash: str, run_id: int) -> Any:
             bundle = get(fab_hash, run_id)
-            self.refused = refusal(bundle.content)
+            self.refused = refusal(bundle.content) or self._unpacked()
             if self.refused is not None:
                 log.error("refused: %s", self.refused)
             # Without these Flower refuses before it asks `verify`.
@@ -52,6 +53,16 @@ class Guard:
             return bundle
 
         return checked
+
+    def _unpacked(self) -> str | None:
+        """Unpack the card; what is wrong if the disk does not take it."""
+        try:
+            if self._home is not None:
+                install_card(self._home)
+        except OSError as error:
+            log.error("the run card cannot be unpacked: %s", error.strerror)
+            return "the site cannot unpack the run card: its disk is full or closed"
+        return None
 
     def receive(self, receive: Callable[[], Any]) -> Callable[[], Any]:
         """Ask for a message, and note that the hub answered."""
@@ -154,8 +165,8 @@ def main() -> None:
     """Run a SuperNode in this process, with the arguments of Flower's own command."""
     # By name: the package has a function called as the module is.
     command: Any = importlib.import_module("flwr.supernode.cli.flower_supernode")
-    contact = os.environ.get(CONTACT)
-    command.start_client_internal = install(Guard(Path(contact) if contact else None))
+    contact, home = os.environ.get(CONTACT), os.environ.get("FLWR_HOME")
+    command.start_client_internal = install(Guard(Path(contact) if contact else None, Path(home) if home else None))
     command.flower_supernode()
 
 

@@ -168,8 +168,9 @@ class Control:
         from flwr.proto.control_pb2 import StartRunRequest
         from flwr.supercore.fab import Fab
 
-        from gapweave.shared.card import run_card
+        from gapweave.shared.card import install_card, run_card
 
+        install_card(self._hub.folder / "flower")
         bundle = run_card()
         request = StartRunRequest(
             fab=fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})),

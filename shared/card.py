@@ -10,11 +10,15 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import shutil
+import tempfile
 import tomllib
 import zipfile
 from functools import lru_cache
+from pathlib import Path
 
 from gapweave.shared import PROTOCOL_VERSION, __version__
+from gapweave.shared.files import private_folder, write_atomically
 
 CONFIG = {"study": "", "out": "", "run": "", "sites": ""}
 """Keys of a run's configuration: study (JSON), run directory, our own id of the run, registry of sites."""
@@ -48,6 +52,31 @@ def run_card() -> bytes:
 
     bundle: bytes = build_fab_from_files({"pyproject.toml": CARD.encode()})[0]
     return bundle
+
+
+def install_card(home: Path) -> None:
+    """Unpack the card where Flower looks for it, whole or not at all.
+
+    Flower takes a folder that is there for a complete one: after a full disk no run would ever start again.
+
+    Args:
+        home: FLWR_HOME of the side.
+
+    Raises:
+        OSError: when the disk does not take it.
+    """
+    from flwr.common.constant import APP_DIR, FAB_HASH_TRUNCATION
+
+    digest = hashlib.sha256(run_card()).hexdigest()[:FAB_HASH_TRUNCATION]
+    folder = home / APP_DIR / f"gapweave.gapweave-run-card.{__version__}.{digest}"
+    file = folder / "pyproject.toml"
+    if file.exists() and file.read_text(encoding="utf-8") == CARD:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    private_folder(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        write_atomically(private_folder(Path(made) / "card") / file.name, CARD.encode())
+        (Path(made) / "card").rename(folder)
 
 
 def refusal(bundle: bytes) -> str | None:

@@ -79,7 +79,7 @@ def sync_folder(folder: Path) -> None:
 def private_folder(folder: Path) -> Path:
     """Create a folder that only its owner may enter, durably: what is synced in it must not be lost with its name."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for path in new:
+    for path in reversed(new):
+        path.mkdir(exist_ok=True, mode=0o700)  # each of them: `parents` would leave those above open
         sync_folder(path.parent)
     return folder

@@ -16,7 +16,7 @@ import pytest
 
 from gapweave.client.supernode import Guard, install
 from gapweave.shared import PROTOCOL_VERSION, __version__
-from gapweave.shared.card import CARD, refusal, run_card
+from gapweave.shared.card import CARD, install_card, refusal, run_card
 
 OURS = f"the site runs Gapweave {__version__}, protocol {PROTOCOL_VERSION}"
 
@@ -51,6 +51,24 @@ def test_the_card_of_this_version_runs_and_holds_no_code() -> None:
     assert refusal(run_card()) is None
     with zipfile.ZipFile(io.BytesIO(run_card())) as card:
         assert card.namelist() == ["pyproject.toml", ".info/CONTENT"]
+
+
+def test_the_card_is_unpacked_as_flower_does_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower finds it there and unpacks no other; what a full disk left of one is made good."""
+    from flwr.cli.install import install_from_fab
+
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flowers"))
+    place = install_from_fab(run_card(), skip_prompt=True)
+    theirs = {file.name: file.read_bytes() for file in place.iterdir()}
+    for file in place.iterdir():
+        file.unlink()
+    assert install_from_fab(run_card(), skip_prompt=True) == place, "Flower takes the empty folder for the app"
+    assert list(place.iterdir()) == []
+    install_card(tmp_path / "flowers")
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == theirs
+    assert [folder.name for folder in place.parent.iterdir()] == [place.name]
+    install_card(tmp_path / "ours")
+    assert install_from_fab(run_card(), skip_prompt=True) == place
 
 
 def test_flower_has_what_the_guard_replaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
