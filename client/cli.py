@@ -21,6 +21,7 @@ def init(
     study: Annotated[
         Path | None, typer.Option("--study", help="Study whose modalities and variables are written out.")
     ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the site [default: the file's].")] = None,
     connection: Annotated[
         Path | None, typer.Option("--connection", help="The hub's connection.yaml; without it, for simulations only.")
     ] = None,
@@ -40,8 +41,8 @@ def init(
     if connection is not None:
         load_connection(connection)
     hub = None if connection is None else os.path.relpath(connection, path.parent)
-    write_new(path, site_template(path.stem, load_study(study) if study else None, hub))
     key = path.with_suffix(".key")
+    write_new(path, site_template(name or path.stem, load_study(study) if study else None, hub, key.name))
     public = public_file(key) if key.exists() else make_keys(key)
     typer.echo(f"wrote {path}; fill it in, then: gapweave site check {path}")
     typer.echo(f"{key} never leaves this machine; give {public} to the hub if the site shall join one")

@@ -33,25 +33,24 @@ policy:
 """
 
 
-SERVER = (
-    "server: {{connection: {connection}, key: {name}.key}}   # the hub gives the first; keep the second to yourself"
-)
+SERVER = "server: {{connection: {connection}, key: {key}}}   # the hub gives the first; keep the second to yourself"
 
 
-def site_template(name: str, study: Study | None, connection: str | None = None) -> str:
+def site_template(name: str, study: Study | None, connection: str | None = None, key: str = "site.key") -> str:
     """A site file with every modality of the study, local names equal to the study's.
 
     Args:
         name: of the site.
         study: None writes one table as an example.
         connection: the hub's connection file; None leaves the line for later.
+        key: file of the private key.
     """
     labels = ", ".join(f"{label}: {label}" for label in study.task.labels) if study else "outcome: outcome"
     if study is None:
         sources = "  labs:\n    file: labs.csv\n    columns: {sodium: sodium}   # the study's variable: local column\n"
     else:
         sources = "".join(_source(modality, study.modalities[modality]) for modality in study.order)
-    server = SERVER.format(name=name, connection=connection or "connection.yaml")
+    server = SERVER.format(key=key, connection=connection or "connection.yaml")
     return HEAD.format(name=name, labels=labels) + sources + TAIL.format(server=server if connection else f"# {server}")
 
 

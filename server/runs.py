@@ -161,8 +161,10 @@ def _noted(hub: Hub, run: str) -> dict[str, Any]:
 
 def _state(hub: Hub, run: str, note: dict[str, Any], known: dict[int, FlowerRun]) -> RunState:
     flower = known.get(note["numbers"][-1])
-    status = flower.status if flower else "failed"
     directory = RunDirectory(hub.runs / run)
+    # A hub whose database was lost still has its run directories.
+    finished = "completed" if (directory.path / "summary.json").exists() else "failed"
+    status = flower.status if flower else finished
     done = [line["round"] for line in directory.rounds()]
     reason, code = "", 0
     if status not in GOING and status != "completed":
