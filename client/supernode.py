@@ -168,6 +168,11 @@ def main() -> None:
     contact, home = os.environ.get(CONTACT), os.environ.get("FLWR_HOME")
     command.start_client_internal = install(Guard(Path(contact) if contact else None, Path(home) if home else None))
     command.flower_supernode()
+    # Its loop ends at an error that it does not retry, an expired certificate say, and a server of its own in a
+    # thread keeps the process there, deaf. Whoever watches over it must see it end.
+    log.error("the SuperNode gave up")
+    logging.shutdown()
+    os._exit(1)
 
 
 if __name__ == "__main__":

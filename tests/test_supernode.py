@@ -6,6 +6,8 @@ import importlib
 import inspect
 import io
 import json
+import subprocess
+import sys
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +106,19 @@ def test_flower_has_what_the_guard_replaces(monkeypatch: pytest.MonkeyPatch, tmp
         assert fab.verifications["valid_license"]
         assert not flower._verify_fab(fab, {})
         assert OURS in flower.FAB_VERIFICATION_ERROR.reason
+
+
+def test_a_supernode_that_gives_up_ends() -> None:
+    """Else nobody would start it again: Flower's own server in a thread would keep the process."""
+    code = """
+import importlib, threading, time
+command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+command.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(100,)).start()
+from gapweave.client.supernode import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=50, check=False)
+    assert done.returncode == 1
 
 
 def test_flower_has_what_the_hub_calls() -> None:
