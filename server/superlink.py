@@ -116,6 +116,12 @@ class Control:
                 remedy="Start it with `gapweave server start`",
             ) from None
         except httpx.HTTPStatusError as error:
+            if error.response.is_server_error:
+                raise Unreachable(
+                    f"the hub {self._hub.config.name} cannot answer ({error.response.status_code})",
+                    where=str(self._hub.service.log_file("superlink")),
+                    remedy="Look at that log; is its disk full?",
+                ) from None
             raise UsageError(
                 f"the hub refuses ({error.response.status_code})",
                 where=str(self._hub.folder),
