@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -276,19 +276,8 @@ def expire(hub: Path) -> None:
     )
 
 
-def processes(pattern: str) -> list[str]:
-    return subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
-
-
-def until(ready: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(2)
-
-
-def test_full_disks(healed: Federation) -> None:
-    """At a site it loses rounds, and says so; at the hub the run fails, and says so; with room again both go on."""
+def test_a_full_disk_at_a_site(healed: Federation) -> None:
+    """It loses the run, and says so; with room again it takes part in the next one, and nobody cleans up."""
     with full(healed.state("cedar")):
         run = healed.submit()
         state = healed.wait(run, longest(3))
@@ -299,16 +288,8 @@ def test_full_disks(healed: Federation) -> None:
         assert all("cedar" not in line["sites"] for line in healed.rounds(run))
     connected(healed, *healed.names)
     run = healed.submit()
-    healed.wait(run, longest(1), until_round=1)
-    with full(healed.hub.parent):
-        # Nothing can be written of it meanwhile: the run's process ends.
-        until(lambda: not processes("flwr-serverapp"), longest(3))
-    until(lambda: run in [state["run"] for state in failed_runs(healed)], 150)
-    assert next(state for state in failed_runs(healed) if state["run"] == run)["reason"]
-    connected(healed, *healed.names)
-    healed.on("hub", "resume", run, "--server", str(healed.hub))
-    state = healed.wait(run, longest(3))
-    assert state["status"] == "completed", f"{state}\n{healed.logs()}"
+    assert healed.wait(run, longest(3))["status"] == "completed"
+    assert any(line["sites"].get("cedar", {}).get("status") == "ok" for line in healed.rounds(run)), healed.logs()
     budgets_are_right(healed, run)
 
 
