@@ -18,6 +18,8 @@ from gapweave.shared.tensorfile import Arrays
 
 POLL_S = 0.2
 """Seconds between two looks for replies of sites in other processes."""
+LONGEST_POLL_S = 1.5
+"""What they grow to while nobody answers: each look costs the SuperLink a tenth of a second of work."""
 GRACE_S = 60.0
 """How much longer than the deadline a message may live: a retry then finds the stored reply."""
 
@@ -48,15 +50,16 @@ def ask(grid: Grid, kind: str, requests: Mapping[int, RecordDict], seconds: floa
         for node, content in requests.items()
     ]
     pending = dict(zip(grid.push_messages(messages), requests, strict=True))
-    deadline = time.monotonic() + seconds
+    deadline, wait = time.monotonic() + seconds, POLL_S
     while pending and time.monotonic() < deadline:
         replies = list(grid.pull_messages(list(pending)))
         for reply in replies:
             node = pending.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
                 yield _read(node, reply)
+        wait = POLL_S if replies else min(1.5 * wait, LONGEST_POLL_S)
         if pending and not replies:
-            time.sleep(POLL_S)
+            time.sleep(wait)
 
 
 def _transport(reply: Message) -> str:
