@@ -21,7 +21,8 @@ from typing import Any
 import yaml
 
 from gapweave.shared.config import load_site
-from gapweave.shared.health import free_port
+from gapweave.shared.ports import free_port
+from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.demo import hospital_names, write_demo
 
 GAPWEAVE = str(Path(sys.executable).with_name("gapweave"))
@@ -118,10 +119,10 @@ def main() -> None:
         for file in files.values():
             typed("site", "stop", str(file), environment=environment)
         typed("server", "stop", environment=environment)
-    deployed = rounds(folder / "hub" / "runs" / state["run"])
+    deployed = list(RunDirectory(folder / "hub" / "runs" / state["run"]).rounds())
     begun = time.perf_counter()
     typed("simulate", str(study), "--out", str(folder / "inline"), environment=environment)
-    inline = rounds(folder / "inline")
+    inline = list(RunDirectory(folder / "inline").rounds())
     line = {
         "sites": options.sites,
         "s_round": round(fmean(one["seconds"] for one in deployed), 2),
@@ -133,11 +134,6 @@ def main() -> None:
         "mb_site": round(max(memory.peaks.values()) / 1e6),
     }
     print(json.dumps(line))
-
-
-def rounds(run: Path) -> list[dict[str, Any]]:
-    """What a run's log says of each round; the first one also starts processes."""
-    return [json.loads(text) for text in (run / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import os
 import shutil
 import socket
 import ssl
-import time
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -171,9 +171,11 @@ def _reach(connection: Connection) -> Generator[Finding, None, bool]:
     return "problem" not in (clock.status, version.status)
 
 
+@dataclass(frozen=True)
 class _About:
-    def __init__(self, date: str, version: str, protocol: int) -> None:
-        self.date, self.version, self.protocol = date, version, protocol
+    date: str
+    version: str
+    protocol: int
 
 
 def _about(connection: Connection, context: ssl.SSLContext) -> _About | Finding:
@@ -215,7 +217,7 @@ def _certificate_error(error: BaseException | None) -> str | None:
 
 def _clock(date: str, where: str) -> Finding:
     """The site's clock against the hub's, which is told to the second."""
-    ahead = (datetime.fromtimestamp(time.time(), UTC) - parsedate_to_datetime(date)).total_seconds() - 0.5
+    ahead = (datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds() - 0.5
     text = f"this clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the hub's"
     if ahead > AHEAD_S or ahead < -BEHIND_S:
         return _finding("clock", "problem", where, text, "Set it by NTP: the hub refuses signatures of another time")
@@ -233,16 +235,23 @@ def _version(protocol: int, version: str, where: str) -> Finding:
 
 def _authentication(deployment: Deployment, connection: Connection) -> Finding:
     where = str(public_file(deployment.key))
-    if deployment.service.pid() is not None and deployment.connected():
-        return _finding("authentication", "ok", where, "the site is connected")
+    if deployment.service.pid() is not None:
+        # The hub takes one connection a key: to try it now would tell nothing.
+        log = deployment.service.log_file("supernode")
+        if deployment.connected():
+            return _finding("authentication", "ok", where, "the site is connected")
+        return _finding("authentication", "warning", where, "the site runs, and is not connected", f"Look at {log}")
     try:
         known = known_to_hub(connection.address, connection.ca.encode(), deployment.key.read_bytes())
     except Exception:  # a key of another kind, or a connection lost in between
         known = False
     if known:
         return _finding("authentication", "ok", where, "the hub lets this key in")
-    remedy = f"Send {where} to the hub: gapweave server add-site {deployment.site.name} --key FILE"
-    return _finding("authentication", "problem", where, "the hub does not know this key", remedy)
+    remedy = (
+        f"Send {where} to the hub: gapweave server add-site {deployment.site.name} --key FILE; "
+        "a site that was killed is let in again after a minute"
+    )
+    return _finding("authentication", "problem", where, "the hub does not let this key in", remedy)
 
 
 def _finding(check: str, status: Status, where: str, message: str, remedy: str = "") -> Finding:

@@ -16,7 +16,7 @@ from gapweave.shared.config.connection import Connection, load_connection
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import UsageError
 from gapweave.shared.files import private_folder, write_atomically
-from gapweave.shared.health import free_port, healthy
+from gapweave.shared.ports import free_port, healthy
 from gapweave.shared.service import Child, Service
 
 LOST_S = 75.0

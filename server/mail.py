@@ -19,7 +19,7 @@ from gapweave.shared.tensorfile import Arrays
 POLL_S = 0.2
 """Seconds between two looks for replies of sites in other processes."""
 LONGEST_POLL_S = 1.5
-"""What they grow to while nobody answers: each look costs the SuperLink a tenth of a second of work."""
+"""What they grow to while nobody answers: five looks a second kept a SuperLink busy for half of one core."""
 GRACE_S = 60.0
 """How much longer than the deadline a message may live: a retry then finds the stored reply."""
 

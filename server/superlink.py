@@ -17,7 +17,7 @@ from typing import Any
 from gapweave.server.hub import Hub
 from gapweave.server.proxy import nginx
 from gapweave.shared.errors import Unreachable, UsageError
-from gapweave.shared.health import healthy
+from gapweave.shared.ports import healthy
 from gapweave.shared.service import Child
 
 LOOK_S = 1.0

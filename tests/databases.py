@@ -18,7 +18,8 @@ from typing import Any
 import polars as pl
 import pytest
 import sqlalchemy as sa
-from loopback import free_port
+
+from gapweave.shared.ports import free_port
 
 PASSWORD = "correct horse:@/%"
 """Of both users, with what a URL would have to escape."""

@@ -14,15 +14,10 @@ from pathlib import Path
 import tomli_w
 
 from gapweave.shared.config import Study
+from gapweave.shared.ports import free_port
 
 BIN = Path(sys.executable).parent
 CONNECTION = "loopback"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:

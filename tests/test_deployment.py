@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
+from federation import distance, shared_model
 from loopback import BIN, Hub, hub_with, run_card
 
 from gapweave.server.aggregation import initial_groups
-from gapweave.shared import tensorfile
 from gapweave.shared.cli import _run
 from gapweave.shared.config import load_study
 from gapweave.shared.tensorfile import Arrays
@@ -38,15 +37,6 @@ SETTINGS = {
     "training.lr": 0.5,
     "sharing": "all",
 }
-
-
-def shared_model(run: Path) -> Arrays:
-    return tensorfile.parse((run / "model" / "shared.safetensors").read_bytes())[0]
-
-
-def distance(one: Arrays, other: Arrays) -> float:
-    assert one.keys() == other.keys()
-    return max(float(np.abs(one[group][name] - other[group][name]).max()) for group in one for name in one[group])
 
 
 def words(settings: dict[str, object]) -> list[str]:

@@ -23,7 +23,7 @@ from gapweave.client.keys import make_keys
 from gapweave.client.ledger import Ledger
 from gapweave.server.certificates import make_authority, make_server_certificate
 from gapweave.shared import PROTOCOL_VERSION, __version__
-from gapweave.shared.health import free_port
+from gapweave.shared.ports import free_port
 from gapweave.shared.privacy.events import PrivacyEvent
 
 STUDY = study({"labs": LABS}, privacy={"epsilon": 8.0})

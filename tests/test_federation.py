@@ -215,7 +215,7 @@ def test_who_is_let_in(healed: Federation) -> None:
         assert json.loads(healed.on("hub", "server", "status", "--json"))["sites"].keys() == set(healed.names)
     finally:
         healed.on("birch", "site", "stop", str(stranger))
-    # The hub lets the new key in under another name than that of its site file: it may not speak for the other.
+    # Once its key is let in, and as long as it is.
     healed.on("hub", "server", "add-site", "stranger", "--key", str(stranger.with_suffix(".pub")))
     deadline = time.monotonic() + 20
     while problems(healed, "birch", stranger):

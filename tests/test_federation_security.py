@@ -83,7 +83,7 @@ if wish.exists() and any("serverapp" in word for word in sys.orig_argv):
     def hostile(header, arrays):
         if "study" in header and header["study"].startswith("{"):
             studies.append(study_from_json(header["study"]))
-        elif wanted["kind"] == ("train" if arrays and studies else ""):
+        elif arrays and studies:
             header = {**header, **wanted["header"]}
             if wanted["groups"]:
                 arrays = {**arrays, **{g: v for g, v in initial_groups(studies[0]).items() if g not in arrays},
@@ -223,7 +223,7 @@ def test_a_hostile_server_gets_nothing(federation: Federation, name: str) -> Non
     """Within an approved study it asks for more, over the real wire: nothing is trained, and no round is charged."""
     header, groups = WISHES[name]
     wish = federation.folder / "hostile" / "wish.json"
-    wish.write_text(json.dumps({"kind": "train", "header": header, "groups": groups}))
+    wish.write_text(json.dumps({"header": header, "groups": groups}))
     rounds = {site: trained(federation, site) for site in federation.names}
     try:
         text = federation.on("hub", "submit", str(federation.study), *federation.words(), "--wait", code=4)

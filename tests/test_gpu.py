@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped by name where there is none. docs/operations.md tells its last run."""
+"""What only a GPU can show; skipped by name where there is none."""
 
 from __future__ import annotations
 

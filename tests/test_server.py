@@ -19,6 +19,7 @@ from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.app import run_study
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.screening import norm, reason_to_reject
+from gapweave.server.strategy import RoundLoop
 from gapweave.shared import tensorfile, wire
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable, UsageError
 from gapweave.shared.privacy.ledger import read_ledger
@@ -211,6 +212,21 @@ def test_all_sites_refuse(tmp_path: Path) -> None:
 def test_nobody_is_there(tmp_path: Path) -> None:
     with pytest.raises(Unreachable):
         loop(tmp_path, study_of(aggregation={"deadline_s": 0.1}), Pretence()).run()
+
+
+def test_a_site_answers_under_the_name_by_which_it_was_let_in(tmp_path: Path) -> None:
+    """One that calls itself as another does takes no part, also while the other is away; a stranger neither."""
+    grid = Pretence(Pretender("a"), Pretender("d"), Pretender("b"), Pretender("e"))
+    lines = RoundLoop(
+        grid, study_of(), RunDirectory.create(tmp_path / "run", study_of()), RUN,
+        names={1000: "a", 1001: "d", 1002: "c"}.get,
+    )  # fmt: skip
+    peers = lines.run()
+    assert {name: peer.status for name, peer in peers.items()} == {
+        "a": "ok", "d": "ok", "c": "failed", "node-1003": "failed",
+    }  # fmt: skip
+    assert "was let in as 'c'" in peers["c"].reason
+    assert {site for kind, site, _ in grid.asked if kind == wire.TRAIN} == {"a", "d"}
 
 
 def test_a_refusal_is_final_and_a_failure_is_not(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from gapweave.shared.fusion.parts import (
     softmax_shares,
     weighted_sum,
 )
+from gapweave.shared.fusion.pooling import Pooling
 
 
 @FUSIONS.register("attention")
-class AttentionFusion(Fusion):
+class AttentionFusion(Pooling):
     """A weighted mean of the modalities that are there; the record itself gives the weights.
 
     Reference: Ilse et al. 2018, "Attention-based Deep Multiple Instance Learning" (ICML)
@@ -30,24 +31,17 @@ class AttentionFusion(Fusion):
     Couples: nothing, as long as it is the modalities of one record that are attended to
     """
 
-    Settings = HiddenSettings
-    reads_slots = False
     gives_shares = True
 
     def __init__(self, shape: Shape, settings: HiddenSettings | None = None) -> None:
-        super().__init__(shape)
-        settings = settings or HiddenSettings()
-        self.docks = Docks(shape.modalities, shape.embedding, shape.embedding)
+        super().__init__(shape, settings)
         self.key = nn.Linear(shape.embedding, shape.embedding)
         self.query = nn.Linear(shape.embedding, 1, bias=False)
-        self.head = Head(shape.embedding, shape.outputs, settings.hidden)
 
-    def forward(self, slots: Tensor, used: Tensor, modality_logits: Tensor) -> Fused:
-        """Weigh and decide."""
-        docked = self.docks(slots, used)
-        scores = self.query(torch.tanh(self.key(docked)))[:, :, 0]
-        weights = softmax_shares(scores, used)
-        return Fused(logits=self.head(weighted_sum(weights, docked)), weights=weights)
+    def pool(self, docked: Tensor, used: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attend."""
+        weights = softmax_shares(self.query(torch.tanh(self.key(docked)))[:, :, 0], used)
+        return weighted_sum(weights, docked), weights
 
 
 class CrossAttentionSettings(HiddenSettings):

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from gapweave.shared.fusion import FUSIONS, Fused, Fusion, Shape
 from gapweave.shared.fusion.concat import joined
-from gapweave.shared.fusion.parts import Docks, Head, HiddenSettings, Numbers, present_only, softmax_shares
+from gapweave.shared.fusion.parts import (
+    Docks,
+    Head,
+    HiddenSettings,
+    Numbers,
+    present_only,
+    softmax_shares,
+    weighted_sum,
+)
+from gapweave.shared.fusion.pooling import Pooling
 
 
 @FUSIONS.register("gated")
@@ -73,7 +82,7 @@ class SqueezeGateFusion(Fusion):
 
 
 @FUSIONS.register("embracenet")
-class EmbraceFusion(Fusion):
+class EmbraceFusion(Pooling):
     """Each component comes from one of the modalities that are there: its expectation.
 
     Reference: Choi and Lee 2019, "EmbraceNet: A robust deep learning architecture for multimodal classification"
@@ -85,19 +94,13 @@ class EmbraceFusion(Fusion):
     Couples: nothing
     """
 
-    Settings = HiddenSettings
-    reads_slots = False
     gives_shares = True
 
     def __init__(self, shape: Shape, settings: HiddenSettings | None = None) -> None:
-        super().__init__(shape)
-        settings = settings or HiddenSettings()
-        self.docks = Docks(shape.modalities, shape.embedding, shape.embedding)
+        super().__init__(shape, settings)
         self.scores = Numbers(shape.modalities, 1)
-        self.head = Head(shape.embedding, shape.outputs, settings.hidden)
 
-    def forward(self, slots: Tensor, used: Tensor, modality_logits: Tensor) -> Fused:
-        """Embrace and decide."""
+    def pool(self, docked: Tensor, used: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embrace."""
         weights = softmax_shares(self.scores(used)[:, :, 0], used)
-        embraced = weights.unsqueeze(-1) * torch.relu(self.docks(slots, used))
-        return Fused(logits=self.head(embraced.sum(1)), weights=weights)
+        return weighted_sum(weights, torch.relu(docked)), weights

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gapweave.shared.fusion import FUSIONS, Fused, Fusion, Shape
-from gapweave.shared.fusion.parts import Docks, Head, HiddenSettings, equal_shares, present_only
+from gapweave.shared.fusion.parts import Docks, Head, HiddenSettings, equal_shares, present_only, weighted_sum
 
 
 class Pooling(Fusion):
@@ -62,7 +62,7 @@ class MeanFusion(Pooling):
     def pool(self, docked: Tensor, used: Tensor) -> tuple[Tensor, Tensor | None]:
         """Average."""
         weights = equal_shares(used)
-        return (weights.unsqueeze(-1) * docked).sum(1), weights
+        return weighted_sum(weights, docked), weights
 
 
 @FUSIONS.register("max")

@@ -1,4 +1,4 @@
-"""Asking a Flower process for its health, by gRPC's own protocol."""
+"""Ports of this machine: a free one, and whether the Flower process behind one is healthy, by gRPC's protocol."""
 
 from __future__ import annotations
 
