@@ -64,6 +64,8 @@ def ask(grid: Grid, kind: str, requests: Mapping[int, RecordDict], seconds: floa
 
 def _transport(reply: Message) -> str:
     """What an error of Flower's says; the one that a site's guard writes names the versions of both sides."""
+    if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+        return "is no longer connected"
     if reply.error.code == ErrorCode.INVALID_FAB and re.fullmatch(r"[\w.,:; ]{1,200}", reply.error.reason or ""):
         return str(reply.error.reason)
     return f"error {reply.error.code} in transport"
@@ -72,7 +74,9 @@ def _transport(reply: Message) -> str:
 def _read(node: int, reply: Message) -> Answer:
     """A reply as status and arrays; what cannot be read is a failed site, not a failed run."""
     if reply.has_error():
-        return Answer(node=node, header={"status": "failed", "text": _transport(reply)}, arrays={})
+        # A site that is cut off is late, whether the deadline or the hub's own watch on its nodes tells so first.
+        status = "late" if reply.error.code == ErrorCode.NODE_UNAVAILABLE else "failed"
+        return Answer(node=node, header={"status": status, "text": _transport(reply)}, arrays={})
     try:
         header, arrays = wire.unpack(reply.content)
     except wire.ProtocolError as error:

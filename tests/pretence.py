@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from hospitals import plan_of
 
 from gapweave.server.strategy import RoundLoop
@@ -79,6 +79,8 @@ class Pretence(InlineGrid):
             reply = site.train(number, arrays)
         else:
             reply = ({"status": "ok"}, {})
+        if isinstance(reply, Error):
+            return Message(reply, reply_to=message)
         content = reply if isinstance(reply, RecordDict) else wire.pack(*reply)
         return Message(content, reply_to=message)
 

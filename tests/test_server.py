@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import RecordDict
+from flwr.app import Error, RecordDict
+from flwr.common.constant import ErrorCode
 from hospitals import Wire, build, plan_of
 from pretence import ALL, RUN, Answer, Pretence, Pretender, loop, moved, study_of
 
@@ -450,6 +451,17 @@ def test_a_site_whose_app_breaks_is_a_failed_site(tmp_path: Path) -> None:
     run = loop(tmp_path, study_of(2), Pretence(Pretender("a"), Pretender("b"), Breaker("c")))
     run.run()
     assert next(run.directory.rounds())["sites"]["c"] == {"status": "failed", "reason": "error 2 in transport"}
+
+
+def test_a_site_that_the_hub_lost_is_late_as_one_that_does_not_answer(tmp_path: Path) -> None:
+    # Believed: a site that is cut off is seen at the deadline. True: the SuperLink may answer for it before that.
+    class Lost(Pretender):
+        def train(self, number: int, arrays: Arrays) -> Any:
+            return Error(ErrorCode.NODE_UNAVAILABLE)
+
+    run = loop(tmp_path, study_of(2), Pretence(Pretender("a"), Pretender("b"), Lost("c")))
+    run.run()
+    assert next(run.directory.rounds())["sites"]["c"] == {"status": "late", "reason": "is no longer connected"}
 
 
 def test_two_sites_of_one_name_are_not_taken_for_one(tmp_path: Path) -> None:
