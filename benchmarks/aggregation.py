@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gapweave.server.aggregators import Sum, bad_sites, combine, resolve
+from gapweave.server.aggregators import Sum, combine
+from gapweave.server.rules import bad_sites, resolve
 
 Rows = NDArray[np.float32]
 RULES = ("mean", "median", "trimmed_mean", "multi_krum", "geometric_median", "nnm+trimmed_mean")

@@ -8,11 +8,13 @@ from dataclasses import replace
 from statistics import median_low
 from typing import Any
 
-from gapweave.server.aggregators import Sum, Update, protection, rule_for, start
+from gapweave.server.aggregators import Sum, Update
 from gapweave.server.agreement import Agreement, against_the_others, agreements
 from gapweave.server.history import History
 from gapweave.server.optimizers import ServerOptimizer
+from gapweave.server.rules import protection, rule_for, start, written
 from gapweave.server.screening import norm, reason_to_reject, too_long, too_quiet
+from gapweave.shared.config.sharing import AnyRule
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
 from gapweave.shared.model import MultimodalModel, groups, shared_groups
@@ -90,7 +92,7 @@ class GroupAggregation:
             holders = sorted(self._norms[group].keys() - self._screened[group].keys())
             rule = self._rule(group, len(holders))
             lines[group] = {
-                "rule": rule,
+                "rule": written(rule),
                 "protects": protection(rule, len(holders)),
                 "holders": holders,
                 "norms": dict(sorted(self._norms[group].items())),
@@ -121,13 +123,13 @@ class GroupAggregation:
         for group in self._kept:
             self._screen(group, reasons)
 
-    def _rule(self, group: str, holders: int) -> str:
+    def _rule(self, group: str, holders: int) -> AnyRule:
         aggregation = self._study.aggregation
         named = aggregation.of(group)
         # Robust rules weigh all sites alike.
         return "mean" if named == "auto" and aggregation.weights == "patients" else rule_for(named, holders)
 
-    def _combine(self, group: str, rule: str, holders: list[str]) -> Update:
+    def _combine(self, group: str, rule: AnyRule, holders: list[str]) -> Update:
         if self._study.aggregation.strict and len(holders) < 3:
             raise TooFewSites(f"{len(holders)} holders cannot protect each other, and the study is strict")
         accumulator = start(rule, group, len(holders))

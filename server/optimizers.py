@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapweave.server.aggregators import Update
-from gapweave.shared.config.study import Aggregation
+from gapweave.shared.config.sharing import Aggregation
 from gapweave.shared.tensorfile import Arrays
 
 Floats = NDArray[np.float64]

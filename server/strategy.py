@@ -14,7 +14,6 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from gapweave.server.aggregation import GroupAggregation, initial_groups
-from gapweave.server.aggregators import resolve, rule_for
 from gapweave.server.agreement import Agreement
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.evaluation import Released, ask_tables
@@ -23,6 +22,7 @@ from gapweave.server.late import add_late, late_mean
 from gapweave.server.mail import POLL_S, Answer, ask
 from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
+from gapweave.server.rules import resolve, rule_for
 from gapweave.server.sampling import sampled
 from gapweave.server.screening import noise_sd
 from gapweave.shared import wire

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gapweave.server.aggregation import initial_groups
-from gapweave.server.aggregators import resolve, rule_for, start
+from gapweave.server.rules import resolve, rule_for, start
 from gapweave.shared.config import Site, Study
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import TooFewSites, UsageError
@@ -48,7 +48,7 @@ def _at(key: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise UsageError(error.what, where=f"study:{key}", remedy=error.remedy) from None
+        raise UsageError(error.what, where=f"study:{key}{error.where.replace(':', '.')}", remedy=error.remedy) from None
 
 
 def check_holders(study: Study, sites: Iterable[Site]) -> None:

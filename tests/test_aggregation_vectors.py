@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flwr.server.strategy import aggregate as flower
 
-from gapweave.server.aggregators import bad_sites, combine, resolve
+from gapweave.server.aggregators import combine
+from gapweave.server.rules import bad_sites, resolve
 
 FILE = Path(__file__).parent / "vectors" / "aggregation.json"
 SHA256 = "b47972c834ea965e3062a7da349c001d584ecf0d88bc6e60cd577c3533bce640"

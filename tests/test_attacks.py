@@ -13,7 +13,8 @@ from batches import random_batch
 from cohorts import study
 from hospitals import KINDS, build, plan_of, publish
 
-from gapweave.server.aggregators import bad_sites, combine, resolve
+from gapweave.server.aggregators import combine
+from gapweave.server.rules import bad_sites, resolve
 from gapweave.shared.config.study import LABEL_ATTACKS, UPDATE_ATTACKS
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.attacks import bad_names, lie, mislabelled

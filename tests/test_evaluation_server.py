@@ -22,7 +22,8 @@ from gapweave.server.app import run_study
 from gapweave.server.evaluation import Released, ask_tables, mean_metrics, pooled_metrics, worst_site
 from gapweave.server.peers import Peer
 from gapweave.shared import wire
-from gapweave.shared.config.study import Aggregation, Study
+from gapweave.shared.config.sharing import Aggregation
+from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError
 from gapweave.shared.metrics import exact_metrics
 from gapweave.shared.privacy.ledger import read_ledger

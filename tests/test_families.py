@@ -21,7 +21,8 @@ from gapweave.client.gradients.plain import PlainEngine
 from gapweave.client.predict import SiteModel, predict, table
 from gapweave.client.state import to_arrays, to_tensors
 from gapweave.server.aggregation import initial_groups
-from gapweave.server.aggregators import AGGREGATORS, Mixer, Update, bad_sites, promises, resolve, rule_for, start
+from gapweave.server.aggregators import AGGREGATORS, Mixer, Update
+from gapweave.server.rules import bad_sites, promises, resolve, rule_for, start
 from gapweave.server.rules_table import table as rules_table
 from gapweave.shared import tensorfile, wire
 from gapweave.shared.catalogue import described

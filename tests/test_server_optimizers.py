@@ -10,7 +10,7 @@ import pytest
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.optimizers import ServerOptimizer
 from gapweave.shared import PROTOCOL_VERSION, tensorfile
-from gapweave.shared.config.study import Aggregation
+from gapweave.shared.config.sharing import Aggregation
 from gapweave.shared.errors import UsageError
 
 KINDS = ["none", "momentum", "adam", "yogi", "adagrad"]

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from gapweave.shared.errors import TooFewSites, UsageError
+from gapweave.shared.config.base import StrictModel
 from gapweave.shared.registry import Registry
 
 Update = dict[str, NDArray[np.float32]]
@@ -49,14 +50,32 @@ class Accumulator(Protocol):
         ...
 
 
+class NoParameters(StrictModel):
+    """A stage without parameters."""
+
+
+class Tolerance(StrictModel):
+    """What a stage against bad sites is given."""
+
+    f: int | None = Field(None, ge=1, description="bad sites among a group's holders (default: by their number)")
+
+
 class Stage:
     """One registered stage of a rule.
+
+    Args:
+        parameters: of the class's `Parameters`; None for the defaults.
 
     Attributes:
         properties: what it promises where it stands alone; the contract suite tests just that.
     """
 
+    Parameters: ClassVar[type[StrictModel]] = Tolerance
+    """What a study may give it beside its name."""
     properties: ClassVar[frozenset[Property]] = frozenset()
+
+    def __init__(self, parameters: StrictModel | None = None) -> None:
+        self.parameters: Any = parameters or self.Parameters()
 
     def needs(self, f: int) -> int:
         """The smallest number of sites for which the stage's theorem holds with `f` bad ones."""
@@ -148,78 +167,6 @@ SAMPLED = 4096
 """Coordinates on which the most central update is looked for."""
 
 
-def bad_sites(sites: int) -> int:
-    """How many bad ones of so many sites a rule is prepared for, if the study does not say: floor((h - 1) / 4)."""
-    return max(1, (sites - 1) // 4)
-
-
-def rule_for(rule: str, sites: int) -> str:
-    """What `auto` means for a group that so many sites hold: nothing protects two, three or four survive one bad site.
-
-    >>> rule_for("auto", 2), rule_for("auto", 4), rule_for("auto", 5), rule_for("mean", 5)
-    ('norm_bound', 'median', 'nnm+trimmed_mean', 'mean')
-    """
-    if rule != "auto":
-        return rule
-    return "norm_bound" if sites < 3 else "median" if sites < 5 else "nnm+trimmed_mean"
-
-
-def promises(rule: str) -> frozenset[Property]:
-    """What a chain promises: what all of its stages do."""
-    return frozenset[Property].intersection(*(stage.properties for stage in resolve(rule)))
-
-
-def protection(rule: str, sites: int) -> str:
-    """What a rule promises among so many sites, for the round log."""
-    if "breakdown" not in promises(rule) or sites < 3:
-        return "none"
-    return "weak: survives one bad site at some loss" if sites < 5 else f"{bad_sites(sites)} bad of {sites}"
-
-
-def resolve(rule: str) -> tuple[Stage, ...]:
-    """The installed stages behind a rule: pre-aggregators, and one rule at the end.
-
-    Raises:
-        UsageError: for a stage that is not installed, or that stands where it cannot.
-    """
-    stages = tuple(AGGREGATORS[name.strip()] for name in rule.split("+"))
-    if isinstance(stages[-1], Mixer) or not all(isinstance(stage, Mixer) for stage in stages[:-1]):
-        raise UsageError(
-            f"{rule!r} is no chain of pre-aggregators with one rule at its end",
-            remedy="Write for example nnm+trimmed_mean",
-        )
-    return stages
-
-
-def start(rule: str, group: str, sites: int) -> Accumulator:
-    """Begin the aggregation of one group.
-
-    Args:
-        rule: of the study, for example `nnm+trimmed_mean`.
-        group: its name, for messages.
-        sites: number of updates that will come.
-
-    Raises:
-        TooFewSites: when a condition of the rule does not hold for so few.
-        UsageError: for a rule that is not installed.
-    """
-    stages, f = resolve(rule), bad_sites(sites)
-    if sites < 1:
-        raise TooFewSites(f"no site sent {group!r}", remedy="Wait for a site that holds it")
-    rows = sites
-    for stage in stages:
-        if rows < stage.needs(f):
-            raise TooFewSites(
-                f"{rule} of {group!r} is not safe with {f} bad of {sites} sites",
-                where=f"study:aggregation.{group}",
-                remedy="Wait for more sites that hold it, or choose a rule for fewer",
-            )
-        rows = stage.rows(rows) if isinstance(stage, Mixer) else rows
-    if len(stages) == 1 and getattr(stages[0], "streams", False):
-        return Sum()
-    return Gathered(stages, sites, f)
-
-
 class Sum:
     """The mean as a running sum in float64: memory does not grow with the number of sites."""
 
@@ -285,7 +232,7 @@ def combine(rows: Rows, stages: tuple[Stage, ...], f: int) -> Rows:
 
     Args:
         rows: [n, d], finite.
-        stages: as `resolve` gives them.
+        stages: as `rules.resolve` gives them.
         f: bad sites among n.
 
     Returns:

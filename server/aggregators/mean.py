@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Floats, Gram, Weigher
+from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Floats, Gram, NoParameters, Weigher
 
 
 class Mean(Weigher):
     """All sites weigh alike."""
 
+    Parameters = NoParameters
     properties = EVERYTHING - {"breakdown"}
     streams = True
 

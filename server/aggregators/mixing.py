@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+from pydantic import Field
 
-from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Floats, Gram, Mixer
+from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Floats, Gram, Mixer, Tolerance
 
-BUCKET = 2
+
+class Buckets(Tolerance):
+    """What bucketing is given."""
+
+    size: int = Field(2, ge=2, description="updates of a bucket")
 
 
 class NearestNeighbourMixing(Mixer):
@@ -31,27 +36,29 @@ class NearestNeighbourMixing(Mixer):
 
 
 class Bucketing(Mixer):
-    """Means of random pairs of updates. The draw comes from the updates themselves: a resumed round draws alike.
+    """Means of `size` updates drawn at random. The draw comes from the updates themselves: a resumed round draws alike.
 
     Guarantee: honest sites look more alike; the number of bad rows stays at most f.
-    Assumes: that the rule after it takes f bad ones among half as many rows: of little use for six sites or fewer.
-    Edge cases: an odd site is a bucket of its own; the draw changes when all updates are moved.
-    Reference: Karimireddy et al. 2022 (arXiv 2006.09365), algorithm 1 with s = 2.
+    Assumes: that the rule after it takes f bad ones among so many fewer rows: of little use for six sites or fewer.
+    Edge cases: sites that are left over are a smaller bucket; the draw changes when all updates are moved.
+    Reference: Karimireddy et al. 2022 (arXiv 2006.09365), algorithm 1.
     """
 
+    Parameters = Buckets
     properties = EVERYTHING - {"translation"}
 
     def rows(self, n: int) -> int:
-        """Half as many."""
-        return -(-n // BUCKET)
+        """One a bucket."""
+        return -(-n // int(self.parameters.size))
 
     def mix(self, gram: Gram, f: int) -> Floats:
-        """[ceil(n / 2), n]."""
+        """[ceil(n / size), n]."""
         seed = hashlib.sha256(np.sort(gram.norms()).round(9).tobytes()).digest()
         order = np.random.default_rng(list(seed)).permutation(gram.n)
         weights = np.zeros((self.rows(gram.n), gram.n))
-        for row, at in enumerate(range(0, gram.n, BUCKET)):
-            members = order[at : at + BUCKET]
+        size = self.parameters.size
+        for row, at in enumerate(range(0, gram.n, size)):
+            members = order[at : at + size]
             weights[row, members] = 1 / len(members)
         return weights
 

@@ -6,15 +6,21 @@ Each of them weighs updates by how far they are, so a few steps on the Gram matr
 from __future__ import annotations
 
 import numpy as np
+from pydantic import Field
 
 from gapweave.server.aggregators import AGGREGATORS, EVERYTHING, Floats, Gram, Weigher
+from gapweave.shared.config.base import StrictModel
 
 STEPS = 1000
 TOLERANCE = 1e-12
 """Weiszfeld's steps end when no weight moves by more than this."""
 CLIPPING_STEPS = 20
-BOUND = 3.0
-"""Longest update that the norm bound lets through as it is, in lengths of the (lower) median update."""
+
+
+class Bound(StrictModel):
+    """What the norm bound is given."""
+
+    bound: float = Field(3.0, gt=0, description="longest update let through as it is, in lengths of the median one")
 
 
 class GeometricMedian(Weigher):
@@ -65,14 +71,16 @@ class CentredClipping(Weigher):
 
 
 class NormBound(Weigher):
-    """The mean of updates shortened to three times the length of the (lower) median one.
+    """The mean of updates shortened to `bound` times the length of the (lower) median one.
 
-    Guarantee: no site moves the result by more than 3/n times that length; for one or two holders this is all there is.
+    Guarantee: no site moves the result by more than bound/n times that length; for one or two holders that is
+        all there is.
     Assumes: nothing; a majority of bad sites also sets the median.
     Edge cases: of two holders the shorter one's length counts.
     Reference: Sun et al. 2019 (arXiv 1911.07963), section 4, with a bound read off the updates.
     """
 
+    Parameters = Bound
     properties = EVERYTHING - {"translation", "breakdown"}
 
     def needs(self, f: int) -> int:
@@ -82,7 +90,7 @@ class NormBound(Weigher):
     def weigh(self, gram: Gram, f: int) -> Floats:
         """At most 1/n each."""
         norms = gram.norms()
-        bound = BOUND * np.sort(norms)[(gram.n - 1) // 2]
+        bound = self.parameters.bound * np.sort(norms)[(gram.n - 1) // 2]
         shares: Floats = np.minimum(1.0, bound / np.maximum(norms, 1e-300)) / gram.n
         return shares
 

@@ -16,10 +16,12 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from gapweave.server.aggregators import Update, bad_sites, combine, resolve, rule_for
+from gapweave.server.aggregators import Update, combine
 from gapweave.server.history import History, decay_of
+from gapweave.server.rules import bad_sites, resolve, rule_for
 from gapweave.shared import wire
 from gapweave.shared.config import Study
+from gapweave.shared.config.sharing import AnyRule
 from gapweave.shared.config.study import UPDATE_ATTACKS, Task
 from gapweave.shared.schema import Batch
 from gapweave.shared.tensorfile import Arrays
@@ -60,7 +62,7 @@ def mislabelled(batch: Batch, task: Task, attack: str) -> Batch:
     return replace(batch, target=1 - target)
 
 
-def lie(attack: str, own: Rows, honest: Rows, before: Rows, rule: str, bad: int, noised: bool = False) -> Rows:
+def lie(attack: str, own: Rows, honest: Rows, before: Rows, rule: AnyRule, bad: int, noised: bool = False) -> Rows:
     """What each bad site sends of one parameter group.
 
     Args:
@@ -117,7 +119,7 @@ def _most_harmful(
     honest: Rows,
     mean: NDArray[np.float64],
     directions: Sequence[NDArray[np.float64]],
-    rule: str,
+    rule: AnyRule,
     bad: int,
     hidden: bool,
 ) -> NDArray[np.float64]:
@@ -126,7 +128,7 @@ def _most_harmful(
     A hidden one is never against that mean.
     """
     sites = len(honest) + bad
-    stages, f = resolve(rule_for(rule, sites)), bad_sites(sites)
+    stages, f = resolve(rule_for(rule, sites)), bad_sites(sites, rule)
     best, harm = mean, -1.0
     for direction in directions:
         for strength in STRENGTHS:
