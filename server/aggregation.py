@@ -10,6 +10,7 @@ from typing import Any
 
 from gapweave.server.aggregators import Sum, Update
 from gapweave.server.agreement import Agreement, against_the_others, agreements
+from gapweave.server.fednova import Normalisation, scaled
 from gapweave.server.history import History
 from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.rules import protection, rule_for, start, written
@@ -46,6 +47,7 @@ class GroupAggregation:
         self.bytes = 0
         self.agreements = dict(agreements or {})
         self._history = history or History(0)
+        self._paths = Normalisation(study.training)
         self._study, self._current = study, current
         self._kept: dict[str, dict[str, Update]] = {group: {} for group in current}
         self._sums = {group: Sum() for group in current if self._rule(group, 0) == "mean"}
@@ -70,12 +72,14 @@ class GroupAggregation:
                 self._screened[group][site] = reason
                 continue
             length, numbers = norm(update), sum(value.size for value in update.values())
-            self._norms[group][site] = length
-            self._noise[group].append(noise_sd * math.sqrt(numbers))
+            path = self._paths.path(site, patients)
+            self._norms[group][site] = length / path
+            self._noise[group].append(noise_sd * math.sqrt(numbers) / path)
             quiet = too_quiet(length, numbers, noise_sd)
             if quiet is not None:
                 self._screened[group][site] = quiet
                 continue
+            update = scaled(update, 1 / path)
             if group in self._sums:
                 self._sums[group].add(update, 1 if self._study.aggregation.weights == "uniform" else patients)
             else:
@@ -134,10 +138,11 @@ class GroupAggregation:
             raise TooFewSites(f"{len(holders)} holders cannot protect each other, and the study is strict")
         accumulator = start(rule, group, len(holders))
         if group in self._sums:
-            return self._sums[group].finish()
+            usual = self._paths.usual(holders, self._study.aggregation.weights)
+            return scaled(self._sums[group].finish(), usual)
         for site in holders:
             accumulator.add(self._history.take(site, group, self._kept[group].pop(site)))
-        return accumulator.finish()
+        return scaled(accumulator.finish(), self._paths.usual(holders, None))
 
 
 def initial_groups(study: Study) -> Arrays:

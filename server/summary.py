@@ -127,7 +127,7 @@ def _updates(study: Study, peer: Peer) -> list[dict[str, Any]]:
         "released": "update",
         "noise_multiplier": peer.plan["noise_multiplier"],
         "sample_rate": peer.plan["sample_rate"],
-        "steps": study.training.local_steps,
+        "steps": study.training.steps_for(peer.patients),
         "max_grad_norm": study.privacy.max_grad_norm,
         "unit": "patient",
         "neighbours": "add_remove",

@@ -9,6 +9,7 @@ from typing import Any
 from gapweave.server.aggregation import initial_groups
 from gapweave.server.rules import resolve, rule_for, start
 from gapweave.shared.config import Site, Study
+from gapweave.shared.config.study import Training
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import TooFewSites, UsageError
 from gapweave.shared.fusion import FUSIONS, chosen_fusion
@@ -80,6 +81,10 @@ def check_holders(study: Study, sites: Iterable[Site]) -> None:
             raise UsageError(error.what, where=error.where, remedy=error.remedy) from None
 
 
+def _round(training: Training) -> str:
+    return f"{training.local_steps} steps" if training.passes is None else f"{training.passes:g} passes"
+
+
 def describe(study: Study) -> dict[str, str]:
     """What a reader wants to know of a study before running it: id -> one line."""
     shared = initial_groups(study)
@@ -93,7 +98,7 @@ def describe(study: Study) -> dict[str, str]:
         "inputs": shapes,
         "shared": f"{', '.join(shared)}: {size / 1e6:.2f} MB up and down a site and round at most",
         "local": ", ".join(sorted(every.keys() - shared.keys())) or "nothing",
-        "schedule": f"{study.training.rounds} rounds of {study.training.local_steps} steps",
+        "schedule": f"{study.training.rounds} rounds of {_round(study.training)}",
         "privacy": (
             f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, patient-level, per site"
             if privacy.enabled

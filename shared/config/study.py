@@ -187,12 +187,22 @@ class SchemeConfig(StrictModel):
     name: str = Field("none", description="a registered scheme")
 
 
+MOST_STEPS = 10_000
+"""Most optimiser steps a round at one site."""
+
+
 class Training(StrictModel):
     """How sites train between two aggregations."""
 
     schedule: Literal["fedavg"] = Field("fedavg", description="local steps between aggregations")
     rounds: int = Field(30, ge=1, le=100_000, description="number of rounds")
-    local_steps: int = Field(5, ge=1, le=10_000, description="optimiser steps a round at each site")
+    local_steps: int = Field(5, ge=1, le=MOST_STEPS, description="optimiser steps a round at each site")
+    passes: float | None = Field(
+        None,
+        gt=0,
+        description="in place of local_steps: passes over its own patients that each site makes a round, so passes x "
+        "(public number of patients) / batch steps; updates then count a step (FedNova)",
+    )
     batch: int = Field(64, ge=1, description="expected number of patients a step (Poisson sampling)")
     lr: float = Field(0.05, gt=0, description="learning rate")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the site's optimiser, kept between rounds")
@@ -206,6 +216,18 @@ class Training(StrictModel):
         False, description="fine-tune privately at each site after the last upload; that copy never leaves"
     )
     finetune_steps: int = Field(20, ge=1, description="steps of fine-tuning, charged to the same budget")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.lr * self.proximal >= 1:
+            raise ValueError(f"lr * proximal = {self.lr * self.proximal:g} must be below 1, or each step overshoots")
+        return self
+
+    def steps_for(self, patients: int) -> int:
+        """Steps a round at a site with so many training patients, which is a public number."""
+        if self.passes is None:
+            return self.local_steps
+        return max(1, round(min(self.passes * patients / self.batch, MOST_STEPS)))
 
 
 class PrivacyConfig(StrictModel):

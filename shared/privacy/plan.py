@@ -98,14 +98,15 @@ def make_plan(
     training, privacy = study.training, study.privacy
     rate = min(1.0, training.batch / n_hat)
     finetune = training.finetune_steps if training.finetune else 0
-    steps = training.rounds * training.local_steps + finetune
+    each = training.steps_for(n_hat)
+    steps = training.rounds * each + finetune
     table = table_event(study, n_hat) if tables else NOT_ALLOWED
     beside = preparation if isinstance(table, str) else (*preparation, table)
     plan = Plan(
         noise_multiplier=_calibrate(privacy.epsilon, delta, rate, steps, beside) if privacy.enabled else 0.0,
         sample_rate=rate,
         n_hat=n_hat,
-        steps=training.local_steps,
+        steps=each,
         rounds=training.rounds,
         finetune_steps=finetune,
         max_grad_norm=privacy.max_grad_norm,
