@@ -14,9 +14,10 @@ from torch import Tensor
 
 from gapweave.client.audit_site import RUN, CanarySite, Finding, Heard, Scene, finding
 from gapweave.client.gradients import Gradient
-from gapweave.client.state import RoundState, to_arrays, to_tensors
+from gapweave.client.state import Groups, RoundState, to_arrays, to_tensors
 from gapweave.shared.config.study import Training
-from gapweave.shared.model import MultimodalModel, groups, load_groups
+from gapweave.shared.messages import as_corrections, split_corrections
+from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import read_ledger
 from gapweave.shared.tensorfile import Arrays
@@ -30,7 +31,7 @@ class Round:
     """One round of the real participant on synthetic patients.
 
     Attributes:
-        received: what the server sent.
+        received: what the server sent, corrections of steps included.
         state: after the round.
         event: what the ledger holds for the round; None when nothing was charged.
         charged_before: for each step, whether the event was in the ledger when the engine began.
@@ -63,12 +64,14 @@ def rehearse(scene: Scene) -> Rehearsal:
     )
     site.prepare(RUN)
     received = to_arrays({group: site.initial[group] for group in site.shared})
+    corrections = as_corrections(received) if scene.study.training.scaffold else {}
     for number in range(1, min(2, scene.plan.rounds) + 1):
         done, before = len(charged), len(site.watched.sums)
-        state = site.train(RUN, number, f"rehearsed request {number}", received)
+        sent = {**received, **corrections}
+        state = site.train(RUN, number, f"rehearsed request {number}", sent)
         rounds.append(
             Round(
-                received=received,
+                received=sent,
                 state=state,
                 event=_event(site, number - 1),
                 charged_before=charged[done:],
@@ -131,12 +134,15 @@ class Descent:
         self._training = training
         self._velocity: dict[str, Tensor] = {}
 
-    def step(self, model: MultimodalModel, gradient: dict[str, Tensor]) -> None:
+    def step(self, model: MultimodalModel, gradient: dict[str, Tensor], corrections: Groups) -> None:
         """Change the model in place."""
         training = self._training
         with torch.no_grad():
             for name, parameter in model.named_parameters():
+                group, key = group_of(name)
                 slope = gradient[name] + training.weight_decay * parameter
+                if group in corrections:
+                    slope = slope + corrections[group][key]
                 velocity = training.momentum * self._velocity.get(name, torch.zeros_like(slope)) + slope
                 self._velocity[name] = velocity
                 parameter.sub_(training.lr * velocity)
@@ -144,7 +150,8 @@ class Descent:
 
 def _replay(model: MultimodalModel, descent: Descent, one: Round, event: PrivacyEvent) -> None:
     """The round again, from the event, the sums, and the normal numbers that were drawn."""
-    load_groups(model, to_tensors(one.received))
+    received, corrections = map(to_tensors, split_corrections(one.received))
+    load_groups(model, received)
     size = event.sample_rate * (event.n_hat or 0)
     for total, normals in zip(one.sums, one.heard.normals, strict=True):
         vector = torch.from_numpy(normals * event.noise_multiplier * event.max_grad_norm)
@@ -153,7 +160,7 @@ def _replay(model: MultimodalModel, descent: Descent, one: Round, event: Privacy
             name: ((value.cpu().double() + next(noise).view(value.shape)) / size).float()
             for name, value in total.items()
         }
-        descent.step(model, gradient)
+        descent.step(model, gradient, corrections)
 
 
 def _sizes(total: dict[str, Tensor]) -> list[int]:

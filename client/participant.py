@@ -31,6 +31,7 @@ from gapweave.client.training import Sgd, Step, train
 from gapweave.shared.config import Site, Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.errors import BudgetExhausted, RefusedError
+from gapweave.shared.messages import split_corrections
 from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups, shared_groups
 from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws
 from gapweave.shared.privacy.events import PrivacyEvent
@@ -226,7 +227,7 @@ class Participant:
             run: our own id of the run.
             number: of the round, from 1.
             request: hash of the whole request.
-            received: the shared groups.
+            received: the shared groups, and with SCAFFOLD corrections of some of them.
 
         Returns:
             The state after the round; its `reply` is what may leave.
@@ -244,7 +245,7 @@ class Participant:
                 return before if before.reply else self._again(ledger, run, number, before, received)
             check_open(ledger.view, run)
             check_round(number, before.round, self.study.training.rounds)
-            self._check_groups(received)
+            self._check_round(received)
             plan = self._plan(ledger, run)
             event = plan.event(f"update of round {number}")
             ledger.charge(run, self.study.sha256, request, event)
@@ -268,18 +269,25 @@ class Participant:
         return not self._durable and not after.private and not after.momentum
 
     def _again(self, ledger: Ledger, run: str, number: int, before: RoundState, received: Arrays) -> RoundState:
-        self._check_groups(received)
+        self._check_round(received)
         trained = self._train(self._plan(ledger, run), number, before.request, before, received)
         return replace(trained, ledger=before.ledger)
 
     def _check_groups(self, received: Arrays) -> None:
         check_groups(received, {group: self.initial[group] for group in self.shared})
 
+    def _check_round(self, received: Arrays) -> None:
+        shared, corrections = split_corrections(received)
+        self._check_groups(shared)
+        corrected = self.shared if self.study.training.scaffold else []
+        check_groups(corrections, {group: self.initial[group] for group in corrected if group in corrections})
+
     def _train(self, plan: Plan, number: int, request: str, before: RoundState, received: Arrays) -> RoundState:
-        start = to_tensors(received)
+        shared, corrections = split_corrections(received)
+        start = to_tensors(shared)
         self._load(before, start)
-        pulled = self._by_parameter(received) if self.study.training.proximal else None
-        optimizer = Sgd(self.study, self._by_parameter(before.momentum), pulled)
+        pulled = self._by_parameter(shared) if self.study.training.proximal else None
+        optimizer = Sgd(self.study, self._by_parameter(before.momentum), pulled, self._by_parameter(corrections))
         self._steps(plan, self._draws(number), optimizer, plan.steps)
         trained = groups(self.model)
         update = {

@@ -88,12 +88,21 @@ class Sgd:
         buffers: momentum by parameter name, continued from an earlier round.
         start: the shared parameters that the round began with, by parameter name; for the proximal term (Li et al.
             2020, arXiv 1812.06127), which reads parameters only and so costs no privacy.
+        corrections: added to each gradient, by parameter name, as the server sent them (SCAFFOLD, Karimireddy et al.
+            2020, arXiv 1910.06378).
     """
 
-    def __init__(self, study: Study, buffers: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        buffers: Mapping[str, Tensor],
+        start: Mapping[str, Tensor] | None = None,
+        corrections: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._training = study.training
         self.buffers = dict(buffers)
         self._start = dict(start or {})
+        self._corrections = dict(corrections or {})
 
     def step(self, model: MultimodalModel, gradient: Mapping[str, Tensor]) -> None:
         """Change the model's parameters in place."""
@@ -109,6 +118,9 @@ class Sgd:
                     for name, value in named.items()
                 ]
                 changes = torch._foreach_add(list(changes), pulls, alpha=training.proximal)
+            if self._corrections:
+                added = [self._corrections.get(name, torch.zeros_like(value)) for name, value in named.items()]
+                changes = torch._foreach_add(list(changes), added)
             if training.momentum:
                 before = [
                     self.buffers[name] if name in self.buffers else torch.zeros_like(named[name]) for name in named

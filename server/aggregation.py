@@ -13,7 +13,8 @@ from gapweave.server.agreement import Agreement, against_the_others, agreements
 from gapweave.server.fednova import Normalisation, scaled
 from gapweave.server.history import History
 from gapweave.server.optimizers import ServerOptimizer
-from gapweave.server.rules import protection, rule_for, start, written
+from gapweave.server.rules import protection, rule_of, start, written
+from gapweave.server.scaffold import Variates
 from gapweave.server.screening import norm, reason_to_reject, too_long, too_quiet
 from gapweave.shared.config.sharing import AnyRule
 from gapweave.shared.config.study import Study
@@ -33,6 +34,7 @@ class GroupAggregation:
         optimizer: what is done with each group's aggregate; its moments move on.
         agreements: how each site agreed with the others so far, by site.
         history: of their updates; it moves on.
+        variates: of SCAFFOLD, which gave this round's corrections; they move on.
     """
 
     def __init__(
@@ -42,15 +44,17 @@ class GroupAggregation:
         optimizer: ServerOptimizer | None = None,
         agreements: Mapping[str, Agreement] | None = None,
         history: History | None = None,
+        variates: Variates | None = None,
     ) -> None:
         self._optimizer = optimizer or ServerOptimizer(study.aggregation)
         self.bytes = 0
         self.agreements = dict(agreements or {})
         self._history = history or History(0)
+        self._variates = variates or Variates(study)
         self._paths = Normalisation(study.training)
         self._study, self._current = study, current
         self._kept: dict[str, dict[str, Update]] = {group: {} for group in current}
-        self._sums = {group: Sum() for group in current if self._rule(group, 0) == "mean"}
+        self._sums = {group: Sum() for group in current if rule_of(study.aggregation, group, 0) == "mean"}
         self._norms: dict[str, dict[str, float]] = {group: {} for group in current}
         self._noise: dict[str, list[float]] = {group: [] for group in current}
         self._screened: dict[str, dict[str, str]] = {group: {} for group in current}
@@ -69,7 +73,7 @@ class GroupAggregation:
         for group, update in arrays.items():
             reason = reason_to_reject(update, self._current[group])
             if reason is not None:
-                self._screened[group][site] = reason
+                self._reject(group, site, reason)
                 continue
             length, numbers = norm(update), sum(value.size for value in update.values())
             path = self._paths.path(site, patients)
@@ -77,8 +81,9 @@ class GroupAggregation:
             self._noise[group].append(noise_sd * math.sqrt(numbers) / path)
             quiet = too_quiet(length, numbers, noise_sd)
             if quiet is not None:
-                self._screened[group][site] = quiet
+                self._reject(group, site, quiet)
                 continue
+            self._variates.take(site, group, update, patients)
             update = scaled(update, 1 / path)
             if group in self._sums:
                 self._sums[group].add(update, 1 if self._study.aggregation.weights == "uniform" else patients)
@@ -94,7 +99,7 @@ class GroupAggregation:
             self._compare()
         for group in sorted(self._current):
             holders = sorted(self._norms[group].keys() - self._screened[group].keys())
-            rule = self._rule(group, len(holders))
+            rule = rule_of(self._study.aggregation, group, len(holders))
             lines[group] = {
                 "rule": written(rule),
                 "protects": protection(rule, len(holders)),
@@ -111,27 +116,25 @@ class GroupAggregation:
             result[group] = {name: value + change[name] for name, value in self._current[group].items()}
         return result, lines
 
+    def _reject(self, group: str, site: str, reason: str) -> None:
+        self._screened[group][site] = reason
+        self._variates.forget(site, group)
+
     def _screen(self, group: str, reasons: Mapping[str, str]) -> None:
         """Take updates out of a group again; a mean that was summed up on the way cannot do that."""
         for site, reason in reasons.items():
             if self._kept[group].pop(site, None) is not None:
-                self._screened[group][site] = reason
+                self._reject(group, site, reason)
 
     def _compare(self) -> None:
         """Leave out who pulls against the others; it may come back, since it is still compared."""
         for group in sorted(self._kept):
-            for site, number in agreements(self._kept[group]).items():
+            for site, number in agreements(self._variates.uncorrected(group, self._kept[group])).items():
                 self.agreements[site] = self.agreements.get(site, Agreement()) + number
         reasons = against_the_others(self.agreements)
         self.agreements = {site: replace(it, out=site in reasons) for site, it in self.agreements.items()}
         for group in self._kept:
             self._screen(group, reasons)
-
-    def _rule(self, group: str, holders: int) -> AnyRule:
-        aggregation = self._study.aggregation
-        named = aggregation.of(group)
-        # Robust rules weigh all sites alike.
-        return "mean" if named == "auto" and aggregation.weights == "patients" else rule_for(named, holders)
 
     def _combine(self, group: str, rule: AnyRule, holders: list[str]) -> Update:
         if self._study.aggregation.strict and len(holders) < 3:

@@ -14,7 +14,8 @@ from gapweave.shared.tensorfile import Arrays
 
 FILE = "server.safetensors"
 LATE = "late"
-HISTORY = "history/"
+BY_SITE = ("history", "variates")
+"""Fields of arrays by site and group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Checkpoint:
         groups: the shared groups after it.
         moments: of the server optimiser, by moment and group.
         history: sums of each site's updates, by site; `counts`: how many they hold, by site and group.
+        variates: control variates of SCAFFOLD, by site and group.
         late: sums of the shared groups after late rounds, which are averaged; empty before.
         peers: what is known of each site, by name.
         bytes_up: bytes of updates received so far.
@@ -42,6 +44,7 @@ class Checkpoint:
     moments: dict[str, Arrays] = field(default_factory=dict)
     history: dict[str, Arrays] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    variates: dict[str, Arrays] = field(default_factory=dict)
     late: Arrays = field(default_factory=dict)
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes_up: int = 0
@@ -54,8 +57,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fields = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(Checkpoint)}
     arrays: Arrays = dict(fields.pop("groups"))
-    history = {HISTORY + site: groups for site, groups in fields.pop("history").items()}
-    for moment, groups in {**fields.pop("moments"), **history, LATE: fields.pop("late")}.items():
+    by_site = {f"{name}/{site}": groups for name in BY_SITE for site, groups in fields.pop(name).items()}
+    for moment, groups in {**fields.pop("moments"), **by_site, LATE: fields.pop("late")}.items():
         arrays |= {f"{moment}:{group}": part for group, part in groups.items()}
     write_atomically(folder / FILE, tensorfile.dump(arrays, {"protocol": PROTOCOL_VERSION, **fields}))
 
@@ -89,5 +92,11 @@ def load_checkpoint(folder: Path, study: str) -> Checkpoint | None:
         moment, _, group = key.rpartition(":")
         (moments.setdefault(moment, {}) if moment else groups)[group] = part
     late = moments.pop(LATE, {})
-    history = {key.removeprefix(HISTORY): moments.pop(key) for key in list(moments) if key.startswith(HISTORY)}
-    return Checkpoint(groups=groups, moments=moments, history=history, late=late, **note)
+    by_site: dict[str, dict[str, Arrays]] = {name: {} for name in BY_SITE}
+    for key in list(moments):
+        name, _, site = key.partition("/")
+        if name in by_site:
+            by_site[name][site] = moments.pop(key)
+    return Checkpoint(
+        groups=groups, moments=moments, late=late, history=by_site["history"], variates=by_site["variates"], **note
+    )

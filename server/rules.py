@@ -14,7 +14,7 @@ from gapweave.server.aggregators import (
     Sum,
 )
 from gapweave.shared.config.base import parse, unknown_key
-from gapweave.shared.config.sharing import AnyRule
+from gapweave.shared.config.sharing import Aggregation, AnyRule
 from gapweave.shared.errors import TooFewSites, UsageError
 
 
@@ -37,6 +37,13 @@ def rule_for(rule: AnyRule, sites: int) -> AnyRule:
     if rule != "auto":
         return rule
     return "norm_bound" if sites < 3 else "median" if sites < 5 else "nnm+trimmed_mean"
+
+
+def rule_of(aggregation: Aggregation, group: str, holders: int) -> AnyRule:
+    """The rule of a group that so many sites hold."""
+    named = aggregation.of(group)
+    # Robust rules weigh all sites alike.
+    return "mean" if named == "auto" and aggregation.weights == "patients" else rule_for(named, holders)
 
 
 def written(rule: AnyRule) -> str:

@@ -24,10 +24,12 @@ from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
 from gapweave.server.rules import resolve, rule_for
 from gapweave.server.sampling import sampled
+from gapweave.server.scaffold import Variates
 from gapweave.server.screening import noise_sd
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable
+from gapweave.shared.messages import as_corrections
 from gapweave.shared.rundir import RunDirectory
 from gapweave.shared.tensorfile import Arrays, size
 
@@ -76,6 +78,7 @@ class RoundLoop:
         self.state = saved or Checkpoint(run=run, study=study.sha256, round=0, groups=initial_groups(study))
         self.optimizer = ServerOptimizer(study.aggregation, self.state.moments)
         self.history = History(decay_of(study), self.state.history, self.state.counts)
+        self.variates = Variates(study, self.state.variates)
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
         self.released: dict[str, Released] = {}
         self._greeted: set[int] = set()
@@ -203,14 +206,18 @@ class RoundLoop:
         start = time.monotonic()
         active = self._active()
         self._require_quorum(len(active), f"are left for round {number}")
+        corrections = self.variates.corrections(active)
         active = sampled(self.study, number, active)
         header = {"run": self.state.run, "study": self.study.sha256, "round": number}
         packed = {group: wire.record(part) for group, part in self.state.groups.items()}
-        requests = {peer.node: wire.pack(header, {group: packed[group] for group in peer.groups}) for peer in active}
-        down = sum(size({group: self.state.groups[group] for group in peer.groups}) for peer in active)
+        requests, down = {}, 0
+        for peer in active:
+            correction = as_corrections(corrections.get(peer.site, {}))
+            requests[peer.node] = wire.pack(header, {**{group: packed[group] for group in peer.groups}, **correction})
+            down += size({group: self.state.groups[group] for group in peer.groups}) + size(correction)
         by_node = {peer.node: peer for peer in active}
         so_far = {name: Agreement.read(peer.agreement) for name, peer in self.peers.items()}
-        combine = GroupAggregation(self.study, self.state.groups, self.optimizer, so_far, self.history)
+        combine = GroupAggregation(self.study, self.state.groups, self.optimizer, so_far, self.history, self.variates)
         answered: dict[str, dict[str, Any]] = {}
         for answer in ask(self.grid, wire.TRAIN, requests, self.deadline_s):
             peer = by_node.pop(answer.node)
@@ -233,6 +240,7 @@ class RoundLoop:
             moments=self.optimizer.moments,
             history=self.history.sums,
             counts=self.history.counts,
+            variates=self.variates.kept,
             late=add_late(self.study, number, self.state.late, current),
             bytes_up=self.state.bytes_up + combine.bytes,
             bytes_down=self.state.bytes_down + down,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from gapweave.shared.config.base import StrictModel
+from gapweave.shared.tensorfile import Arrays
 from gapweave.shared.wire import ProtocolError
 
 
@@ -32,7 +33,7 @@ class Prepare(Request):
 
 
 class Train(Request):
-    """One round; the shared groups come beside it."""
+    """One round; the shared groups come beside it, and with SCAFFOLD corrections of some of them."""
 
     study: str = Field(description="hash of the study that the handshake brought")
     round: int = Field(ge=1, description="from 1")
@@ -50,6 +51,22 @@ class Finish(Request):
 
     study: str = Field(description="hash of the study that the handshake brought")
     round: int = Field(ge=1, description="the last round done")
+
+
+CORRECTION = "correction/"
+"""Before the name of a group: what is added to each of the site's steps of it."""
+
+
+def as_corrections(arrays: Arrays) -> Arrays:
+    """Corrections under the names by which they travel beside the groups."""
+    return {CORRECTION + group: part for group, part in arrays.items()}
+
+
+def split_corrections(arrays: Arrays) -> tuple[Arrays, Arrays]:
+    """The groups of a message, and the corrections beside them."""
+    marked = {group for group in arrays if group.startswith(CORRECTION)}
+    groups = {group: part for group, part in arrays.items() if group not in marked}
+    return groups, {group.removeprefix(CORRECTION): arrays[group] for group in sorted(marked)}
 
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)

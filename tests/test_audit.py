@@ -35,6 +35,7 @@ from gapweave.client.audit_provenance import provenance, rehearse
 from gapweave.client.audit_record import inclusion_faults, record, size_spread
 from gapweave.client.audit_sensitivity import sensitivity
 from gapweave.client.audit_site import Finding, Scene
+from gapweave.client.training import Sgd
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
@@ -61,6 +62,22 @@ def staged(folder: Path, **keys: Any) -> Scene:
     hospital = build(folder / "hospital", "north")
     hospital.update("patients", declared=64)
     return stage(plan_of(private=True, training=SCHEDULE, **keys), hospital.site, folder / "audit")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_corrected_steps_are_recomputed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """What the server adds to each step is part of a round; a site that adds something else is found."""
+    hospital = build(tmp_path / "hospital", "north")
+    hospital.update("patients", declared=64)
+    plan = plan_of(private=True, training={**SCHEDULE, "momentum": 0.0, "scaffold": True})
+    corrected = stage(plan, hospital.site, tmp_path / "audit")
+    real = Sgd.__init__
+
+    def init(self: Sgd, study: Study, buffers: Any, start: Any = None, corrections: Any = None) -> None:
+        real(self, study, buffers, start, {name: factor * value for name, value in (corrections or {}).items()})
+
+    monkeypatch.setattr(Sgd, "__init__", init)
+    assert provenance(corrected, rehearse(corrected)).passed == (factor == 1)
 
 
 def text(result: AuditResult) -> str:

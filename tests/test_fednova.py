@@ -154,6 +154,7 @@ def test_two_hospitals_of_unequal_size_make_a_pass_each(tmp_path: Path) -> None:
             expected = value + 2.5 * (moves["east"][group][name] + moves["west"][group][name] / 4) / 2
             np.testing.assert_allclose(finished.state.groups[group][name], expected, rtol=0, atol=1e-6)
     steps = {
-        name: row["privacy"]["releases"][0]["steps"] for name, row in directory.read_json("summary.json")["sites"].items()
+        name: row["privacy"]["releases"][0]["steps"]
+        for name, row in directory.read_json("summary.json")["sites"].items()
     }
     assert steps == {"east": 1, "west": 4}

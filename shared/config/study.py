@@ -212,6 +212,11 @@ class Training(StrictModel):
         ge=0,
         description="FedProx: pull of the shared parameters towards those that the round began with, after the noise",
     )
+    scaffold: bool = Field(
+        False,
+        description="SCAFFOLD: correct each step, after the noise, by how the site's gradients differ from those of "
+        "all; twice the bytes to the sites",
+    )
     finetune: bool = Field(
         False, description="fine-tune privately at each site after the last upload; that copy never leaves"
     )
@@ -221,6 +226,8 @@ class Training(StrictModel):
     def _consistent(self) -> Self:
         if self.lr * self.proximal >= 1:
             raise ValueError(f"lr * proximal = {self.lr * self.proximal:g} must be below 1, or each step overshoots")
+        if self.scaffold and (self.momentum or self.proximal):
+            raise ValueError("scaffold needs plain steps: set momentum and proximal to 0")
         return self
 
     def steps_for(self, patients: int) -> int:
