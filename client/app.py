@@ -76,12 +76,13 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query("evaluate")  # type: ignore[untyped-decorator]
 def evaluate(message: Message, context: Context) -> Message:
-    """How well the final model does: its shared groups in, a noised table of counts out."""
+    """How well the final model does, or the one after a round: its shared groups in, a noised table of counts out."""
 
     def work(header: dict[str, Any], arrays: Arrays) -> Answer:
         asked = read_request(Evaluate, header)
         site = participant(context.node_config, _study(context, asked))
-        return dict(site.evaluate(asked.run, request_hash(header, arrays), arrays)), {}
+        after = asked.round if asked.look else None
+        return dict(site.evaluate(asked.run, request_hash(header, arrays), arrays, after)), {}
 
     return _reply(message, context, work)
 

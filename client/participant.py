@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gapweave.client.capability import Capability, stated
 from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.evaluation import ReleasedModel, score_table, table_answer
 from gapweave.client.gradients import GradientEngine
@@ -40,28 +41,6 @@ from gapweave.shared.privacy.ledger import LedgerView
 from gapweave.shared.privacy.plan import Plan, count_event, make_plan
 from gapweave.shared.schema import Batch
 from gapweave.shared.tensorfile import Arrays
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capability:
-    """What a site tells the server before the first round; all of it declared or noised.
-
-    Attributes:
-        site: its name.
-        modalities: that it holds.
-        groups: parameter groups that it will send.
-        rounds: rounds that its cap allows.
-        plan: noise, sampling rate and n_hat of its training, what was released before it, and the table of scores
-            that the site will give at the end, or why it gives none.
-        ledger: where its ledger stands, for the server to remember.
-    """
-
-    site: str
-    modalities: list[str]
-    groups: list[str]
-    rounds: int
-    plan: dict[str, Any]
-    ledger: dict[str, Any]
 
 
 class Participant:
@@ -171,16 +150,7 @@ class Participant:
             modalities=self.held,
             groups=self.shared,
             rounds=min(reserved, plan.rounds),
-            plan={
-                "noise_multiplier": plan.noise_multiplier,
-                "sample_rate": plan.sample_rate,
-                "n_hat": plan.n_hat,
-                "epsilon": plan.epsilon,
-                "delta": plan.delta,
-                "preparation": [event.to_dict() for event in plan.preparation],
-                "table": None if plan.table is None else plan.table.to_dict(),
-                "no_table": plan.no_table,
-            },
+            plan=stated(plan),
             ledger=ledger.view.head.to_dict(),
         )
 
@@ -353,13 +323,14 @@ class Participant:
     def _engine(self) -> GradientEngine:
         return self._network.engine
 
-    def evaluate(self, run: str, request: str, received: Arrays) -> Mapping[str, Any]:
-        """Tell how well the final model does, as a noised table of counts; the same request again, the same table.
+    def evaluate(self, run: str, request: str, received: Arrays, after: int | None = None) -> Mapping[str, Any]:
+        """Tell how well a released model does, as a noised table of counts; the same request again, the same table.
 
         Args:
             run: our own id of the run.
             request: hash of the whole request.
-            received: the final shared groups.
+            received: the model's shared groups.
+            after: number of the round that it is looked at after; None for the final model.
 
         Returns:
             The table with its event, or why there is none.
@@ -373,12 +344,12 @@ class Participant:
         with self.ledger() as ledger:
             trained = RunFolder(self.state, run).load()
             ledger.require_charged(trained.request)
-            plan = self._plan(ledger, run)
-            if plan.table is None:
-                return {"table": None, "reason": plan.no_table}
-            value = ledger.kept(request) or self._table(ledger, run, request, plan.table, trained, received)
+            event = self._plan(ledger, run).scores(after)
+            if isinstance(event, str):
+                return {"table": None, "reason": event}
+            value = ledger.kept(request) or self._table(ledger, run, request, event, trained, received)
             ledger.released(request)
-        return table_answer(plan.table, value)
+        return table_answer(event, value)
 
     def _table(
         self, ledger: Ledger, run: str, request: str, event: PrivacyEvent, trained: RoundState, received: Arrays

@@ -31,6 +31,7 @@ class Checkpoint:
         history: sums of each site's updates, by site; `counts`: how many they hold, by site and group.
         variates: control variates of SCAFFOLD, by site and group.
         late: sums of the shared groups after late rounds, which are averaged; empty before.
+        looks: at the scores on the way, as logged.
         peers: what is known of each site, by name.
         bytes_up: bytes of updates received so far.
         bytes_down: bytes of groups sent so far.
@@ -46,6 +47,7 @@ class Checkpoint:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     variates: dict[str, Arrays] = field(default_factory=dict)
     late: Arrays = field(default_factory=dict)
+    looks: list[dict[str, Any]] = field(default_factory=list)
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0

@@ -1,4 +1,4 @@
-"""Asking sites how well the final model does: each answers with a noised table of counts, or says why not."""
+"""Asking sites how well a model does, at the end or on the way: each answers with a noised table, or says why not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gapweave.server.mail import Answer, ask
 from gapweave.server.peers import NO_NODE, Peer
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
-from gapweave.shared.privacy.once import NOT_ASKED, problems, table_scale
+from gapweave.shared.privacy.once import NOT_ASKED, look_scale, problems, table_scale
 from gapweave.shared.tables import Scores, ScoreTable, pooled, read_tables, table_metrics
 from gapweave.shared.tensorfile import Arrays
 
@@ -47,40 +47,51 @@ class Released:
 
 
 def ask_tables(
-    grid: Grid, study: Study, peers: Iterable[Peer], header: Mapping[str, Any], groups: Arrays, seconds: float
+    grid: Grid,
+    study: Study,
+    peers: Iterable[Peer],
+    header: Mapping[str, Any],
+    groups: Arrays,
+    seconds: float,
+    *,
+    look: bool = False,
 ) -> dict[str, Released]:
     """Ask each site that announced a table for it; the same request again gives the same table.
 
     Args:
         grid: Flower's view of the sites.
         study: says what a table costs, and so how noisy it is.
-        peers: all sites.
+        peers: who may be asked.
         header: of the request.
-        groups: the final shared groups.
+        groups: the model's shared groups.
         seconds: deadline.
+        look: whether it is one on the way.
 
     Returns:
         By site.
     """
-    result = {peer.site: Released(reason=_why_none(peer)) for peer in peers}
+    result = {peer.site: Released(reason=_why_none(peer, look)) for peer in peers}
     able = {peer.node: peer for peer in peers if result[peer.site].reason == NO_ANSWER and peer.node != NO_NODE}
+    header = {**header, "look": True} if look else header
     requests = {node: wire.pack(header, {group: groups[group] for group in peer.groups}) for node, peer in able.items()}
     for answer in ask(grid, wire.EVALUATE, requests, seconds) if requests else ():
-        result[able[answer.node].site] = _read(study, answer)
+        result[able[answer.node].site] = _read(study, answer, look)
     return result
 
 
-def _why_none(peer: Peer) -> str:
+def _why_none(peer: Peer, look: bool) -> str:
     """What keeps a site from giving a table, as far as the handshake told; else that it has not answered yet."""
     if not peer.groups or peer.last_round == 0:
         return "the site took part in no round"
-    return NO_ANSWER if peer.plan.get("table") else str(peer.plan.get("no_table", NOT_ASKED))
+    given, why_none = ("looks", "no_looks") if look else ("table", "no_table")
+    return NO_ANSWER if peer.plan.get(given) else str(peer.plan.get(why_none, NOT_ASKED))
 
 
-def _read(study: Study, answer: Answer) -> Released:
+def _read(study: Study, answer: Answer, look: bool) -> Released:
     if answer.header["status"] != "ok":
         return Released(reason=str(answer.header.get("text", "")))
-    tables = read_tables(answer.header.get("table"), problems(study), table_scale(study))
+    scale = look_scale(study) if look else table_scale(study)
+    tables = read_tables(answer.header.get("table"), problems(study), scale)
     return Released(reason=UNREADABLE) if tables is None else Released(tables=tuple(tables))
 
 

@@ -26,6 +26,7 @@ from gapweave.server.rules import resolve, rule_for
 from gapweave.server.sampling import sampled
 from gapweave.server.scaffold import Variates
 from gapweave.server.screening import noise_sd
+from gapweave.server.stopping import EarlyStop, seen_of
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable
@@ -45,6 +46,10 @@ class Observer:
 
     def round_done(self, number: int, current: Arrays) -> None:
         """A round was aggregated."""
+
+    def exact_aurocs(self, current: Arrays) -> dict[str, float | None]:
+        """How well the model does by site, where whoever watches may know: simulations without privacy."""
+        return {}
 
 
 class RoundLoop:
@@ -80,6 +85,7 @@ class RoundLoop:
         self.history = History(decay_of(study), self.state.history, self.state.counts)
         self.variates = Variates(study, self.state.variates)
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
+        self.stopping = EarlyStop(study.training, self.state.looks)
         self.released: dict[str, Released] = {}
         self._greeted: set[int] = set()
         for group in self.state.groups:
@@ -89,7 +95,7 @@ class RoundLoop:
         directory.keep_rounds(self.state.round)
 
     def run(self) -> dict[str, Peer]:
-        """Handshake, all rounds that are left, the tables of scores, and the last message.
+        """Handshake, the rounds that are left, looks at scores on the way, the tables of scores, and the last message.
 
         Returns:
             The sites, by name.
@@ -100,12 +106,19 @@ class RoundLoop:
             Unreachable: when no site answers.
         """
         self._prepare()
-        for number in range(self.state.round + 1, self.study.training.rounds + 1):
+        self._look()
+        while self._goes_on:
             self._welcome()
-            self._round(number)
+            self._round(self.state.round + 1)
+            self._look()
         self._evaluate()
         self._finish()
         return self.peers
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether a round is left, and nothing says that it would be in vain."""
+        return self.state.round < self.study.training.rounds and not self.stopping.reached
 
     def _prepare(self) -> None:
         # Sites reserve budget under the run's id: it must outlive a crash in the handshake, or that budget is lost.
@@ -128,7 +141,7 @@ class RoundLoop:
         active = self._active()
         if not active and all(peer.status == "refused" for peer in self.peers.values()):
             raise RefusedError("every site refused the study", remedy="; ".join(self._reasons()))
-        if self.state.round < self.study.training.rounds:
+        if self._goes_on:
             self._require_quorum(len(active), "can take part")
 
     def _welcome(self) -> None:
@@ -281,12 +294,27 @@ class RoundLoop:
         """The shared groups that the run ends with: the last round's, or the average of late rounds."""
         return late_mean(self.study, self.state.late) or self.state.groups
 
+    def _look(self) -> None:
+        """Look at the scores after the last round, where the study says so; also where a crash left that out."""
+        number = self.state.round
+        if not self.stopping.due(number):
+            return
+        if self.study.privacy.enabled:
+            seen = seen_of(self._ask_tables(self._active(), self.state.groups, look=True))
+        else:
+            seen = self.observer.exact_aurocs(self.state.groups), {}
+        look = self.stopping.add(number, *seen)
+        self.directory.add_to_round(number, {"look": look})
+        self.state = replace(self.state, looks=self.stopping.looks)
+        self._save()
+
     def _evaluate(self) -> None:
         """Ask how well the final groups do, before the last message: it ends the run at the sites."""
+        self.released = self._ask_tables(list(self.peers.values()), self.final, look=False)
+
+    def _ask_tables(self, peers: list[Peer], groups: Arrays, *, look: bool) -> dict[str, Released]:
         header = {"run": self.state.run, "study": self.study.sha256, "round": self.state.round}
-        self.released = ask_tables(
-            self.grid, self.study, list(self.peers.values()), header, self.final, self.deadline_s
-        )
+        return ask_tables(self.grid, self.study, peers, header, groups, self.deadline_s, look=look)
 
     def _finish(self) -> None:
         """Bring the final shared groups to every site that took part, and keep the model."""

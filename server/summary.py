@@ -90,23 +90,25 @@ def _site(study: Study, peer: Peer, loop: RoundLoop) -> dict[str, Any]:
 
 def _counted(peer: Peer) -> int | None:
     """The noised number of training patients; a declared one is an order of magnitude, not a count."""
-    kinds = [event["kind"] for event in _preparation(peer)]
+    kinds = [event["kind"] for event in _stated(peer, "preparation")]
     return peer.plan.get("n_hat") if "noisy_count" in kinds else None
 
 
-def _preparation(peer: Peer) -> list[dict[str, Any]]:
-    stated = peer.plan.get("preparation")
-    return (
-        [event for event in stated if isinstance(event, dict) and "kind" in event] if isinstance(stated, list) else []
-    )
+def _stated(peer: Peer, key: str) -> list[dict[str, Any]]:
+    """Events of a site's plan; what is none is left out."""
+    stated = peer.plan.get(key)
+    events = stated if isinstance(stated, list) else [stated]
+    return [event for event in events if isinstance(event, dict) and "kind" in event]
 
 
 def _privacy(study: Study, peer: Peer, released: Released) -> dict[str, Any] | None:
     """What this study's releases cost at a site, recomputed from what it stated; its ledger may hold other studies."""
     try:
-        events = [PrivacyEvent.from_dict(event) for event in [*_preparation(peer), *_updates(study, peer)]]
-        if released.tables:
-            events.append(PrivacyEvent.from_dict(peer.plan["table"]))
+        looks, table = _stated(peer, "looks"), _stated(peer, "table") if released.tables else []
+        # A run that looks at scores may end because of them: what counts is its whole schedule.
+        rounds = study.training.rounds if looks else peer.last_round
+        stated = [*_stated(peer, "preparation"), *_updates(study, peer, rounds), *looks, *table]
+        events = [PrivacyEvent.from_dict(event) for event in stated]
         delta = float(peer.plan["delta"])
         cost = fixed_epsilon(events, delta)
     except (GapweaveError, KeyError, TypeError, ValueError, ArithmeticError):
@@ -120,8 +122,8 @@ def _privacy(study: Study, peer: Peer, released: Released) -> dict[str, Any] | N
     }
 
 
-def _updates(study: Study, peer: Peer) -> list[dict[str, Any]]:
-    """The events of the rounds that a site answered last; one that it answered and nobody heard is not in them."""
+def _updates(study: Study, peer: Peer, rounds: int) -> list[dict[str, Any]]:
+    """The events of so many rounds; one that a site answered and nobody heard is not in them."""
     one = {
         "kind": "dp_sgd" if study.privacy.enabled else "unnoised",
         "released": "update",
@@ -132,4 +134,4 @@ def _updates(study: Study, peer: Peer) -> list[dict[str, Any]]:
         "unit": "patient",
         "neighbours": "add_remove",
     }
-    return [one] * peer.last_round
+    return [one] * rounds

@@ -40,10 +40,11 @@ class Train(Request):
 
 
 class Evaluate(Request):
-    """How well the final model does; the final shared groups come beside it."""
+    """How well the final model does, or the one after a round; its shared groups come beside it."""
 
     study: str = Field(description="hash of the study that the handshake brought")
     round: int = Field(ge=1, description="the last round done")
+    look: bool = Field(False, description="on the way, after this round, and not at the end")
 
 
 class Finish(Request):

@@ -67,6 +67,11 @@ class RunDirectory:
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def add_to_round(self, number: int, more: dict[str, Any]) -> None:
+        """Add to the line of a round in rounds.jsonl."""
+        lines = [line | more if line["round"] == number else line for line in self.rounds()]
+        write_atomically(self.path / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+
     def rounds(self) -> Iterator[dict[str, Any]]:
         """The lines of rounds.jsonl."""
         return self.lines("rounds.jsonl")

@@ -81,8 +81,11 @@ def check_holders(study: Study, sites: Iterable[Site]) -> None:
             raise UsageError(error.what, where=error.where, remedy=error.remedy) from None
 
 
-def _round(training: Training) -> str:
-    return f"{training.local_steps} steps" if training.passes is None else f"{training.passes:g} passes"
+def _schedule(training: Training) -> str:
+    each = f"{training.local_steps} steps" if training.passes is None else f"{training.passes:g} passes"
+    stop = training.early_stop
+    early = f", or fewer: {len(training.looks)} looks at the scores, epsilon {stop.epsilon:g} in all" if stop else ""
+    return f"{training.rounds} rounds of {each}{early}"
 
 
 def describe(study: Study) -> dict[str, str]:
@@ -98,7 +101,7 @@ def describe(study: Study) -> dict[str, str]:
         "inputs": shapes,
         "shared": f"{', '.join(shared)}: {size / 1e6:.2f} MB up and down a site and round at most",
         "local": ", ".join(sorted(every.keys() - shared.keys())) or "nothing",
-        "schedule": f"{study.training.rounds} rounds of {_round(study.training)}",
+        "schedule": _schedule(study.training),
         "privacy": (
             f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, patient-level, per site"
             if privacy.enabled

@@ -10,7 +10,8 @@ import pytest
 from cohorts import Hospital
 from hospitals import build, participant, plan_of
 
-from gapweave.client.participant import Capability, Participant
+from gapweave.client.capability import Capability
+from gapweave.client.participant import Participant
 from gapweave.server.aggregation import initial_groups
 from gapweave.shared.config.site import Patients, Policy
 from gapweave.shared.config.study import Study

@@ -191,6 +191,18 @@ MOST_STEPS = 10_000
 """Most optimiser steps a round at one site."""
 
 
+class EarlyStop(StrictModel):
+    """Looks at the scores on the way: sites release a noised table after some rounds, and the run may end early."""
+
+    every: int = Field(5, ge=1, description="rounds between two looks")
+    patience: int = Field(2, ge=1, description="looks without a better AUROC after which the run ends")
+    epsilon: float = Field(
+        1.0,
+        gt=0,
+        description="cost of all looks together at a site, within the study's epsilon and at most a quarter of it",
+    )
+
+
 class Training(StrictModel):
     """How sites train between two aggregations."""
 
@@ -217,6 +229,11 @@ class Training(StrictModel):
         description="SCAFFOLD: correct each step, after the noise, by how the site's gradients differ from those of "
         "all; twice the bytes to the sites",
     )
+    early_stop: EarlyStop | None = Field(
+        None,
+        description="end when the median of the sites' AUROCs stops getting better, by tables that each site charges "
+        "to its budget; a simulation without privacy uses exact figures",
+    )
     finetune: bool = Field(
         False, description="fine-tune privately at each site after the last upload; that copy never leaves"
     )
@@ -228,7 +245,16 @@ class Training(StrictModel):
             raise ValueError(f"lr * proximal = {self.lr * self.proximal:g} must be below 1, or each step overshoots")
         if self.scaffold and (self.momentum or self.proximal):
             raise ValueError("scaffold needs plain steps: set momentum and proximal to 0")
+        if self.early_stop is not None and not self.looks:
+            raise ValueError(f"early_stop.every={self.early_stop.every} must be below rounds={self.rounds}")
         return self
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Rounds after which the scores are looked at; the last one's are asked for anyway."""
+        if self.early_stop is None:
+            return ()
+        return tuple(range(self.early_stop.every, self.rounds, self.early_stop.every))
 
     def steps_for(self, patients: int) -> int:
         """Steps a round at a site with so many training patients, which is a public number."""
@@ -348,6 +374,12 @@ class Study(StrictModel):
     seed: int = Field(0, ge=0, description="initial weights and public choices; never a site's private draws")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="who is held out")
     simulation: Simulation = Field(default_factory=Simulation, description="for simulations only")
+
+    @model_validator(mode="after")
+    def _reaches_late_rounds(self) -> Self:
+        if self.training.early_stop is not None and self.aggregation.average_last:
+            raise ValueError("aggregation.average_last averages rounds that training.early_stop may never reach")
+        return self
 
     @model_validator(mode="after")
     def _one_prevalence_each(self) -> Self:

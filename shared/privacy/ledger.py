@@ -21,6 +21,7 @@ from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head, read_anchor
+from gapweave.shared.privacy.once import LOOK
 
 LEDGER_FILE = "ledger.sqlite"
 GENESIS = "0" * 64
@@ -136,25 +137,36 @@ class LedgerView:
         for entry in self.entries:
             if entry.kind != "reserve" or entry.body["run"] == run:
                 continue
-            charged = Counter(
-                item.body["event"]["released"]
-                for item in self.entries
-                if item.kind == "charge" and item.body["run"] == entry.body["run"]
-            )
-            names = [planned["released"] for planned in entry.body["events"]]
-            fixed = entry.body["figure"] == "fixed" and any(charged[name] for name in names)
-            if self.closed(entry.body["run"]) and not fixed:
-                continue
-            for planned in entry.body["events"]:
-                if charged[planned["released"]] == 0:
-                    yield PrivacyEvent.from_dict(planned)
+            left = self._left(entry)
+            fixed = entry.body["figure"] == "fixed" and len(left) < len(entry.body["events"])
+            if not self.closed(entry.body["run"]) or fixed:
+                yield from left
+
+    def _left(self, reservation: Entry) -> list[PrivacyEvent]:
+        """What a run reserved and did not charge."""
+        charged = {event.released for event in self.events(reservation.body["run"])}
+        planned = map(PrivacyEvent.from_dict, reservation.body["events"])
+        return [event for event in planned if event.released not in charged]
+
+    def _skipped(self) -> list[PrivacyEvent]:
+        """What runs that looked at their scores on the way have not charged: they may have ended because of a score."""
+        return [
+            event
+            for entry in self.entries
+            if entry.kind == "reserve"
+            and any(charged.released.startswith(LOOK) for charged in self.events(entry.body["run"]))
+            for event in self._left(entry)
+        ]
 
     def spent(self, more: Sequence[PrivacyEvent] = ()) -> float:
         """Epsilon of everything charged, and of `more`, exact for schedules fixed in advance.
 
-        Infinite after an un-noised release.
+        Infinite after an un-noised release. A run that may have ended early because of its scores is part of its whole
+        schedule: that is what it costs, or what the filter says of the part, if that is less.
         """
-        return self.assumed + epsilon([*self.events(), *more], self._share())
+        events, skipped = [*self.events(), *more], self._skipped()
+        exact = epsilon([*events, *skipped], self._share())
+        return self.assumed + (min(exact, renyi_epsilon(events, self._share(), self.order)) if skipped else exact)
 
     def _share(self) -> float:
         """Delta for what the entries show: lost entries have had a part of the ledger's (basic composition)."""

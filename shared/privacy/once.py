@@ -5,6 +5,7 @@
 | class balance     | count_table     | one cell by 1 in each of `steps` tables             | `BALANCE_SHARE`    |
 | means and spreads | noisy_statistic | the vector by at most sqrt(9/4 columns), in L2      | `STATISTICS_SHARE` |
 | table of scores   | count_table     | one cell by 1 in each of `steps` tables             | evaluation.epsilon |
+| looks on the way  | count_table     | the same, after each of some rounds                 | early_stop.epsilon |
 
 All of them are in the plan: with the updates they cost the study's epsilon.
 """
@@ -25,15 +26,20 @@ BALANCE_SHARE = 0.05
 STATISTICS_SHARE = 0.1
 """Share of the target epsilon that means and spreads of all columns cost together."""
 TABLE_SHARE = 0.25
-"""Largest share of the target epsilon that the table of scores may cost."""
+"""Largest share of the target epsilon that the table of scores may cost, and that all looks on the way may."""
 ENOUGH = 1000.0
 """Epsilon times test patients below which a table of scores says too little to be worth its cost."""
 
 WEIGHT_SLACK = 1e-6
 """Share by which the float32 weights of one patient's records may exceed 1."""
 
+SCORES: Final = "scores of the test patients"
+LOOK: Final = f"{SCORES} after round"
+"""What these releases are called; a look's name ends with the number of its round."""
+
 TOO_FEW: Final = "too few patients for this privacy level"
 NOT_ASKED: Final = "the study asks for no table of scores"
+NO_LOOK: Final = "the study asks for no scores after this round"
 NOT_ALLOWED: Final = "the site releases no counts"
 NO_NOISE: Final = "the study adds no noise: scores stay at the sites"
 """Why a site gives no table."""
@@ -99,7 +105,30 @@ def table_event(study: Study, n_hat: int) -> PrivacyEvent | str:
     cost = table_cost(study)
     if cost * held_out(study, n_hat) < ENOUGH:
         return TOO_FEW
-    return _counts(study, "scores of the test patients", problems(study), cost)
+    return _counts(study, SCORES, problems(study), cost)
+
+
+def look_events(study: Study, n_hat: int) -> tuple[PrivacyEvent, ...] | str:
+    """The tables of scores after some rounds, in their order, or why there are none; arguments as `table_event`."""
+    rounds = study.training.looks
+    if not rounds:
+        return NO_LOOK
+    if not study.privacy.enabled:
+        return NO_NOISE
+    if look_cost(study) * held_out(study, n_hat) < ENOUGH:
+        return TOO_FEW
+    return tuple(_counts(study, f"{LOOK} {number}", problems(study), look_cost(study)) for number in rounds)
+
+
+def look_cost(study: Study) -> float:
+    """Epsilon of all tables of one look at one site."""
+    asked = study.training.early_stop
+    return 0.0 if asked is None else min(asked.epsilon, TABLE_SHARE * study.privacy.epsilon) / len(study.training.looks)
+
+
+def look_scale(study: Study) -> float:
+    """Scale of the noise in each cell of a table of a look."""
+    return problems(study) / look_cost(study)
 
 
 def table_cost(study: Study) -> float:

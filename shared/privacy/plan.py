@@ -10,7 +10,7 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 from gapweave.shared.privacy.accountant import fixed_epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
-from gapweave.shared.privacy.once import NOT_ALLOWED, table_event
+from gapweave.shared.privacy.once import LOOK, NO_LOOK, NOT_ALLOWED, look_events, table_event
 
 COUNT_SHARE = 0.05
 """Share of the target epsilon that the once-only noisy number of training patients may cost."""
@@ -37,6 +37,8 @@ class Plan:
         preparation: events that were charged before the plan was made.
         table: the release of the final model's scores, or None.
         no_table: why there is none.
+        looks: releases of scores on the way, which may end the run early.
+        no_looks: why there are none.
     """
 
     noise_multiplier: float
@@ -51,12 +53,25 @@ class Plan:
     preparation: tuple[PrivacyEvent, ...] = ()
     table: PrivacyEvent | None = None
     no_table: str = ""
+    looks: tuple[PrivacyEvent, ...] = ()
+    no_looks: str = ""
 
     def schedule(self) -> list[PrivacyEvent]:
-        """What a site reserves: all rounds, then fine-tuning and the table of scores."""
+        """What a site reserves: all rounds, then fine-tuning, looks at the scores and the table of scores."""
         rounds = [self.event(f"update of round {number}") for number in range(1, self.rounds + 1)]
         finetuning = [self.event("fine-tuning", self.finetune_steps)] if self.finetune_steps else []
-        return [*rounds, *finetuning, *([self.table] if self.table else [])]
+        return [*rounds, *finetuning, *self.looks, *([self.table] if self.table else [])]
+
+    def scores(self, after: int | None) -> PrivacyEvent | str:
+        """The release of scores after a round, or of the final model's; or why there is none.
+
+        Args:
+            after: number of the round; None for the final model.
+        """
+        if after is None:
+            return self.table or self.no_table
+        named = (event for event in self.looks if event.released == f"{LOOK} {after}")
+        return next(named, self.no_looks or NO_LOOK)
 
     def event(self, released: str, steps: int | None = None) -> PrivacyEvent:
         """The event of one round, or of `steps` steps."""
@@ -83,7 +98,7 @@ def count_event(study: Study) -> PrivacyEvent:
 def make_plan(
     study: Study, n_hat: int, delta: float, preparation: tuple[PrivacyEvent, ...] = (), *, tables: bool = True
 ) -> Plan:
-    """Calibrate the noise so that preparation, all rounds and the table of scores together cost the study's target.
+    """Calibrate the noise so that preparation, all rounds and all tables of scores together cost the study's target.
 
     Args:
         study: gives target, clipping bound and schedule.
@@ -101,7 +116,9 @@ def make_plan(
     each = training.steps_for(n_hat)
     steps = training.rounds * each + finetune
     table = table_event(study, n_hat) if tables else NOT_ALLOWED
-    beside = preparation if isinstance(table, str) else (*preparation, table)
+    looks = look_events(study, n_hat) if tables else NOT_ALLOWED
+    scores = (*(() if isinstance(looks, str) else looks), *(() if isinstance(table, str) else (table,)))
+    beside = (*preparation, *scores)
     plan = Plan(
         noise_multiplier=_calibrate(privacy.epsilon, delta, rate, steps, beside) if privacy.enabled else 0.0,
         sample_rate=rate,
@@ -115,6 +132,8 @@ def make_plan(
         preparation=preparation,
         table=None if isinstance(table, str) else table,
         no_table=table if isinstance(table, str) else "",
+        looks=() if isinstance(looks, str) else looks,
+        no_looks=looks if isinstance(looks, str) else "",
     )
     if not privacy.enabled:
         return plan

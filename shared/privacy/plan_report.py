@@ -188,7 +188,7 @@ def plan_lines(report: PlanReport) -> list[str]:
         f"Each coordinate of a step's mean gradient, whose norm is at most {plan.max_grad_norm:g},",
         f"gets noise of sd {noise(plan):.3g}: {mean:.2%} of the largest signal, in every coordinate.",
         f"A site that does not declare its number of patients spends {COUNT_SHARE:.0%} of epsilon on it.",
-        *_beside(plan),
+        *_beside(study, plan),
         "",
         f"{'':<16}{'rounds':>7}{'batch':>8}{'sigma':>9}{'steps':>7}{'noise sd':>11}{'epsilon':>9}",
         *(_row(change, _figures(other)) for change, other in [("this plan", plan), *report.alternatives]),
@@ -196,7 +196,7 @@ def plan_lines(report: PlanReport) -> list[str]:
     ]
 
 
-def _beside(plan: Plan) -> Iterator[str]:
+def _beside(study: Study, plan: Plan) -> Iterator[str]:
     """What the plan's epsilon pays for beside training."""
     for event in plan.preparation:
         yield f"Epsilon {epsilon([event], plan.delta):.2g} of it buys: {event.released}."
@@ -204,6 +204,11 @@ def _beside(plan: Plan) -> Iterator[str]:
         yield f"No table of scores leaves the site: {plan.no_table}."
     else:
         yield f"Epsilon {epsilon([plan.table], plan.delta):.2g} of it buys: {plan.table.released}, as a noised table."
+    if plan.looks:
+        cost = epsilon(plan.looks, plan.delta)
+        yield f"Epsilon {cost:.2g} of it buys: the same on the way, {len(plan.looks)} times; the run may end early."
+    elif study.training.early_stop is not None:
+        yield f"No look at the scores on the way, and so no early stop by this site: {plan.no_looks}."
 
 
 def _row(change: str, figures: dict[str, Any]) -> str:

@@ -11,19 +11,21 @@ from typing import Any
 from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import Entry, LedgerView, folded
+from gapweave.shared.privacy.once import LOOK, SCORES
 
 NUMBER_BYTES = 8
 """Bytes of one number of a count or a table."""
 PARAMETER_BYTES = 4
 """Bytes of one number of an update."""
 
-UPDATE, COUNT, SCORES = "update of round", "number of training patients", "scores of the test patients"
-LEAVES = (UPDATE, COUNT, SCORES)
+UPDATE, COUNT = "update of round", "number of training patients"
+LEAVES = (UPDATE, COUNT, SCORES, LOOK)
 """What is sent; other charged values are used at the site, and show in what is sent only."""
 WORDS = {
     COUNT: "number of training patients, noised",
     UPDATE: "updates of shared model parameters",
     SCORES: "tables of scores of the test patients, noised",
+    LOOK: "tables of scores of the test patients on the way, noised",
     "class balance of the training patients": "class balance of the training patients, noised; used at the site",
     "means and spreads of the columns": "means and spreads of the columns, noised; used at the site",
     "fine-tuning": "fine-tuning; charged, but its result stays at the site",
@@ -143,7 +145,7 @@ def _study(view: LedgerView, study: str) -> StudyCost:
         runs=len({entry.body["run"] for entry in charges}),
         first=charges[0].time[:10],
         last=charges[-1].time[:10],
-        epsilon=finite(epsilon(alone.events(), view.delta)),
+        epsilon=finite(alone.spent()),
         planned=finite(epsilon([*alone.events(), *alone.outstanding()], view.delta)),
         cumulative=finite(until.spent()),
         cumulative_filter=finite(until.bound()),

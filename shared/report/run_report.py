@@ -41,6 +41,7 @@ def write_report(directory: RunDirectory) -> None:
         **_figures(found, list(summary["sites"]), rounds, curve),
         released=_released(summary),
         pooled_scores=summary.get("pooled") or (summary.get("released") or {}).get("pooled"),
+        looks=[line["look"] for line in rounds if "look" in line],
         groups=events.group_table(study, rounds),
         trouble=[span for span in events.spans(rounds) if span.status != "ok"],
         guarantee=guarantee_sentence(summary),

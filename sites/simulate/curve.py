@@ -10,6 +10,7 @@ from gapweave.client.participant import Participant
 from gapweave.server.peers import Peer
 from gapweave.server.strategy import Observer
 from gapweave.shared.config import Study
+from gapweave.shared.metrics import Metrics
 from gapweave.shared.rundir import RunDirectory
 from gapweave.shared.tensorfile import Arrays
 from gapweave.sites.simulate.evaluate import evaluate, mean_metrics
@@ -77,13 +78,21 @@ class Curve(Observer):
         """Evaluate at some rounds."""
         self._watcher.round_done(number, self._look(number, current) if number in self._rounds else None)
 
-    def _look(self, number: int, current: Arrays) -> float | None:
+    def exact_aurocs(self, current: Arrays) -> dict[str, float | None]:
+        """For an early stop without privacy."""
+        return {name: metrics["auroc"] for name, metrics in self._metrics(current).items()}
+
+    def _metrics(self, current: Arrays) -> dict[str, Metrics]:
         metrics = {}
         for name, site in self._sites.items():
             if name not in self._peers or not self._peers[name].groups:
                 continue  # it never took part: it has no model, and planning one would open its ledger
             shared = {group: current[group] for group in site.shared}
             metrics[name] = evaluate(site.assemble(self.run, shared), site.cohort, self._study)
+        return metrics
+
+    def _look(self, number: int, current: Arrays) -> float | None:
+        metrics = self._metrics(current)
         mean = mean_metrics(list(metrics.values()))
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"round": number, "mean": mean, "sites": metrics}) + "\n")
