@@ -43,8 +43,8 @@ class GhostEngine:
             model, batch_first=True, loss_reduction="sum", max_grad_norm=BOUND, use_ghost_clipping=True
         )
 
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
-        """The clipped sum."""
+    def sum(self, batch: Batch, used: Tensor, objective: object = None) -> Gradient:
+        """The clipped sum, of the plain loss."""
         self.module.zero_grad(set_to_none=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -79,8 +79,8 @@ class VmapEngine:
         outputs = torch.func.functional_call(self.model, parameters, (one, present.unsqueeze(0), used.unsqueeze(0)))
         return record_losses(outputs, target.unsqueeze(0), mask.unsqueeze(0), "binary")[0]
 
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
-        """The clipped sum."""
+    def sum(self, batch: Batch, used: Tensor, objective: object = None) -> Gradient:
+        """The clipped sum, of the plain loss."""
         with warnings.catch_warnings():
             # Where vmap falls back to a loop over records: the times show it.
             warnings.filterwarnings("ignore", message="There is a performance drop")

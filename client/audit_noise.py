@@ -19,6 +19,7 @@ from gapweave.client.training import Step
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.privacy.draws import Draws
 from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import Objective
 
 VALUES = 2_000_000
 """Noise values that are looked at."""
@@ -124,9 +125,9 @@ class _Zeros:
     def __init__(self, sensitivity: float) -> None:
         self.sensitivity = sensitivity
 
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
+    def sum(self, batch: Batch, used: Tensor, objective: Objective | None = None) -> Gradient:
         """Zeros."""
-        del batch, used
+        del batch, used, objective
         return {"zeros": torch.zeros(TWINS)}
 
 

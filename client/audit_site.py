@@ -26,6 +26,7 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.privacy.draws import Draws
 from gapweave.shared.privacy.plan import Plan
 from gapweave.shared.schema import Batch, modalities
+from gapweave.shared.schemes import Objective
 
 RECORDS = (1, 2, 1, 3, 1, 1, 5, 1)
 """Records of the synthetic patients, repeated as often as needed."""
@@ -172,11 +173,13 @@ class Watched:
         self.batches: list[Batch] = []
         self.sums: list[Gradient] = []
 
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
+    def sum(self, batch: Batch, used: Tensor, objective: Objective | None = None) -> Gradient:
         """The real engine's sum."""
         self._at_work()
         self.batches.append(batch)
-        self.sums.append({"none": torch.zeros(64)} if self._engine is None else self._engine.sum(batch, used))
+        self.sums.append(
+            {"none": torch.zeros(64)} if self._engine is None else self._engine.sum(batch, used, objective)
+        )
         return self.sums[-1]
 
 

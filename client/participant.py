@@ -40,6 +40,7 @@ from gapweave.shared.privacy.head import Head
 from gapweave.shared.privacy.ledger import LedgerView
 from gapweave.shared.privacy.plan import Plan, count_event, make_plan
 from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import Moment
 from gapweave.shared.tensorfile import Arrays
 
 
@@ -258,7 +259,7 @@ class Participant:
         self._load(before, start)
         pulled = self._by_parameter(shared) if self.study.training.proximal else None
         optimizer = Sgd(self.study, self._by_parameter(before.momentum), pulled, self._by_parameter(corrections))
-        self._steps(plan, self._draws(number), optimizer, plan.steps)
+        self._steps(plan, self._draws(number), optimizer, plan.steps, self._moment(number))
         trained = groups(self.model)
         update = {
             group: {name: trained[group][name].cpu() - value for name, value in part.items()}
@@ -304,17 +305,20 @@ class Participant:
             return SecretDraws()
         return SeededDraws(self.study.seed, self.site.name, number)
 
-    def _steps(self, plan: Plan, draws: Draws, optimizer: Sgd, steps: int) -> None:
-        step = Step(study=self.study, plan=plan, engine=self._engine, draws=draws)
-        train(self.model, self._ready(), step, optimizer, steps)
+    def _moment(self, number: int) -> Moment:
+        return Moment(number, self.study.training.rounds)
 
-    def _ready(self) -> Batch:
+    def _steps(self, plan: Plan, draws: Draws, optimizer: Sgd, steps: int, at: Moment) -> None:
+        step = Step(study=self.study, plan=plan, engine=self._engine, draws=draws, at=at)
+        train(self.model, self._ready(step), step, optimizer, steps)
+
+    def _ready(self, step: Step) -> Batch:
         """The training patients as the encoders read them; done once, since the model's constants stay."""
         constants, ready = self._features or (None, None)
         if ready is None or constants != self.model.constants:
             if self.study.privacy.enabled:
                 # Before features are taken: engines see what is left to the encoders only.
-                probe_independence(self.model, self.study.task.kind, self.training)
+                probe_independence(self.model, step.objective, self.training)
             ready = replace(self.training, inputs=self.model.features(self.training.inputs, self.training.present))
             self._features = (self.model.constants, ready)
         return ready
@@ -412,7 +416,8 @@ class Participant:
             ledger.charge(run, self.study.sha256, request, event)
         except BudgetExhausted:
             return
-        self._steps(plan, self._draws("fine-tuning"), Sgd(self.study, {}), plan.finetune_steps)
+        last = self._moment(self.study.training.rounds)
+        self._steps(plan, self._draws("fine-tuning"), Sgd(self.study, {}), plan.finetune_steps, last)
         folder.save_model("finetuned", groups(self.model), self._card())
 
     def _card(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from gapweave.shared.privacy.draws import Draws
 from gapweave.shared.privacy.noise import on_grid
 from gapweave.shared.privacy.plan import Plan
 from gapweave.shared.schema import Batch
-from gapweave.shared.schemes import SCHEMES
+from gapweave.shared.schemes import WHOLE, Moment, Scheme, build_scheme
 
 
 def build_engine(model: MultimodalModel, study: Study) -> GradientEngine:
@@ -42,13 +43,14 @@ class Step:
     plan: Plan
     engine: GradientEngine
     draws: Draws
+    at: Moment = WHOLE
 
     def gradient(self, data: Batch) -> dict[str, Tensor]:
         """The noised mean gradient; denominators use the public n_hat, never the true number."""
         plan = self.plan
         chosen = torch.from_numpy(self.draws.uniform(data.patients) < plan.sample_rate).nonzero()[:, 0]
         batch = data.of_patients(chosen.to(data.patient.device))
-        total = self.engine.sum(batch, self.used(batch))
+        total = self.engine.sum(batch, self.used(batch), self.objective)
         size = plan.sample_rate * plan.n_hat
         noised = self._noised(total)
         means = torch._foreach_div(list(noised.values()), size)
@@ -66,16 +68,17 @@ class Step:
 
     def used(self, batch: Batch) -> Tensor:
         """[R, M] bool: which modalities inform each record's prediction at this step."""
-        scheme = SCHEMES[self.study.scheme.name]
         uniform = torch.from_numpy(self.draws.uniform(len(batch), batch.present.shape[1] + 1)).float()
-        return scheme(batch.present, uniform.to(batch.present.device), self.imputer_learns)
+        return self.scheme.used(batch.present, uniform.to(batch.present.device), self.at)
 
-    @property
-    def imputer_learns(self) -> bool:
-        """Whether modalities are hidden on purpose."""
-        from gapweave.shared.imputers import IMPUTERS
+    def objective(self, model: MultimodalModel, batch: Batch, used: Tensor) -> Tensor:
+        """[R]: the loss of each record under the study's scheme, at this round."""
+        return self.scheme.losses(model, batch, used, self.at)
 
-        return bool(getattr(IMPUTERS[self.study.model.imputer], "learns", False))
+    @cached_property
+    def scheme(self) -> Scheme:
+        """The study's."""
+        return build_scheme(self.study)
 
 
 class Sgd:

@@ -32,6 +32,7 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable
 from gapweave.shared.messages import as_corrections
 from gapweave.shared.rundir import RunDirectory
+from gapweave.shared.schemes import Moment, build_scheme
 from gapweave.shared.tensorfile import Arrays, size
 
 
@@ -261,6 +262,7 @@ class RoundLoop:
         )
         line = {
             "round": number,
+            **build_scheme(self.study).choices(Moment(number, self.study.training.rounds)),
             "sites": dict(sorted(answered.items())),
             "groups": log_lines,
             "seconds": round(seconds, 4),

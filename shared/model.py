@@ -21,7 +21,7 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.encoders import TwoStage, build_encoder
 from gapweave.shared.fusion import build_fusion
-from gapweave.shared.imputers import IMPUTERS
+from gapweave.shared.imputers import build_imputer
 from gapweave.shared.schema import Features, modalities
 
 
@@ -39,6 +39,7 @@ class Outputs:
         weights: [B, M] shares in the decision, or None.
         joint: [B, K] that training reads in place of `logits`, or None (see `Fused`).
         vote_weights: [B, M, C] of the losses of the modalities' votes, or None (see `Fused`).
+        penalty: [B] that imputer and fusion add to the record's loss, or None.
     """
 
     logits: Tensor
@@ -50,6 +51,7 @@ class Outputs:
     weights: Tensor | None
     joint: Tensor | None = None
     vote_weights: Tensor | None = None
+    penalty: Tensor | None = None
 
 
 class MultimodalModel(nn.Module):
@@ -77,7 +79,7 @@ class MultimodalModel(nn.Module):
             with _seeded(study.seed, f"head/{name}"):
                 self.heads[name] = nn.Linear(width, outputs)
         with _seeded(study.seed, "imputer"):
-            self.imputer = IMPUTERS[study.model.imputer](len(self.order), width)
+            self.imputer = build_imputer(study)
         with _seeded(study.seed, "fusion"):
             self.fusion = build_fusion(study)
 
@@ -92,13 +94,22 @@ class MultimodalModel(nn.Module):
         Returns:
             The outputs; `logits` depend on the modalities used only.
         """
-        embeddings = self._embed(inputs, present)
+        embeddings = self.embed(inputs, present)
+        return self.decide(embeddings, present, used, self.votes(embeddings, used))
+
+    def decide(self, embeddings: Tensor, present: Tensor, used: Tensor, votes: Tensor) -> Outputs:
+        """Predict from embeddings and votes.
+
+        Args:
+            embeddings: [B, M, d], as `embed` gives them.
+            present: [B, M] bool.
+            used: [B, M] bool, a subset of present.
+            votes: [B, M, K], as `votes` gives them for the modalities used, or more.
+        """
         visible = used.unsqueeze(-1)
-        tokens = self.imputer.tokens(len(present))
-        imputed = self.imputer(torch.where(visible, embeddings, tokens), used)
-        slots = torch.where(visible, embeddings, imputed) if self.fusion.reads_slots else embeddings
-        votes = self._vote(embeddings, used)
-        fused = self.fusion(slots, used, votes)
+        votes = torch.where(visible, votes, 0.0)
+        imputed = self._imputed(embeddings, used)
+        fused = self.fusion(self._slots(embeddings, imputed, used), used, votes)
         return Outputs(
             logits=self.constants.logits(fused.logits),
             modality_logits=torch.where(visible, self.constants.logits(votes), votes),
@@ -109,7 +120,33 @@ class MultimodalModel(nn.Module):
             weights=fused.weights,
             joint=None if fused.joint is None else self.constants.logits(fused.joint),
             vote_weights=fused.vote_weights,
+            penalty=_sum_of(fused.penalty, self.imputer.cycle(embeddings, imputed, used)),
         )
+
+    def joint(self, embeddings: Tensor, used: Tensor, votes: Tensor) -> Tensor:
+        """[B, K]: only what training reads of the fusion, for other modalities than those of the prediction.
+
+        Args:
+            embeddings: [B, M, d].
+            used: [B, M] bool; a row without any has some finite answer.
+            votes: [B, M, K], of the modalities used at least.
+        """
+        imputed = self._imputed(embeddings, used) if self.fusion.reads_slots else embeddings
+        slots = self._slots(embeddings, imputed, used)
+        fused = self.fusion(slots, used, torch.where(used.unsqueeze(-1), votes, 0.0))
+        logits = fused.logits if fused.joint is None else fused.joint
+        if fused.penalty is not None:
+            # Per-patient gradients from hooks pair each use of a layer with a backward through it.
+            logits = logits + 0 * fused.penalty.unsqueeze(1)
+        return self.constants.logits(logits)
+
+    def _imputed(self, embeddings: Tensor, used: Tensor) -> Tensor:
+        tokens = self.imputer.tokens(len(used))
+        imputed: Tensor = self.imputer(torch.where(used.unsqueeze(-1), embeddings, tokens), used)
+        return imputed
+
+    def _slots(self, embeddings: Tensor, imputed: Tensor, used: Tensor) -> Tensor:
+        return torch.where(used.unsqueeze(-1), embeddings, imputed) if self.fusion.reads_slots else embeddings
 
     @cached_property
     def named(self) -> dict[str, nn.Parameter]:
@@ -135,7 +172,8 @@ class MultimodalModel(nn.Module):
             result[name] = encoder.features(values) if isinstance(encoder, TwoStage) else values
         return result
 
-    def _embed(self, inputs: Mapping[str, Tensor], present: Tensor) -> Tensor:
+    def embed(self, inputs: Mapping[str, Tensor], present: Tensor) -> Tensor:
+        """[B, M, d]: what the encoders say; 0 for modalities that a record lacks."""
         ready = inputs if isinstance(inputs, Features) else self.features(inputs, present)
         absent = torch.zeros(len(present), self.embedding, device=present.device)
         columns = []
@@ -148,13 +186,19 @@ class MultimodalModel(nn.Module):
             columns.append(torch.where(present[:, [position]], embedded, absent))
         return torch.stack(columns, dim=1)
 
-    def _vote(self, embeddings: Tensor, used: Tensor) -> Tensor:
+    def votes(self, embeddings: Tensor, used: Tensor) -> Tensor:
+        """[B, M, K]: logits of the modalities' own heads, without the site's prior; 0 for modalities not used."""
         none = torch.zeros(len(used), self.outputs, device=used.device)
         votes = [
             torch.where(used[:, [at]], self.heads[name](embeddings[:, at]), none) if name in self.heads else none
             for at, name in enumerate(self.order)
         ]
         return torch.stack(votes, dim=1)
+
+
+def _sum_of(*parts: Tensor | None) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.stack(found).sum(0) if found else None
 
 
 @contextmanager

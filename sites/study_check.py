@@ -13,11 +13,11 @@ from gapweave.shared.config.study import Training
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import TooFewSites, UsageError
 from gapweave.shared.fusion import FUSIONS, chosen_fusion
-from gapweave.shared.imputers import IMPUTERS
+from gapweave.shared.imputers import IMPUTERS, build_imputer
 from gapweave.shared.model import MultimodalModel, groups
 from gapweave.shared.registry import Registry
 from gapweave.shared.schema import modalities
-from gapweave.shared.schemes import SCHEMES
+from gapweave.shared.schemes import SCHEMES, build_scheme
 
 
 def check_names(study: Study) -> None:
@@ -38,6 +38,8 @@ def check_names(study: Study) -> None:
         with _at(key):
             registry[name]
     chosen_fusion(study)
+    build_imputer(study)
+    build_scheme(study)
     for key, rule in {"default": study.aggregation.default, **study.aggregation.rules}.items():
         with _at(f"aggregation.{key}"):
             resolve(rule_for(rule, 1))

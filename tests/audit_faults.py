@@ -42,9 +42,9 @@ def noise_over_batch(patch: Patch) -> None:
     """The classic of averaged gradients: noise for the sum is divided by the true size of the batch."""
     real_sum, sizes = fast.FastEngine.sum, [1]
 
-    def counted(self: Any, batch: Any, used: Any) -> Any:
+    def counted(self: Any, batch: Any, used: Any, objective: Any) -> Any:
         sizes.append(max(1, batch.patients))
-        return real_sum(self, batch, used)
+        return real_sum(self, batch, used, objective)
 
     real = Step._noised
 
@@ -102,8 +102,8 @@ def batch_clipping(patch: Patch) -> None:
     no_clipping(patch)
     real = fast.FastEngine.sum
 
-    def clipped(self: Any, batch: Any, used: Any) -> Any:
-        total = real(self, batch, used)
+    def clipped(self: Any, batch: Any, used: Any, objective: Any) -> Any:
+        total = real(self, batch, used, objective)
         norm = float(torch.cat([value.flatten() for value in total.values()]).norm())
         factor = min(1.0, self.sensitivity / max(norm, 1e-12))
         return {name: value * factor for name, value in total.items()}
@@ -135,12 +135,12 @@ def batch_mean_unprobed(patch: Patch) -> None:
 def subset(patch: Patch) -> None:
     """Losses are means over those who have the modality, instead of constants."""
     unprobed(patch)
-    real = fast.record_losses
+    real = Step.objective
 
-    def losses(outputs: Any, target: Any, mask: Any, kind: Any) -> torch.Tensor:
-        return real(outputs, target, mask, kind) / outputs.present.sum(0).max().clamp(min=1)
+    def losses(self: Step, model: Any, batch: Any, used: Any) -> torch.Tensor:
+        return real(self, model, batch, used) / batch.present.sum(0).max().clamp(min=1)
 
-    patch.setattr(fast, "record_losses", losses)
+    patch.setattr(Step, "objective", losses)
 
 
 def statistics_kept(patch: Patch) -> None:
@@ -168,7 +168,7 @@ def shuffled(patch: Patch) -> None:
             order[:] = np.argsort(self.draws.uniform(data.patients)).tolist()
         chosen = sorted(order.pop() for _ in range(min(size, data.patients)))
         batch = data.of_patients(torch.tensor([one for one in chosen if one < data.patients]))
-        total = self._noised(self.engine.sum(batch, self.used(batch)))
+        total = self._noised(self.engine.sum(batch, self.used(batch), self.objective))
         return {name: (value / self.plan.sample_rate / self.plan.n_hat).float() for name, value in total.items()}
 
     patch.setattr(Step, "gradient", gradient)
@@ -178,7 +178,7 @@ def true_denominator(patch: Patch) -> None:
     def gradient(self: Step, data: Any) -> dict[str, torch.Tensor]:
         chosen = torch.from_numpy(self.draws.uniform(data.patients) < self.plan.sample_rate).nonzero()[:, 0]
         batch = data.of_patients(chosen)
-        total = self._noised(self.engine.sum(batch, self.used(batch)))
+        total = self._noised(self.engine.sum(batch, self.used(batch), self.objective))
         return {name: (value / max(1, batch.patients)).float() for name, value in total.items()}
 
     patch.setattr(Step, "gradient", gradient)
@@ -227,7 +227,7 @@ def per_record(patch: Patch) -> None:
     def gradient(self: Step, data: Any) -> dict[str, torch.Tensor]:
         rows = torch.from_numpy(self.draws.uniform(len(data)) < self.plan.sample_rate).nonzero()[:, 0]
         batch = data.rows(rows)
-        total = self._noised(self.engine.sum(batch, self.used(batch)))
+        total = self._noised(self.engine.sum(batch, self.used(batch), self.objective))
         size = self.plan.sample_rate * self.plan.n_hat
         return {name: (value / size).float() for name, value in total.items()}
 

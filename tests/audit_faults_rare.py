@@ -177,35 +177,35 @@ def from_the_round(patch: Patch) -> None:
 # Faults of clipping.
 
 
-def sums_by(change: Callable[[Any, Batch, Any], Total]) -> Callable[[Patch], None]:
+def sums_by(change: Callable[[Any, Batch, Any, Any], Total]) -> Callable[[Patch], None]:
     def plant(patch: Patch) -> None:
         patch.setattr(fast.FastEngine, "sum", change)
 
     return plant
 
 
-def with_bound(engine: Any, bound: float, batch: Batch, used: Any) -> Total:
+def with_bound(engine: Any, bound: float, batch: Batch, used: Any, objective: Any) -> Total:
     before, engine.bound = engine.bound, bound
     try:
-        return real_sum(engine, batch, used)
+        return real_sum(engine, batch, used, objective)
     finally:
         engine.bound = before
 
 
-def twice_the_bound(engine: Any, batch: Batch, used: Any) -> Total:
-    return with_bound(engine, 2 * engine.bound, batch, used)
+def twice_the_bound(engine: Any, batch: Batch, used: Any, objective: Any) -> Total:
+    return with_bound(engine, 2 * engine.bound, batch, used, objective)
 
 
-def one_encoder_free(engine: Any, batch: Batch, used: Any) -> Total:
-    free = with_bound(engine, 1e9, batch, used)
-    clipped = real_sum(engine, batch, used)
+def one_encoder_free(engine: Any, batch: Batch, used: Any, objective: Any) -> Total:
+    free = with_bound(engine, 1e9, batch, used, objective)
+    clipped = real_sum(engine, batch, used, objective)
     return {name: free[name] if name.startswith("encoders.note") else value for name, value in clipped.items()}
 
 
-def group_by_group(engine: Any, batch: Batch, used: Any) -> Total:
+def group_by_group(engine: Any, batch: Batch, used: Any, objective: Any) -> Total:
     """Each tensor is clipped to C on its own: together they are longer."""
     ones = [batch.of_patients(torch.tensor([at])) for at in range(batch.patients)]
-    total = {name: torch.zeros_like(value) for name, value in real_sum(engine, batch, used).items()}
+    total = {name: torch.zeros_like(value) for name, value in real_sum(engine, batch, used, objective).items()}
     starts = np.cumsum([0, *(len(one) for one in ones)])
     for at, one in enumerate(ones):
         part = with_bound(engine, 1e9, one, used[starts[at] : starts[at + 1]])
@@ -214,25 +214,25 @@ def group_by_group(engine: Any, batch: Batch, used: Any) -> Total:
     return total
 
 
-def record_by_record(engine: Any, batch: Batch, used: Any) -> Total:
+def record_by_record(engine: Any, batch: Batch, used: Any, objective: Any) -> Total:
     """Records are clipped, not patients."""
     alone = replace(batch, patient=torch.arange(len(batch)), patients=len(batch), weight=torch.ones_like(batch.weight))
-    return real_sum(engine, alone, used)
+    return real_sum(engine, alone, used, objective)
 
 
-def nan_by_multiplying(engine: Any, batch: Batch, used: Any) -> Total:
+def nan_by_multiplying(engine: Any, batch: Batch, used: Any, objective: Any) -> Total:
     """A patient with a non-finite value is taken out by a factor of zero."""
     nothing = 0.0 * sum(float(rows.sum()) for rows in batch.inputs.values()) if len(batch) else 0.0
-    return {name: value + nothing for name, value in real_sum(engine, batch, used).items()}
+    return {name: value + nothing for name, value in real_sum(engine, batch, used, objective).items()}
 
 
 def cached(patch: Patch) -> None:
     """Sums are kept by the number of records."""
     kept: dict[int, Total] = {}
 
-    def summed(engine: Any, batch: Batch, used: Any) -> Total:
+    def summed(engine: Any, batch: Batch, used: Any, objective: Any) -> Total:
         if len(batch) not in kept:
-            kept[len(batch)] = real_sum(engine, batch, used)
+            kept[len(batch)] = real_sum(engine, batch, used, objective)
         return kept[len(batch)]
 
     patch.setattr(fast.FastEngine, "sum", summed)
@@ -290,7 +290,7 @@ def chosen_by(choose: Callable[[Step, Batch], Any]) -> Callable[[Patch], None]:
     def plant(patch: Patch) -> None:
         def gradient(self: Step, data: Batch) -> Total:
             batch = data.of_patients(torch.as_tensor(np.asarray(choose(self, data), dtype=np.int64)))
-            total = self._noised(self.engine.sum(batch, self.used(batch)))
+            total = self._noised(self.engine.sum(batch, self.used(batch), self.objective))
             size = self.plan.sample_rate * self.plan.n_hat
             return {name: (value / size).float() for name, value in total.items()}
 

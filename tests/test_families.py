@@ -9,7 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import EVERY_KIND, PAIRS, TASKS, flat, four_kinds, patterns, random_batch, random_model, tasks_of, wake
+from batches import (
+    EVERY_KIND,
+    PAIRS,
+    TASKS,
+    blank,
+    flat,
+    four_kinds,
+    patterns,
+    random_batch,
+    random_model,
+    tasks_of,
+    wake,
+)
 from cohorts import Hospital, study
 from hospitals import build, participant, plan_of
 from torch import nn
@@ -20,6 +32,7 @@ from gapweave.client.gradients.opacus import OpacusEngine
 from gapweave.client.gradients.plain import PlainEngine
 from gapweave.client.predict import SiteModel, predict, table
 from gapweave.client.state import to_arrays, to_tensors
+from gapweave.client.training import Step
 from gapweave.server.aggregation import initial_groups
 from gapweave.server.aggregators import AGGREGATORS, Mixer, Update
 from gapweave.server.rules import bad_sites, promises, resolve, rule_for, start
@@ -35,7 +48,7 @@ from gapweave.shared.model import MultimodalModel, groups, load_groups
 from gapweave.shared.objective import probabilities
 from gapweave.shared.registry import Registry
 from gapweave.shared.schema import Modality, modalities
-from gapweave.shared.schemes import SCHEMES
+from gapweave.shared.schemes import SCHEMES, Moment, Scheme, build_scheme
 
 M, D, K = 4, 6, 3
 FAMILIES: list[Registry] = [ENCODERS, IMPUTERS, FUSIONS, SCHEMES, AGGREGATORS]
@@ -453,41 +466,114 @@ def test_every_pattern_is_explained_when_it_is_predicted(name: str) -> None:
 
 # Schemes.
 
+MOMENTS = [Moment(1, 10), Moment(4, 10), Moment(10, 10)]
+
 
 def uniform(records: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(records, M + 1, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("learns", [False, True])
+def scheme_of(name: str, imputer: str = "none", fusion: str = "concat", task: str = "binary") -> tuple[Scheme, Study]:
+    of = four_kinds(fusion, imputer, task, scheme={"name": name})
+    return build_scheme(of), of
+
+
+@pytest.mark.parametrize("at", MOMENTS)
+@pytest.mark.parametrize("imputer", ["none", "cra"])
 @pytest.mark.parametrize("name", list(SCHEMES))
-def test_a_scheme_uses_a_non_empty_part_of_what_a_record_has(name: str, learns: bool) -> None:
+def test_a_scheme_uses_a_non_empty_part_of_what_a_record_has(name: str, imputer: str, at: Moment) -> None:
     present = patterns("abcd").repeat(40, 1)
-    used = SCHEMES[name](present, uniform(len(present)), learns)
+    scheme, _ = scheme_of(name, imputer)
+    used = scheme.used(present, uniform(len(present)), at)
     assert used.dtype == torch.bool
     assert used.shape == present.shape
     assert not (used & ~present).any()
     assert used.any(1).all()
     nothing = torch.zeros(3, M, dtype=torch.bool)
-    assert not SCHEMES[name](nothing, uniform(3), learns).any()
+    assert not scheme.used(nothing, uniform(3), at).any()
 
 
-@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("at", MOMENTS)
+@pytest.mark.parametrize("imputer", ["none", "cra"])
 @pytest.mark.parametrize("name", list(SCHEMES))
-def test_a_scheme_couples_no_records_and_draws_nothing_itself(name: str, learns: bool) -> None:
+def test_a_scheme_couples_no_records_and_draws_nothing_itself(name: str, imputer: str, at: Moment) -> None:
     present, draws = patterns("abcd"), uniform(15)
-    used = SCHEMES[name](present, draws, learns)
+    scheme, _ = scheme_of(name, imputer)
+    used = scheme.used(present, draws, at)
     for row in range(15):
-        alone = SCHEMES[name](present[[row]], draws[[row]], learns)
+        alone = scheme.used(present[[row]], draws[[row]], at)
         assert torch.equal(alone[0], used[row])
 
 
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_a_scheme_hides_some_modalities_when_the_imputer_has_to_learn(name: str) -> None:
     present = torch.ones(400, M, dtype=torch.bool)
-    used = SCHEMES[name](present, uniform(400), True)
+    used = scheme_of(name, "cra")[0].used(present, uniform(400), Moment(10, 10))
     hidden = float((~used).any(1).double().mean())
     assert 0.2 < hidden < 1, "some records are whole, some are not"
     assert (~used).any(0).all(), "every modality is hidden at times"
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_a_schemes_loss_is_of_one_record_in_every_pattern(name: str, task: str) -> None:
+    """Alone and among others, whatever stands in absent slots; an unknown label adds nothing that a known one would."""
+    for at in MOMENTS:
+        scheme, of = scheme_of(name, "cra", "late" if task == "multilabel" else "concat", task)
+        model = random_model(of)
+        batch = random_batch(of, [1] * 15, present=patterns(of.order))
+        used = scheme.used(batch.present, uniform(15, seed=3), at)
+        with torch.no_grad():
+            together = scheme.losses(model, batch, used, at)
+            loud = scheme.losses(model, blank(batch, of.order, float("nan")), used, at)
+            assert torch.isfinite(together).all()
+            assert torch.equal(loud, together)
+            for row in range(15):
+                alone = scheme.losses(model, batch.rows(torch.tensor([row])), used[[row]], at)
+                torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at", MOMENTS)
+@pytest.mark.parametrize("fusion", ["concat", "late", "dwfuse"])
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_a_schemes_per_patient_gradients_are_those_of_its_loss(name: str, fusion: str, at: Moment) -> None:
+    """Both engines without clipping give what autograd gives: no use of a layer is lost, none is paired wrongly."""
+    of = two_kinds(fusion, "cra", scheme={"name": name})
+    step = Step(study=of, plan=None, engine=None, draws=None, at=at)
+    batch = random_batch(of, [1, 2, 1, 1])
+    used = step.scheme.used(batch.present, uniform(5, seed=2)[:, :3], at)
+    expected = flat(PlainEngine(random_model(of), "binary").sum(batch, used, step.objective))
+    for engine in (FastEngine, OpacusEngine):
+        found = flat(engine(random_model(of), "binary", 1e6).sum(batch, used, step.objective))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_a_scheme_trains_one_private_round(name: str, two_hospitals: list[Hospital], tmp_path: Path) -> None:
+    of = plan_of(private=True, model={"fusion": "concat"}, scheme={"name": name}, privacy={"epsilon": 3})
+    begin = initial_groups(of)
+    for hospital in two_hospitals:
+        site = participant(hospital, of, tmp_path / hospital.content["name"])
+        site.prepare("run-1")
+        down = {group: begin[group] for group in site.shared}
+        reply = site.train("run-1", 1, "0" * 64, down).reply
+        assert all(np.isfinite(value).all() and value.any() for part in reply.values() for value in part.values())
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_a_model_learns_its_training_records_under_a_scheme(name: str) -> None:
+    of = two_kinds("concat", "none", scheme={"name": name}, training={"lr": 0.3})
+    model, scheme = MultimodalModel(of, of.order), build_scheme(of)
+    engine, batch = PlainEngine(model, "binary"), random_batch(of, [1] * 8)
+    before = task_loss(model, batch)
+    for number in range(1, 151):
+        at = Moment(number, 150)
+        used = scheme.used(batch.present, uniform(8, seed=number)[:, :3], at)
+        gradient = engine.sum(batch, used, lambda model, batch, used, at=at: scheme.losses(model, batch, used, at))
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.sub_(0.3 * gradient[key] / 8)
+    assert task_loss(model, batch) < 0.5 * before
 
 
 # Aggregation rules.

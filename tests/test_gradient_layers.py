@@ -14,7 +14,7 @@ from cohorts import study
 from test_gradients import double, hide_some, naive
 from torch import Tensor, nn
 
-from gapweave.client.gradients import fast
+from gapweave.client.gradients import fast, plain_objective
 from gapweave.client.gradients.fast import FastEngine
 from gapweave.client.gradients.probe import PROBES, synthetic
 from gapweave.shared.config.study import Study
@@ -230,12 +230,12 @@ def test_a_batch_that_does_not_fit_is_worked_on_in_parts(
     used = hide_some(batch)
     engine = FastEngine(random_model(of).double(), "binary", BOUND)
     whole = flat(engine.sum(batch, used))
-    a_record = engine._kept_for_backward(synthetic(engine.model, batch)) / PROBES
+    a_record = engine._kept_for_backward(synthetic(engine.model, batch), plain_objective("binary")) / PROBES
     monkeypatch.setattr(fast, "ACTIVATIONS", int(share * len(batch) * a_record))
     sizes: list[int] = []
     small = FastEngine(random_model(of).double(), "binary", BOUND)
     once = small._clipped_sum
-    monkeypatch.setattr(small, "_clipped_sum", lambda part, shown: sizes.append(len(part)) or once(part, shown))
+    monkeypatch.setattr(small, "_clipped_sum", lambda part, *rest: sizes.append(len(part)) or once(part, *rest))
     torch.testing.assert_close(flat(small.sum(batch, used)), whole, rtol=1e-9, atol=1e-12)
     assert sum(sizes) == len(batch)
     assert len(sizes) >= min(batch.patients, 1 / share - 1)
@@ -248,4 +248,4 @@ def test_what_a_forward_pass_keeps_grows_with_what_it_reads() -> None:
     engine = FastEngine(random_model(of), "binary", BOUND)
     probe = synthetic(engine.model, random_batch(of))
     inputs = sum(value.nbytes for value in probe.inputs.values())
-    assert inputs < engine._kept_for_backward(probe) < 20 * inputs
+    assert inputs < engine._kept_for_backward(probe, plain_objective("binary")) < 20 * inputs

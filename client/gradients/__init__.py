@@ -19,7 +19,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gapweave.shared.model import MultimodalModel
+from gapweave.shared.objective import TaskKind, record_losses
 from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import Objective
 
 Gradient = dict[str, Tensor]
 """Gradient by parameter name."""
@@ -31,11 +34,21 @@ class GradientEngine(Protocol):
     sensitivity: float
     """Most that one patient can change the sum in L2 norm."""
 
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
+    def sum(self, batch: Batch, used: Tensor, objective: Objective | None = None) -> Gradient:
         """Sum over the batch's patients.
 
         Args:
             batch: records of the sampled patients.
             used: [R, M] bool, modalities that inform the prediction.
+            objective: the loss of each record; None for the plain one.
         """
         ...
+
+
+def plain_objective(kind: TaskKind) -> Objective:
+    """The loss without a training scheme."""
+
+    def losses(model: MultimodalModel, batch: Batch, used: Tensor) -> Tensor:
+        return record_losses(model(batch.inputs, batch.present, used), batch.target, batch.label_mask, kind)
+
+    return losses

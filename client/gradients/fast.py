@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gapweave.client.gradients import Gradient
+from gapweave.client.gradients import Gradient, plain_objective
 from gapweave.client.gradients.clipping import Grouping, clip_factors, grouped, together
 from gapweave.client.gradients.composite import COMPOSITES, Product
 from gapweave.client.gradients.layers import RULES, Gradients, Part, Single, Use, singles
@@ -22,8 +22,9 @@ from gapweave.client.gradients.patients import Factors, Patients
 from gapweave.client.gradients.probe import probe_independence, synthetic
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
-from gapweave.shared.objective import TaskKind, record_losses
+from gapweave.shared.objective import TaskKind
 from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import Objective
 
 Uses = dict[nn.Module | Product, list[Use]]
 """Of each layer, or product inside a layer."""
@@ -58,7 +59,7 @@ class FastEngine:
     """
 
     def __init__(self, model: MultimodalModel, kind: TaskKind, bound: float, grouping: Grouping = together) -> None:
-        self.model, self.kind, self.bound = model, kind, bound
+        self.model, self.bound, self._plain = model, bound, plain_objective(kind)
         self.sensitivity = bound * (1 + SLACK)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._groups = [set(names) for names in grouped(self._names.values(), grouping)]
@@ -69,33 +70,34 @@ class FastEngine:
             parameter.requires_grad_(False)
         self._at_once: int | None = None
 
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
+    def sum(self, batch: Batch, used: Tensor, objective: Objective | None = None) -> Gradient:
         """The sum of clipped per-patient gradients."""
+        objective = objective or self._plain
         if len(batch) == 0:
             return {name: torch.zeros_like(parameter) for parameter, name in self._names.items()}
         if self._at_once is None:
-            probe_independence(self.model, self.kind, batch)
+            probe_independence(self.model, objective, batch)
             probe = synthetic(self.model, batch)
-            fits = ACTIVATIONS * len(probe) // self._kept_for_backward(probe)
+            fits = ACTIVATIONS * len(probe) // self._kept_for_backward(probe, objective)
             self._at_once = min(max(1, fits), MOST_AT_ONCE)
         if len(batch) <= self._at_once:
-            return self._clipped_sum(batch, used)
+            return self._clipped_sum(batch, used, objective)
         total = {name: torch.zeros_like(parameter, dtype=torch.float64) for parameter, name in self._names.items()}
         for chosen in parts_of(batch, self._at_once):
             rows = torch.isin(batch.patient, chosen)
-            for name, value in self._clipped_sum(batch.of_patients(chosen), used[rows]).items():
+            for name, value in self._clipped_sum(batch.of_patients(chosen), used[rows], objective).items():
                 total[name] += value
         return total
 
-    def _clipped_sum(self, batch: Batch, used: Tensor) -> Gradient:
+    def _clipped_sum(self, batch: Batch, used: Tensor, objective: Objective) -> Gradient:
         patients = Patients(batch.patient, batch.patients)
         with torch.enable_grad(), self._recording() as tape, _naming_edits():
-            losses = self._losses(batch, used)
+            losses = objective(self.model, batch, used)
             uses = tape.differentiate((torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum())
         with torch.no_grad():
             return self._combine([_parts(found, patients) for found in self._by_group(uses)], patients)
 
-    def _kept_for_backward(self, probe: Batch) -> int:
+    def _kept_for_backward(self, probe: Batch, objective: Objective) -> int:
         """Bytes of all different tensors that a forward pass keeps, less parameters; at least 1."""
         weights = {parameter.untyped_storage().data_ptr() for parameter in self._names}
         sizes: dict[int, int] = {}
@@ -108,13 +110,9 @@ class FastEngine:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept)
         with torch.enable_grad(), self._recording(), _naming_edits(), hooks:
-            losses = self._losses(probe, probe.present)
+            losses = objective(self.model, probe, probe.present)
         del losses
         return max(1, sum(sizes.values()))
-
-    def _losses(self, batch: Batch, used: Tensor) -> Tensor:
-        outputs = self.model(batch.inputs, batch.present, used)
-        return record_losses(outputs, batch.target, batch.label_mask, self.kind)
 
     @contextmanager
     def _recording(self) -> Iterator[Recording]:

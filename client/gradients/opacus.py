@@ -7,12 +7,13 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from gapweave.client.gradients import Gradient
+from gapweave.client.gradients import Gradient, plain_objective
 from gapweave.client.gradients.clipping import Grouping, clip_factors, grouped, together
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
-from gapweave.shared.objective import TaskKind, record_losses
+from gapweave.shared.objective import TaskKind
 from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import Objective
 
 COLUMNS = 2048
 """Parameters that are converted to float64 at a time: a block that stays in the cache is several times faster."""
@@ -42,13 +43,13 @@ class OpacusEngine:
                 where="study:model",
                 remedy="Use GroupNorm or LayerNorm for normalisation, and layers that Opacus supports",
             )
-        self.kind = kind
+        self.model, self._plain = model, plain_objective(kind)
         self.bound = self.sensitivity = bound
         self.module = GradSampleModule(model, batch_first=True, loss_reduction="sum")
         self.names = dict(model.named_parameters())
         self._groups = grouped(self.names, grouping)
 
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
+    def sum(self, batch: Batch, used: Tensor, objective: Objective | None = None) -> Gradient:
         """The sum of clipped per-patient gradients, float64."""
         if len(batch) == 0:
             return {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in self.names.items()}
@@ -56,8 +57,7 @@ class OpacusEngine:
         with warnings.catch_warnings():
             # Integer indices of an Embedding have no gradient; torch warns about Opacus' backward hook on it.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            outputs = self.module(batch.inputs, batch.present, used)
-            losses = record_losses(outputs, batch.target, batch.label_mask, self.kind)
+            losses = (objective or self._plain)(self.model, batch, used)
             (torch.where(batch.weight > 0, losses, 0.0) * batch.weight).sum().backward()
         groups = [self._patients(batch, names) for names in self._groups]
         self.module.zero_grad(set_to_none=True)

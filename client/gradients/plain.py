@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from gapweave.client.gradients import Gradient
+from gapweave.client.gradients import Gradient, plain_objective
 from gapweave.shared.model import MultimodalModel
-from gapweave.shared.objective import TaskKind, record_losses
+from gapweave.shared.objective import TaskKind
 from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import Objective
 
 
 class PlainEngine:
@@ -25,15 +26,14 @@ class PlainEngine:
 
     def __init__(self, model: MultimodalModel, kind: TaskKind) -> None:
         self.model = model
-        self.kind = kind
+        self._plain = plain_objective(kind)
 
-    def sum(self, batch: Batch, used: Tensor) -> Gradient:
+    def sum(self, batch: Batch, used: Tensor, objective: Objective | None = None) -> Gradient:
         """The plain sum of gradients."""
         names = self.model.named
         if len(batch) == 0:
             return {name: torch.zeros_like(parameter) for name, parameter in names.items()}
-        outputs = self.model(batch.inputs, batch.present, used)
-        losses = record_losses(outputs, batch.target, batch.label_mask, self.kind) * batch.weight
+        losses = (objective or self._plain)(self.model, batch, used) * batch.weight
         gradients = torch.autograd.grad(losses.sum(), list(names.values()), allow_unused=True)
         return {
             name: torch.zeros_like(parameter) if gradient is None else gradient

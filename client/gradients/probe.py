@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
-from gapweave.shared.objective import TaskKind, record_losses
 from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import Objective
 
 PROBES = 4
 """Patients of the synthetic batch."""
@@ -39,12 +39,12 @@ def synthetic(model: MultimodalModel, like: Batch) -> Batch:
     )
 
 
-def probe_independence(model: MultimodalModel, kind: TaskKind, like: Batch) -> None:
+def probe_independence(model: MultimodalModel, objective: Objective, like: Batch) -> None:
     """Replace one record by other values: the losses of all others must stay bit for bit.
 
     Args:
         model: of the site.
-        kind: of the task.
+        objective: the loss of each record.
         like: a batch, of which only the shapes are taken.
 
     Raises:
@@ -54,9 +54,9 @@ def probe_independence(model: MultimodalModel, kind: TaskKind, like: Batch) -> N
     others = probe.each_input(lambda value: torch.cat([-3 * value[:1], value[1:]]))
     alone = probe.present.clone()
     alone[0] = False
-    before = _probe_losses(model, kind, probe)
+    before = _probe_losses(model, objective, probe)
     for changed in (replace(probe, inputs=others), replace(probe, present=alone)):
-        if not torch.equal(before[1:], _probe_losses(model, kind, changed)[1:]):
+        if not torch.equal(before[1:], _probe_losses(model, objective, changed)[1:]):
             raise UsageError(
                 "one patient's values change another's loss: per-patient clipping would protect nobody",
                 where="study:model",
@@ -64,7 +64,6 @@ def probe_independence(model: MultimodalModel, kind: TaskKind, like: Batch) -> N
             )
 
 
-def _probe_losses(model: MultimodalModel, kind: TaskKind, probe: Batch) -> Tensor:
+def _probe_losses(model: MultimodalModel, objective: Objective, probe: Batch) -> Tensor:
     with torch.no_grad():
-        outputs = model(probe.inputs, probe.present, probe.present)
-        return record_losses(outputs, probe.target, probe.label_mask, kind)
+        return objective(model, probe, probe.present)

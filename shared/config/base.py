@@ -40,6 +40,10 @@ class StrictModel(BaseModel):
         return False
 
 
+class NoSettings(StrictModel):
+    """A registered part without settings."""
+
+
 def unknown_key(key: str, known: list[str]) -> str:
     """The message for a key that nobody knows, naming the nearest one that somebody does."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

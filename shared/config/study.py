@@ -179,12 +179,14 @@ class ModelConfig(StrictModel):
     fusion: str = Field("late", description="a registered fusion (docs/methods.md)")
     fusion_settings: dict[str, Any] = Field(default_factory=dict, description="settings that this fusion declares")
     imputer: str = Field("cra", description="a registered imputer")
+    imputer_settings: dict[str, Any] = Field(default_factory=dict, description="settings that this imputer declares")
 
 
 class SchemeConfig(StrictModel):
     """The training scheme, by registered name."""
 
-    name: str = Field("none", description="a registered scheme")
+    name: str = Field("none", description="a registered scheme (docs/methods.md)")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings that this scheme declares")
 
 
 MOST_STEPS = 10_000

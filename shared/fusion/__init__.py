@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from gapweave.shared.config.base import StrictModel, parse
+from gapweave.shared.config.base import NoSettings, StrictModel, parse
 from gapweave.shared.config.study import Study, TaskKind
 from gapweave.shared.errors import UsageError
 from gapweave.shared.registry import Registry
@@ -50,16 +50,14 @@ class Fused:
         joint: [B, K] that training reads in place of `logits`; None for `logits`.
         vote_weights: [B, M, C], detached, what the loss of each modality's vote is multiplied with, by true class: one
             number a class for multiclass, else those for "no" to every label and then those for "yes"; None for 1.
+        penalty: [B] that is added to the record's loss; it knows no label. None for 0.
     """
 
     logits: Tensor
     weights: Tensor | None
     joint: Tensor | None = None
     vote_weights: Tensor | None = None
-
-
-class NoSettings(StrictModel):
-    """A fusion without settings."""
+    penalty: Tensor | None = None
 
 
 class Fusion(nn.Module):

@@ -7,11 +7,13 @@ group, `imputer`. Docstrings have the sections of the fusions' (shared/fusion).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gapweave.shared.config.base import NoSettings, StrictModel, parse
+from gapweave.shared.config.study import Study
 from gapweave.shared.registry import Registry
 
 
@@ -21,12 +23,15 @@ class Imputer(nn.Module):
     Args:
         modalities: number M of the study's modalities, held here or not.
         embedding: width d.
+        settings: of the class's `Settings`; None for the defaults.
     """
 
-    learns = False
+    Settings: ClassVar[type[StrictModel]] = NoSettings
+    """What `model.imputer_settings` may hold."""
+    learns: ClassVar[bool] = False
     """Whether it is trained on modalities hidden on purpose."""
 
-    def __init__(self, modalities: int, embedding: int) -> None:
+    def __init__(self, modalities: int, embedding: int, settings: StrictModel | None = None) -> None:
         super().__init__()
         self.null = nn.Embedding(modalities, embedding)
         nn.init.zeros_(self.null.weight)
@@ -50,5 +55,29 @@ class Imputer(nn.Module):
         """
         raise NotImplementedError
 
+    def cycle(self, embeddings: Tensor, imputed: Tensor, used: Tensor) -> Tensor | None:
+        """What a way back from the imputed slots to those used adds to each record's loss.
 
-IMPUTERS: Registry[Callable[[int, int], Imputer]] = Registry("imputer", "gapweave.shared.imputers")
+        Args:
+            embeddings: [B, M, d] of the encoders.
+            imputed: [B, M, d], the estimate.
+            used: [B, M] bool.
+
+        Returns:
+            [B], or None where there is no way back.
+        """
+        return None
+
+
+IMPUTERS: Registry[type[Imputer]] = Registry("imputer", "gapweave.shared.imputers")
+
+
+def build_imputer(study: Study) -> Imputer:
+    """The imputer that a study names.
+
+    Raises:
+        UsageError: for a name that is not installed, or settings that it does not have.
+    """
+    entry = IMPUTERS[study.model.imputer]
+    settings = parse(entry.Settings, study.model.imputer_settings, "study:model.imputer_settings")
+    return entry(len(study.order), study.model.embedding, settings)

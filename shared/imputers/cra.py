@@ -1,4 +1,4 @@
-"""Cascaded residual autoencoders (OmniFuse; after Tran et al., CVPR 2017), forward direction.
+"""Cascaded residual autoencoders (OmniFuse; after Tran et al., CVPR 2017), forward, and backward if wanted.
 
 As printed, the paper feeds the target into the imputer, so that a zero residual is optimal. Here a modality is
 supervised only when it was observed and hidden on purpose, and the target is detached (docs/decisions/0003).
@@ -7,9 +7,21 @@ supervised only when it was observed and hidden on purpose, and the target is de
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from gapweave.shared.config.base import StrictModel
 from gapweave.shared.imputers import IMPUTERS, Imputer
+from gapweave.shared.objective import mean_over
+
+
+class CascadeSettings(StrictModel):
+    """Size of the cascade, and the way back."""
+
+    stages: int = Field(3, ge=1, le=16, description="autoencoders one after the other")
+    hidden: int = Field(32, ge=1, le=4096, description="tanh units of each")
+    code: int = Field(16, ge=1, le=4096, description="width of each one's bottleneck")
+    backward: float = Field(0.0, ge=0, le=100, description="weight of the way back's loss; 0: there is no way back")
 
 
 class ResidualAutoencoder(nn.Module):
@@ -32,23 +44,47 @@ class ResidualAutoencoder(nn.Module):
 class CascadedResidualAutoencoder(Imputer):
     """v' = v_in + the sum of K corrections, each stage seeing the sum so far.
 
-    Reference: Tran et al. 2017, "Missing Modalities Imputation via Cascaded Residual Autoencoder" (CVPR)
+    Reference: Tran et al. 2017, "Missing Modalities Imputation via Cascaded Residual Autoencoder" (CVPR); OmniFuse
     Form: K autoencoders over [slots, mask] with tanh units; learns from modalities hidden on purpose, whose embedding
-        is a detached target
+        is a detached target. With backward > 0 a cascade of its own sees only the slots that were imputed and has to
+        rebuild those used (cycle consistency): + backward times the mean over used m of |v''^m - v^m|^2 / d, v^m
+        detached; in training only, for predictions do not read it
     Couples: nothing
     """
 
+    Settings = CascadeSettings
     learns = True
 
-    def __init__(self, modalities: int, embedding: int, stages: int = 3, hidden: int = 32, code: int = 16) -> None:
+    def __init__(self, modalities: int, embedding: int, settings: CascadeSettings | None = None) -> None:
         super().__init__(modalities, embedding)
-        slots = modalities * embedding
-        self.stages = nn.ModuleList(ResidualAutoencoder(slots, modalities, hidden, code) for _ in range(stages))
+        settings = settings or CascadeSettings()
+        self.weight = settings.backward
+        self.stages = self._cascade(embedding, settings)
+        self.back = self._cascade(embedding, settings) if settings.backward else nn.ModuleList()
+
+    def _cascade(self, embedding: int, settings: CascadeSettings) -> nn.ModuleList:
+        slots = self.modalities * embedding
+        stages = range(settings.stages)
+        return nn.ModuleList(
+            ResidualAutoencoder(slots, self.modalities, settings.hidden, settings.code) for _ in stages
+        )
 
     def forward(self, embeddings: Tensor, used: Tensor) -> Tensor:
         """Estimate all slots from those used."""
-        current = embeddings.flatten(1)
-        mask = used.to(current.dtype)
-        for stage in self.stages:
-            current = current + stage(current, mask)
-        return current.view_as(embeddings)
+        return _through(self.stages, embeddings, used)
+
+    def cycle(self, embeddings: Tensor, imputed: Tensor, used: Tensor) -> Tensor | None:
+        """The loss of the way back; 0 for a record of which nothing was imputed."""
+        if not self.back:
+            return None
+        seen = torch.where(used.unsqueeze(-1), self.tokens(len(used)), imputed)
+        distance = (_through(self.back, seen, ~used) - embeddings.detach()).square().mean(-1)
+        return self.weight * torch.where(used.all(1), 0.0, mean_over(distance, used))
+
+
+def _through(stages: nn.ModuleList, slots: Tensor, known: Tensor) -> Tensor:
+    """[B, M, d] slots of which some are known, [B, M], to the estimate of all."""
+    current, mask = slots.flatten(1), known.to(slots.dtype)
+    for stage in stages:
+        current = current + stage(current, mask)
+    return current.view_as(slots)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from gapweave.shared.schemes import SCHEMES, random_subset
+from gapweave.shared.schemes import SCHEMES, Scheme
 
 
 @SCHEMES.register("none")
-def plain(present: Tensor, uniform: Tensor, imputer_learns: bool) -> Tensor:
+class Plain(Scheme):
     """Use everything, unless the imputer needs modalities hidden on purpose.
 
     Reference: none
     Form: all that a record has; random subsets when an imputer learns
     Couples: nothing
     """
-    return random_subset(present, uniform) if imputer_learns else present

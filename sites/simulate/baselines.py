@@ -24,6 +24,7 @@ from gapweave.shared.model import MultimodalModel
 from gapweave.shared.privacy.draws import SeededDraws
 from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.schema import Batch, modalities
+from gapweave.shared.schemes import Moment
 
 BASELINES = ("local", "pooled", "lr", "gbm")
 """Values of `--baselines`; lr and gbm are fitted both locally and pooled."""
@@ -51,9 +52,11 @@ def train_alone(study: Study, data: Batch, held: list[str], name: str) -> Multim
     model = MultimodalModel(study, held)
     plan = make_plan(study, max(1, data.patients), study.privacy.delta)
     draws = SeededDraws(study.seed, name, "alone")
-    step = Step(study=study, plan=plan, engine=build_engine(model, study), draws=draws)
+    engine, optimizer = build_engine(model, study), Sgd(study, {})
     ready = replace(data, inputs=model.features(data.inputs, data.present))
-    train(model, ready, step, Sgd(study, {}), plan.steps * plan.rounds)
+    for number in range(1, plan.rounds + 1):
+        step = Step(study=study, plan=plan, engine=engine, draws=draws, at=Moment(number, plan.rounds))
+        train(model, ready, step, optimizer, plan.steps)
     return model
 
 
