@@ -208,7 +208,7 @@ def group_by_group(engine: Any, batch: Batch, used: Any, objective: Any) -> Tota
     total = {name: torch.zeros_like(value) for name, value in real_sum(engine, batch, used, objective).items()}
     starts = np.cumsum([0, *(len(one) for one in ones)])
     for at, one in enumerate(ones):
-        part = with_bound(engine, 1e9, one, used[starts[at] : starts[at + 1]])
+        part = with_bound(engine, 1e9, one, used[starts[at] : starts[at + 1]], objective)
         for name, value in part.items():
             total[name] += value * float(min(1.0, engine.bound / max(float(value.norm()), 1e-12)))
     return total

@@ -18,6 +18,7 @@ from gapweave.shared.config.overrides import ALIASES, METHODS, apply, expand, pa
 from gapweave.shared.config.study import study_from_json
 from gapweave.shared.errors import UsageError
 from gapweave.shared.fusion import FUSIONS
+from gapweave.shared.schemes import SCHEMES, build_scheme
 from gapweave.sites.study_check import check_names
 
 STUDY: dict[str, Any] = {
@@ -366,13 +367,34 @@ def test_every_alias_and_method_leads_to_keys_of_the_study() -> None:
         check_names(study)
 
 
-def test_every_fusion_is_a_method_under_its_own_name() -> None:
-    own = [name for name in FUSIONS if FUSIONS[name].__module__.startswith("gapweave.")]
-    assert {name: METHODS[name]["model.fusion"] for name in own} == {name: name for name in own}
-    unread = [name for name in own if not FUSIONS[name].reads_slots and name != "late"]
-    assert all(METHODS[name]["model.imputer"] == "none" for name in unread), (
-        "an imputer that nothing reads costs budget"
+def test_methods_are_comparable() -> None:
+    """Each fusion and scheme is one; all set the same parts; an imputer is there where something reads it."""
+    fusions, schemes = (
+        [name for name in registry if registry[name].__module__.startswith("gapweave.")]
+        for registry in (FUSIONS, SCHEMES)
     )
+    assert {name: METHODS[name]["model.fusion"] for name in fusions} == {name: name for name in fusions}
+    for name in fusions:
+        assert METHODS[name]["model.imputer"] == ("cra" if FUSIONS[name].reads_slots else "none"), name
+    for name in set(schemes) - {"none"}:
+        assert METHODS[name] == {**METHODS["concat"], "model.imputer": "none", "scheme.name": name}
+    assert all(preset.keys() >= {"model.fusion", "model.imputer", "scheme.name"} for preset in METHODS.values())
+
+
+def test_omnifuse_can_be_had_without_each_of_its_parts() -> None:
+    """Table 4 is one comparison; each part is also switched off by one key."""
+    whole = METHODS["omnifuse"]
+    assert whole == {"model.fusion": "dwfuse", "model.imputer": "cra_cycle", "scheme.name": "tla"}
+    less = {name: preset for name, preset in METHODS.items() if name.startswith("omnifuse_no_")}
+    assert len(less) == 5
+    assert all(preset != whole for preset in less.values())
+    for key, value in (("imputer", "none"), ("imputer", "cra"), ("fusion", "concat"), ("scheme", "modality_dropout")):
+        study = parse(Study, apply(STUDY, {"method": "omnifuse", key: value}), "study")
+        check_names(study)
+        preset = expand("method", "omnifuse") | expand(key, value)
+        assert preset in less.values()
+    hidden = parse(Study, apply(STUDY, {"method": "omnifuse_no_dropout"}), "study")
+    assert build_scheme(hidden).hide == 0 < build_scheme(parse(Study, apply(STUDY, {"method": "omnifuse"}), "s")).hide
 
 
 def test_overrides_are_written_into_a_copy() -> None:

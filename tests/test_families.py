@@ -534,7 +534,7 @@ def test_a_schemes_loss_is_of_one_record_in_every_pattern(name: str, task: str) 
 
 
 @pytest.mark.parametrize("at", MOMENTS)
-@pytest.mark.parametrize("fusion", ["concat", "late", "dwfuse"])
+@pytest.mark.parametrize("fusion", ["concat", "late", "dwfuse", "denoising_autoencoder"])
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_a_schemes_per_patient_gradients_are_those_of_its_loss(name: str, fusion: str, at: Moment) -> None:
     """Both engines without clipping give what autograd gives: no use of a layer is lost, none is paired wrongly."""

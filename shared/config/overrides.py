@@ -23,26 +23,45 @@ ALIASES = {
 }
 """Short names of study keys; `method` is a preset of several (see `METHODS`)."""
 
+READING = ("concat", "dwfuse", "se_gate")
+"""Fusions that read what an imputer put into a slot: as methods they are trained with one."""
+
 MASKED = (
-    "attention", "cross_attention", "gated", "low_rank_tensor", "majority", "max", "mean", "product", "qmf", "sum",
-    "tensor", "weighted",
+    "attention", "autoencoder", "cross_attention", "daft", "denoising_autoencoder", "flex_moe", "gated", "hypermm",
+    "late", "low_rank_tensor", "majority", "max", "mean", "medfuse", "mmtm", "product", "prototypes", "qmf", "shaspec",
+    "stacking", "sum", "tensor", "variational_autoencoder", "weighted",
 )  # fmt: skip
 """Fusions that read no imputed slot: as methods they are trained without an imputer, which could only cost budget."""
 
+TRAINED = (
+    "attribution", "curriculum", "distill", "g_blend", "modality_dropout", "ogm_ge", "pmr", "tla", "unimodal_first",
+)  # fmt: skip
+"""Schemes: as methods they train concat without an imputer, so that they differ by the scheme alone."""
+
+
+def _preset(fusion: str, imputer: str = "none", scheme: str = "none", **settings: Any) -> dict[str, Any]:
+    return {
+        "model.fusion": fusion,
+        "model.imputer": imputer,
+        "scheme.name": scheme,
+        **{f"scheme.settings.{key}": value for key, value in settings.items()},
+    }
+
+
 METHODS: dict[str, dict[str, Any]] = {
-    "concat": {"model.fusion": "concat", "scheme.name": "none"},
-    "late": {"model.fusion": "late", "scheme.name": "none"},
-    "dwfuse": {"model.fusion": "dwfuse", "scheme.name": "none"},
-    "se_gate": {"model.fusion": "se_gate", "scheme.name": "none"},
-    **{name: {"model.fusion": name, "model.imputer": "none", "scheme.name": "none"} for name in MASKED},
-    "embracenet": {"model.fusion": "embracenet", "model.imputer": "none", "scheme.name": "modality_dropout"},
-    "modality_dropout": {
-        "model.fusion": "concat",
-        "model.imputer": "none",
-        "scheme.name": "modality_dropout",
-    },
+    **{name: _preset(name, "cra") for name in READING},
+    **{name: _preset(name) for name in MASKED},
+    "embracenet": _preset("embracenet", scheme="modality_dropout"),
+    **{name: _preset("concat", scheme=name) for name in TRAINED},
+    "omnifuse": _preset("dwfuse", "cra_cycle", "tla"),
+    "omnifuse_no_imputer": _preset("dwfuse", "none", "tla"),
+    "omnifuse_no_backward": _preset("dwfuse", "cra", "tla"),
+    "omnifuse_no_dwfuse": _preset("concat", "cra_cycle", "tla"),
+    "omnifuse_no_tla": _preset("dwfuse", "cra_cycle", "modality_dropout"),
+    "omnifuse_no_dropout": _preset("dwfuse", "none", "tla", hide=0.0),
 }
-"""Named presets of model and scheme: one for each method of the catalogue."""
+"""Named presets of model and scheme: one for each method of the catalogue, and OmniFuse less each of its parts. All of
+them set fusion, imputer and scheme, so that nothing of a study file's own choice stays beside them."""
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -102,3 +102,8 @@ def softmax_shares(scores: Tensor, used: Tensor) -> Tensor:
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """[B, M] and [B, M, F] to [B, F]."""
     return (weights.unsqueeze(-1) * values).sum(1)
+
+
+def mean_used(values: Tensor, used: Tensor) -> Tensor:
+    """[B, M] to [B]: the mean over the modalities used; 0 in a record without any."""
+    return torch.where(used, values, 0.0).sum(1) / used.sum(1).clamp(min=1)

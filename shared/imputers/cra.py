@@ -1,4 +1,4 @@
-"""Cascaded residual autoencoders (OmniFuse; after Tran et al., CVPR 2017), forward, and backward if wanted.
+"""Cascaded residual autoencoders (OmniFuse; after Tran et al., CVPR 2017), forward alone or with a way back.
 
 As printed, the paper feeds the target into the imputer, so that a zero residual is optimal. Here a modality is
 supervised only when it was observed and hidden on purpose, and the target is detached (docs/decisions/0003).
@@ -16,12 +16,11 @@ from gapweave.shared.objective import mean_over
 
 
 class CascadeSettings(StrictModel):
-    """Size of the cascade, and the way back."""
+    """Size of the cascade."""
 
     stages: int = Field(3, ge=1, le=16, description="autoencoders one after the other")
     hidden: int = Field(32, ge=1, le=4096, description="tanh units of each")
     code: int = Field(16, ge=1, le=4096, description="width of each one's bottleneck")
-    backward: float = Field(0.0, ge=0, le=100, description="weight of the way back's loss; 0: there is no way back")
 
 
 class ResidualAutoencoder(nn.Module):
@@ -44,11 +43,9 @@ class ResidualAutoencoder(nn.Module):
 class CascadedResidualAutoencoder(Imputer):
     """v' = v_in + the sum of K corrections, each stage seeing the sum so far.
 
-    Reference: Tran et al. 2017, "Missing Modalities Imputation via Cascaded Residual Autoencoder" (CVPR); OmniFuse
+    Reference: Tran et al. 2017, "Missing Modalities Imputation via Cascaded Residual Autoencoder" (CVPR)
     Form: K autoencoders over [slots, mask] with tanh units; learns from modalities hidden on purpose, whose embedding
-        is a detached target. With backward > 0 a cascade of its own sees only the slots that were imputed and has to
-        rebuild those used (cycle consistency): + backward times the mean over used m of |v''^m - v^m|^2 / d, v^m
-        detached; in training only, for predictions do not read it
+        is a detached target
     Couples: nothing
     """
 
@@ -57,13 +54,12 @@ class CascadedResidualAutoencoder(Imputer):
 
     def __init__(self, modalities: int, embedding: int, settings: CascadeSettings | None = None) -> None:
         super().__init__(modalities, embedding)
-        settings = settings or CascadeSettings()
-        self.weight = settings.backward
-        self.stages = self._cascade(embedding, settings)
-        self.back = self._cascade(embedding, settings) if settings.backward else nn.ModuleList()
+        self.settings = settings or self.Settings()
+        self.stages = self.cascade(embedding)
 
-    def _cascade(self, embedding: int, settings: CascadeSettings) -> nn.ModuleList:
-        slots = self.modalities * embedding
+    def cascade(self, embedding: int) -> nn.ModuleList:
+        """All stages, new."""
+        slots, settings = self.modalities * embedding, self.settings
         stages = range(settings.stages)
         return nn.ModuleList(
             ResidualAutoencoder(slots, self.modalities, settings.hidden, settings.code) for _ in stages
@@ -73,10 +69,34 @@ class CascadedResidualAutoencoder(Imputer):
         """Estimate all slots from those used."""
         return _through(self.stages, embeddings, used)
 
+
+class CycleSettings(CascadeSettings):
+    """The way back."""
+
+    backward: float = Field(0.1, gt=0, le=100, description="weight of the way back's loss")
+
+
+@IMPUTERS.register("cra_cycle")
+class CycleConsistentAutoencoder(CascadedResidualAutoencoder):
+    """As cra, and from what was imputed a second cascade has to find the way back to what was used.
+
+    Reference: OmniFuse; Zhu et al. 2017, "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial
+        Networks" (ICCV), cycle consistency
+    Form: a cascade of its own sees only the slots that were imputed and null tokens elsewhere; + backward times the
+        mean over used m of |v''^m - v^m|^2 / d, v^m detached, for a record of which something was imputed. In training
+        only: no prediction reads it. The paper's sees the observed slots too, for which doing nothing is optimal
+    Couples: nothing
+    """
+
+    Settings = CycleSettings
+
+    def __init__(self, modalities: int, embedding: int, settings: CycleSettings | None = None) -> None:
+        super().__init__(modalities, embedding, settings)
+        self.weight = (settings or CycleSettings()).backward
+        self.back = self.cascade(embedding)
+
     def cycle(self, embeddings: Tensor, imputed: Tensor, used: Tensor) -> Tensor | None:
         """The loss of the way back; 0 for a record of which nothing was imputed."""
-        if not self.back:
-            return None
         seen = torch.where(used.unsqueeze(-1), self.tokens(len(used)), imputed)
         distance = (_through(self.back, seen, ~used) - embeddings.detach()).square().mean(-1)
         return self.weight * torch.where(used.all(1), 0.0, mean_over(distance, used))
