@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
-from collections.abc import Iterable
-from typing import Any
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
 
 from gapweave.shared.config.overrides import METHODS
 from gapweave.shared.errors import UsageError
@@ -13,6 +16,22 @@ from gapweave.shared.fusion import FUSIONS, Fusion
 from gapweave.shared.imputers import IMPUTERS
 from gapweave.shared.registry import Registry
 from gapweave.shared.schemes import SCHEMES
+
+AGAINST, BEHIND = "late", 0.03
+"""The method that others are measured against, and the AUROC below it from which docs/methods.md says so."""
+
+MEASURED = "methods.json"
+"""File beside the page: how each method did on the demo (`make methods-measured`)."""
+
+
+class Measured(TypedDict):
+    """How a method did on the demo at missing rate 0, of the pairs of site and seed that `AGAINST` has, too."""
+
+    auroc: float
+    difference: float
+    seeds: int
+    sites: int
+
 
 SECTIONS = ("Reference", "Form", "Couples")
 """What each part's docstring says: the paper, what is built, and what of the original couples patients."""
@@ -33,6 +52,18 @@ modality's own head says, empty where the modality is absent: an imputed slot ne
 modalities whose slots the fusion reads, and `unseen_pattern` is 1 when no training record of the site had just these.
 """
 
+SETTINGS = "Settings of each {family}, under `{key}`:\n"
+
+PRESETS = f"""## Presets
+
+Methods are comparable: each sets fusion, imputer and scheme. A fusion that reads imputed slots is trained with the
+imputer `cra`, one that reads none without an imputer, which would only cost budget; `modality_dropout` and the other
+schemes train `concat` without an imputer (compare them with `fusion=concat imputer=none scheme=none`). `omnifuse` is
+the whole of it, each `omnifuse_no_...` is it less one part; without modality dropout there is nothing for the imputer
+to learn from, so that `omnifuse_no_dropout` has none. Settings of fusion, imputer and scheme stay as the study has
+them. The last column names methods that were more than {BEHIND} AUROC below `{AGAINST}` on the demo.
+"""
+
 
 def described(part: object) -> dict[str, str]:
     """First line and sections of a part's docstring, each on one line.
@@ -51,8 +82,19 @@ def described(part: object) -> dict[str, str]:
     return found
 
 
-def markdown() -> str:
-    """The whole page; foreign plug-ins are left out."""
+def read_measured(folder: Path) -> dict[str, Measured]:
+    """What was measured of the methods; nothing before the first time."""
+    file = folder / MEASURED
+    content: dict[str, Measured] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return content
+
+
+def markdown(measured: Mapping[str, Measured]) -> str:
+    """The whole page; foreign plug-ins are left out.
+
+    Args:
+        measured: by method.
+    """
     own = [name for name in FUSIONS if _is_own(FUSIONS[name])]
     return "\n".join(
         [
@@ -66,13 +108,21 @@ def markdown() -> str:
             _origins("fusion", FUSIONS),
             "## Imputers\n",
             _origins("imputer", IMPUTERS),
+            SETTINGS.format(family="imputer", key="model.imputer_settings"),
+            _table(("imputer", "settings"), _settings_rows(IMPUTERS)),
             "## Training schemes\n",
             _origins("scheme", SCHEMES),
-            "## Presets\n",
+            SETTINGS.format(family="scheme", key="scheme.settings"),
+            _table(("scheme", "settings"), _settings_rows(SCHEMES)),
+            PRESETS,
             _table(
-                ("method", "sets"),
+                ("method", "sets", "on the demo"),
                 (
-                    (f"`{name}`", ", ".join(f"`{key}={value}`" for key, value in preset.items()))
+                    (
+                        f"`{name}`",
+                        ", ".join(f"`{key}={value}`" for key, value in preset.items()),
+                        _remark(name, measured),
+                    )
                     for name, preset in METHODS.items()
                 ),
             ),
@@ -80,17 +130,44 @@ def markdown() -> str:
     )
 
 
+def _sets(preset: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}={value}`" for key, value in preset.items())
+
+
+def _remark(name: str, measured: Mapping[str, Measured]) -> str:
+    """That a method falls behind, or nothing."""
+    if name not in measured:
+        return "not measured"
+    found = measured[name]
+    if found["difference"] >= -BEHIND:
+        return ""
+    return (
+        f"{-found['difference']:.3f} AUROC below `{AGAINST}` ({found['auroc']:.3f} against "
+        f"{found['auroc'] - found['difference']:.3f}, {found['sites']} sites, {found['seeds']} seeds, nothing missing)"
+    )
+
+
 def _abilities(name: str, fusion: type[Fusion]) -> tuple[str, ...]:
-    fields = fusion.Settings.model_fields
-    settings = ", ".join(f"`{key}: {field.default}` ({field.description})" for key, field in fields.items())
     return (
         f"`{name}`",
         fusion.stage,
         "yes" if fusion.reads_slots else "no",
         "yes" if fusion.gives_shares else "no",
         "yes" if fusion.instead is None else f"no: `{fusion.instead}` can",
-        settings or "none",
+        _settings(fusion),
     )
+
+
+def _settings(part: Any) -> str:
+    settings = part.Settings()
+    said = (
+        f"`{key}: {getattr(settings, key)}` ({field.description})" for key, field in part.Settings.model_fields.items()
+    )
+    return ", ".join(said) or "none"
+
+
+def _settings_rows(registry: Registry[Any]) -> Iterable[tuple[str, str]]:
+    return ((f"`{name}`", _settings(registry[name])) for name in registry if _is_own(registry[name]))
 
 
 def _origins(family: str, registry: Registry[Any]) -> str:
@@ -111,4 +188,4 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown())
+    print(markdown(read_measured(Path(sys.argv[1]))))

@@ -127,6 +127,15 @@ BAD: dict[str, tuple[Change, int, tuple[str, ...]]] = {
     "unknown fusion": (in_study(model={"fusion": "lat"}), 2, ("model.fusion", "did you mean 'late'")),
     "unknown imputer": (in_study(model={"imputer": "magic"}), 2, ("model.imputer", "Installed:")),
     "unknown scheme": (in_study(scheme={"name": "magic"}), 2, ("scheme.name", "Installed:")),
+    "unknown setting of a scheme": (
+        in_study(scheme={"name": "tla", "settings": {"strenght": 1}}), 2, ("scheme.settings", "'strength'"),
+    ),
+    "unknown setting of an imputer": (
+        in_study(model={"imputer_settings": {"stage": 1}}), 2, ("model.imputer_settings", "did you mean 'stages'"),
+    ),
+    "a tensor too large": (
+        in_study(model={"fusion": "tensor", "fusion_settings": {"width": 8}}), 2, ("9^4 = 6,561", "low_rank_tensor"),
+    ),
     "unknown rule": (in_study(aggregation={"default": "avrage"}), 2, ("aggregation.default", "Installed:")),
     "unknown rule of a group": (
         in_study(aggregation={"encoder/*": "avrage"}), 2, ("aggregation.encoder/*", "Installed:"),
@@ -144,7 +153,7 @@ BAD: dict[str, tuple[Change, int, tuple[str, ...]]] = {
     "one class": (in_records(pl.lit(1).alias(LABEL)), 6, ("one-class site",)),
     "empty site": (header_only, 6, ("has no rows",)),
     "no label at all": (in_records(pl.lit(None).alias(LABEL)), 6, ("no training record has a label",)),
-    "no modality of the study": (no_modality, 6, ("none of the study's modalities",)),
+    "no modality of the study": (no_modality, 6, ("none of the study's modalities", "alder.yaml")),
     "patient in training and test": (folds, 6, ("same patient in train and test",)),
     "record id twice": (repeated_record, 6, ("4 rows repeat the record id",)),
     "unreadable image": (broken_image, 6, ("images are truncated or no PNG",)),
@@ -179,6 +188,8 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown sharing": (("--set", "sharing=some"), ("sharing",)),
     "a value of the wrong type": (("--set", "epsilon=many"), ("privacy.epsilon", "found 'many'")),
     "a broken value": (("--set", "epsilon=[1"), ("cannot be read",)),
+    "more missing than there is": (("--set", "missing_rate=1.2"), ("simulation.missing_rate", "less than 1", "1.2")),
+    "unknown fusion": (("--set", "fusion=atention"), ("model.fusion", "did you mean 'attention'")),
     "no folder of sites": (("--sites", "/nowhere/at/all"), ("no site files",)),
 }
 
