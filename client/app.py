@@ -20,7 +20,7 @@ from gapweave.client.sources.files import forget_files
 from gapweave.client.state import RunFolder
 from gapweave.shared.config import load_site
 from gapweave.shared.config.study import Study, study_from_json
-from gapweave.shared.errors import BudgetExhausted, DataError, GapweaveError, NotIntact, RefusedError
+from gapweave.shared.errors import BudgetExhausted, DataError, GapweaveError, NotApproved, NotIntact, RefusedError
 from gapweave.shared.messages import Evaluate, Finish, Prepare, Train, read_request
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.tensorfile import Arrays
@@ -36,6 +36,7 @@ details: dict[str, str] = {}
 FIXED_TEXTS: dict[type[Exception], str] = {
     BudgetExhausted: "the site's privacy budget does not allow it",
     NotIntact: "the site's ledger is not intact",
+    NotApproved: "the site has not approved this study: gapweave site approve SITE.yaml --study STUDY",
     RefusedError: "the site's policy does not allow it",
     DataError: "the site's data cannot be used for this study",
     GapweaveError: "the site cannot take part",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gapweave.shared.config import Site, Study
-from gapweave.shared.errors import RefusedError
+from gapweave.shared.errors import NotApproved, RefusedError
 from gapweave.shared.privacy.ledger import LedgerView
 
 
@@ -17,14 +17,15 @@ def check_policy(study: Study, site: Site, *, simulation: bool) -> None:
             that study disables privacy.
 
     Raises:
+        NotApproved: when the hospital has not approved the study.
         RefusedError: naming the key of the site file.
     """
     policy = site.policy
     if not simulation and study.sha256 not in policy.studies:
-        raise RefusedError(
+        raise NotApproved(
             f"study {study.name!r} with hash {study.sha256} is not approved",
             where=f"{site.name}:policy.studies",
-            remedy="Read the study, then add its hash",
+            remedy="Read the study, then: gapweave site approve SITE.yaml --study STUDY",
         )
     if not study.privacy.enabled and policy.unnoised != "allow" and not simulation:
         raise RefusedError(

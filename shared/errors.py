@@ -4,6 +4,7 @@
     +- UsageError            2  wrong usage or configuration
     +- RefusedError          3  privacy budget, site policy, or a ledger that is not intact
     |  +- BudgetExhausted
+    |  +- NotApproved           the hospital has not approved the study
     |  +- NotIntact             a ledger that was changed, or lost entries
     +- LedgerBusy            3  another process holds the ledger: try again
     +- TooFewSites           4  quorum lost
@@ -52,6 +53,10 @@ class RefusedError(GapweaveError):
 
 class BudgetExhausted(RefusedError):
     """The site's cap leaves no room for the release that was asked for."""
+
+
+class NotApproved(RefusedError):
+    """The hospital has not approved the study that it is asked to work for."""
 
 
 class NotIntact(RefusedError):

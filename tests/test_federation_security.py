@@ -206,6 +206,7 @@ def test_another_study_than_the_approved_one_is_refused(federation: Federation, 
     before = spent(federation)
     text = federation.on("hub", "submit", str(federation.study), *federation.words(), "--set", wish, "--wait", code=3)
     assert "every site refused the study" in text
+    assert text.count("the site has not approved this study: gapweave site approve") == len(federation.names)
     assert spent(federation) == before
 
 

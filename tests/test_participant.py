@@ -620,8 +620,8 @@ def test_a_deployed_site_says_fixed_texts_only(tmp_path: Path, caplog: pytest.Lo
     hospital = build(tmp_path / "a", "north")
     hospital.update("policy", studies=[hashlib.sha256(CANARY.encode()).hexdigest()])
     header = prepare(Wire([hospital], simulation=False), plan_of(private=True))
-    assert header["status"] == "refused"
-    assert header["text"] == FIXED_TEXTS[RefusedError]
+    assert (header["status"], header["error"]) == ("refused", "NotApproved")
+    assert header["text"] == "the site has not approved this study: gapweave site approve SITE.yaml --study STUDY"
     assert "is not approved" in caplog.text, "the site's own people can read why"
 
 
