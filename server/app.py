@@ -9,6 +9,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from gapweave.server import room
 from gapweave.server.model_card import save_model
 from gapweave.server.peers import Peer
 from gapweave.server.strategy import Observer, RoundLoop
@@ -29,10 +30,25 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(config["out"])
     directory = RunDirectory(out) if (out / "study.yaml").exists() else RunDirectory.create(out, study)
     try:
-        run_study(grid, study, directory, config["run"], names=_names(config.get("sites", "")))
+        run_study(grid, study, directory, config["run"], Room(out), names=_names(config.get("sites", "")))
     except GapweaveError as error:
         directory.write_json(directory.failure.name, {"error": str(error), "exit_code": error.exit_code})
         raise
+
+
+class Room(Observer):
+    """Ends a run before a round that the hub's disk has no room for: no site pays for what cannot be kept.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def starting(self, number: int, sent: int) -> None:
+        """What is sent lies in Flower's database, what comes back too, each also in its log; then the checkpoint."""
+        room.require(self._folder, 5 * sent)
 
 
 def _names(registry: str) -> Callable[[int], str | None] | None:

@@ -41,6 +41,15 @@ def init(
     folder: HubOption = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the hub [default: its folder's].")] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65533, help="Port that sites connect to.")] = 9092,
+    listen_port: Annotated[
+        int | None,
+        typer.Option(
+            "--listen-port",
+            min=1,
+            max=65533,
+            help="Port that nginx listens on, where a router or load balancer brings --port there [default: --port].",
+        ),
+    ] = None,
 ) -> None:
     """Make a hub: its own certificate authority, a certificate, configuration, and the file for the hospitals.
 
@@ -52,7 +61,7 @@ def init(
     from gapweave.server.hub import Hub
 
     place = folder or Path(os.environ.get("GAPWEAVE_HUB", "hub"))
-    hub = Hub.create(place, name or place.resolve().name, hosts or [socket.getfqdn()], port)
+    hub = Hub.create(place, name or place.resolve().name, hosts or [socket.getfqdn()], port, listen_port)
     typer.echo(f"made the hub {hub.config.name} in {place}; sites will connect to {hub.config.hosts[0]}:{port}")
     typer.echo(
         f"give {hub.connection} to every hospital, and add its site.pub: gapweave server add-site NAME --key FILE"
@@ -101,11 +110,13 @@ def start(
     """
     from functools import partial
 
+    from gapweave.server import room
     from gapweave.server.proxy import nginx
     from gapweave.server.superlink import children, keep_registered, serves
     from gapweave.shared.errors import Unreachable
 
     hub = _hub(folder)
+    room.require(hub.folder)
     if proxy:
         nginx()
     if foreground:
@@ -127,13 +138,16 @@ def status(folder: HubOption = None, as_json: JsonOption = False) -> None:
 
     Example: gapweave server status
     """
+    from gapweave.server import room
     from gapweave.server.certificates import days_left
     from gapweave.server.superlink import Control, serves
     from gapweave.shared.errors import Unreachable
 
     hub = _hub(folder)
+    full = room.lacking(hub.folder)
     found = {"name": hub.config.name, **hub.service.status(), "serves": serves(hub)}
     found["certificate_days"] = round(days_left(hub.certificate))
+    found["free_bytes"] = room.free(hub.folder)
     found["sites"] = dict.fromkeys(hub.sites(), "unknown")
     if found["serves"]:
         with Control(hub) as control:
@@ -146,8 +160,11 @@ def status(folder: HubOption = None, as_json: JsonOption = False) -> None:
         for name, process in found["processes"].items():
             typer.echo(f"  {name:<12} {process['state']} since {process['since']}, restarts: {process['restarts']}")
         typer.echo(f"  certificate  {found['certificate_days']} days left")
+        typer.echo(f"  disk         {found['free_bytes'] / 1e9:.1f} GB free")
         for name, state in found["sites"].items():
             typer.echo(f"  site         {name}: {state}")
+    if full is not None:
+        raise full
     if not found["serves"]:
         raise typer.Exit(Unreachable.exit_code)
 

@@ -31,7 +31,7 @@ from gapweave.shared.files import private_folder, write_atomically
 from gapweave.shared.service import Service
 
 PORT = 9092
-"""Where sites connect to; the SuperLink and its health server listen on the next two, on loopback."""
+"""Where sites connect to; the SuperLink and its health server listen on the two after the proxy's, on loopback."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
@@ -41,7 +41,10 @@ class HubConfig(StrictModel):
     version: Version = Field(description="format of the file: 1")
     name: str = Field(pattern=NAME, description="name of the hub")
     hosts: list[str] = Field(min_length=1, description="names and addresses of this machine, the first for the sites")
-    port: int = Field(PORT, ge=1, le=65535, description="public port, of the reverse proxy")
+    port: int = Field(PORT, ge=1, le=65535, description="public port, that sites connect to")
+    listen_port: int | None = Field(
+        None, ge=1, le=65535, description="port of the reverse proxy, where a router brings the public one there"
+    )
     control_port: int = Field(PORT + 1, ge=1, le=65535, description="port of the SuperLink, on loopback only")
     health_port: int = Field(PORT + 2, ge=1, le=65535, description="port of its health server, on loopback only")
 
@@ -65,8 +68,15 @@ class Hub:
         self.service = Service(self.folder / "service", f"the hub {self.config.name}")
 
     @classmethod
-    def create(cls, folder: Path, name: str, hosts: Sequence[str], port: int) -> Hub:
+    def create(cls, folder: Path, name: str, hosts: Sequence[str], port: int, listen_port: int | None = None) -> Hub:
         """Make a hub and enter it in the user's list of servers.
+
+        Args:
+            folder: to make.
+            name: of the hub.
+            hosts: names and addresses, the first for the sites.
+            port: that sites connect to.
+            listen_port: that the reverse proxy listens on, if it is another one.
 
         Raises:
             UsageError: when there is one already, or for a name that is none.
@@ -77,8 +87,15 @@ class Hub:
             raise UsageError(
                 f"{name!r} is no name for a hub", where="--name", remedy="Use letters, digits, '-' and '_'"
             )
+        own = listen_port or port
         config = HubConfig(
-            version=1, name=name, hosts=list(hosts), port=port, control_port=port + 1, health_port=port + 2
+            version=1,
+            name=name,
+            hosts=list(hosts),
+            port=port,
+            listen_port=listen_port,
+            control_port=own + 1,
+            health_port=own + 2,
         )
         private_folder(folder)
         folder.chmod(0o700)
@@ -131,7 +148,7 @@ class Hub:
         text = f"{yaml.safe_dump(head, sort_keys=False)}ca: |\n{authority}"
         write_atomically(self.connection, text.encode())
         self.connection.chmod(0o644)
-        ports = {"port": self.config.port, "control_port": self.config.control_port}
+        ports = {"port": self.config.listen_port or self.config.port, "control_port": self.config.control_port}
         write_atomically(self.proxy, proxy_configuration(self.folder, **ports).encode())
 
     def add_site(self, name: str, key: Path) -> None:

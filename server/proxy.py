@@ -72,7 +72,7 @@ def proxy_configuration(folder: Path, *, port: int, control_port: int) -> str:
 
     Args:
         folder: of the hub.
-        port: where sites connect to.
+        port: to listen on.
         control_port: of the SuperLink, on loopback.
     """
     return TEMPLATE.format(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gapweave.server import room
 from gapweave.server.hub import Hub
 from gapweave.server.superlink import Control, FlowerRun
 from gapweave.shared.config.study import Simulation, Study
@@ -59,7 +60,7 @@ def submit(hub: Hub, study: Study) -> str:
 
     Raises:
         UsageError: for a study that only a simulation can run.
-        Unreachable: when the hub does not run.
+        Unreachable: when the hub does not run, or its disk is full.
     """
     if study.simulation != Simulation():
         raise UsageError(
@@ -84,6 +85,7 @@ def submit(hub: Hub, study: Study) -> str:
 
 
 def _start(control: Control, hub: Hub, run: str, study: Study) -> int:
+    room.require(hub.folder)
     control.register()
     return control.start(
         {"study": study.canonical(), "out": str(hub.runs / run), "run": run, "sites": str(hub.registry)}

@@ -42,6 +42,9 @@ class Observer:
     def prepared(self, peers: dict[str, Peer]) -> None:
         """The handshake is over."""
 
+    def starting(self, number: int, sent: int) -> None:
+        """A round begins, whose messages to sites hold so many bytes; what is raised here ends the run before it."""
+
     def replied(self, number: int, site: str) -> None:
         """A site answered in a round."""
 
@@ -229,6 +232,7 @@ class RoundLoop:
             correction = as_corrections(corrections.get(peer.site, {}))
             requests[peer.node] = wire.pack(header, {**{group: packed[group] for group in peer.groups}, **correction})
             down += size({group: self.state.groups[group] for group in peer.groups}) + size(correction)
+        self.observer.starting(number, down)
         by_node = {peer.node: peer for peer in active}
         so_far = {name: Agreement.read(peer.agreement) for name, peer in self.peers.items()}
         combine = GroupAggregation(self.study, self.state.groups, self.optimizer, so_far, self.history, self.variates)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from gapweave.server import room
 from gapweave.server.hub import Hub
 from gapweave.server.proxy import nginx
 from gapweave.shared.errors import Unreachable, UsageError
@@ -110,6 +113,7 @@ class Control:
         try:
             yield
         except httpx.TransportError:
+            room.require(self._hub.folder)
             raise Unreachable(
                 f"the hub {self._hub.config.name} does not answer",
                 where=str(self._hub.folder),
@@ -117,10 +121,11 @@ class Control:
             ) from None
         except httpx.HTTPStatusError as error:
             if error.response.is_server_error:
+                room.require(self._hub.folder)
                 raise Unreachable(
                     f"the hub {self._hub.config.name} cannot answer ({error.response.status_code})",
                     where=str(self._hub.service.log_file("superlink")),
-                    remedy="Look at that log; is its disk full?",
+                    remedy="Look at that log",
                 ) from None
             raise UsageError(
                 f"the hub refuses ({error.response.status_code})",
@@ -224,9 +229,10 @@ def _public_key(hub: Hub, name: str) -> Any:
 
 
 def main() -> None:
-    """Run the SuperLink in this process, with the arguments of Flower's own command."""
+    """Run the SuperLink in this process, with the arguments of Flower's own command, while its disk has room."""
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
+    room.keep(Path(os.environ["FLWR_HOME"]))
     flower_superlink()
 
 

@@ -99,7 +99,7 @@ class Service:
     def run(
         self, children: Callable[[], Sequence[Child]], beside: Callable[[threading.Event], None] | None = None
     ) -> None:
-        """Keep processes running until this one is told to end (SIGTERM or Ctrl-C).
+        """Keep processes running until this one is told to end (SIGTERM or Ctrl-C); says so at both ends.
 
         Args:
             children: gives the processes, once nobody else runs the service; they are started at once, and again
@@ -113,7 +113,11 @@ class Service:
         private_folder(self.folder / "logs")
         os.umask(0o077)
         with self._locked():
-            _Supervisor(self, children(), beside).run()
+            kept = children()
+            names = " and ".join(child.name for child in kept)
+            print(f"{self.what} keeps {names} running; logs: {self.folder / 'logs'}", flush=True)
+            _Supervisor(self, kept, beside).run()
+            print(f"{self.what} is stopped", flush=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -296,6 +296,30 @@ def test_a_full_disk_at_a_site(healed: Federation) -> None:
     budgets_are_right(healed, run)
 
 
+def test_a_full_disk_at_the_hub(healed: Federation) -> None:
+    """It ends serving, and says why; with room again it serves by itself, and the run is resumed. No round is paid twice."""
+    run = healed.submit()
+    healed.wait(run, longest(1), until_round=1)
+    with full(healed.hub.parent):
+        deadline = time.monotonic() + DEADLINE_S
+        while "no space left" not in (said := healed.on("hub", "runs", code=None)):
+            assert time.monotonic() < deadline, said
+            time.sleep(1)
+        for words in (["server", "status"], ["submit", str(healed.study), *healed.words()]):
+            assert "no space left" in healed.on("hub", *words, code=5)
+    connected(healed, *healed.names)
+    deadline = time.monotonic() + 120
+    while not (found := failed_runs(healed)):
+        assert time.monotonic() < deadline, healed.logs()
+        time.sleep(2)
+    assert "resume" in next(state["reason"] for state in found if state["run"] == run)
+    healed.on("hub", "resume", run, "--server", str(healed.hub))
+    state = healed.wait(run, longest(3))
+    assert state["status"] == "completed", f"{state}\n{healed.logs()}"
+    assert [line["round"] for line in healed.rounds(run)] == [1, 2, 3]
+    budgets_are_right(healed, run)
+
+
 @contextmanager
 def full(folder: Path) -> Iterator[None]:
     """A small file system in which no byte is left."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import stat
 import subprocess
+import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from commandline import run
 from cryptography import x509
 
 from gapweave.client.keys import make_keys
+from gapweave.server import room
+from gapweave.server.app import Room
 from gapweave.server.certificates import days_left, make_server_certificate
 from gapweave.server.hub import Hub
 from gapweave.server.proxy import CALLS, nginx
 from gapweave.shared.config.connection import load_connection
-from gapweave.shared.errors import UsageError
+from gapweave.shared.errors import Unreachable, UsageError
 from gapweave.sites.demo import write_demo
 
 
@@ -45,6 +49,53 @@ def test_what_is_made(hub: Hub) -> None:
     assert certificate.not_valid_before_utc < datetime.now(UTC)
     assert Hub.find("hub").folder == hub.folder
     assert "there is a hub already" in run("server", "init", code=2).err
+
+
+def test_a_hub_behind_a_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites are told the public port, and nginx listens on the other; so do the SuperLink's own after it."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    words = ("--dir", str(tmp_path / "hub"), "--host", "hub.example.org", "--port", "443", "--listen-port", "30443")
+    assert "connect to hub.example.org:443" in run("server", "init", *words).out
+    hub = Hub.find(str(tmp_path / "hub"))
+    assert load_connection(hub.connection).address == "hub.example.org:443"
+    assert "listen 30443 ssl;" in hub.proxy.read_text()
+    assert "server 127.0.0.1:30444;" in hub.proxy.read_text()
+    assert (hub.config.control_port, hub.config.health_port) == (30444, 30445)
+
+
+def test_a_hub_without_room(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not started, says why whatever one asks, and a round that would fill its disk is not begun."""
+    study = write_demo(tmp_path / "demo", hospitals=2, patients=40)
+    monkeypatch.setattr(room, "free", lambda folder: room.LEAST - 1)
+    for words in (["server", "start"], ["server", "status"], ["submit", str(study)], ["runs"]):
+        assert "no space left: 50 MB are free, the hub needs 50 MB" in run(*words, code=5).err, words
+    monkeypatch.setattr(room, "free", lambda folder: room.LEAST + 500)
+    Room(hub.runs).starting(1, 100)
+    with pytest.raises(Unreachable, match="no space left"):
+        Room(hub.runs).starting(1, 101)
+
+
+def test_a_superlink_ends_when_its_disk_is_full(tmp_path: Path) -> None:
+    """And one that finds it full waits until it is not."""
+    code = (
+        "import sys, time; from pathlib import Path; from gapweave.server import room; place = Path(sys.argv[1]);"
+        "room.LOOK_S = 0.05; room.free = lambda folder: 0 if (folder / 'full').exists() else 10**9;"
+        "room.keep(place); (place / 'serves').touch(); time.sleep(60)"
+    )
+    (tmp_path / "full").touch()
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        time.sleep(1)
+        assert process.poll() is None
+        assert not (tmp_path / "serves").exists()
+        (tmp_path / "full").unlink()
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "serves").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (tmp_path / "full").touch()
+        assert process.wait(20) == 1
+        assert process.stdout is not None
+        assert "ending" in process.stdout.read()
 
 
 def test_a_certificate_is_renewed_before_it_ends(hub: Hub) -> None:
