@@ -1,6 +1,6 @@
 """What a deployed round costs over an inline one: `make bench-deployment`. A hub and hospitals on this machine.
 
-Prints one JSON line: seconds a round, bytes, and peak memory of the hub's processes and of one site's.
+Prints one JSON line: seconds a round, bytes, peak memory of the hub and of one site, size of the database after it.
 With --megabytes, a text modality of so many hashed words makes the shared parameters that large.
 """
 
@@ -38,7 +38,10 @@ def typed(*words: str, environment: dict[str, str]) -> str:
 
 
 class Memory:
-    """The largest sum of resident memory of each supervisor's processes, looked at five times a second."""
+    """The largest sum of memory of each supervisor's processes, looked at five times a second.
+
+    Pages that several processes share count for each by its part (PSS, proc(5)): a site's fork from one another.
+    """
 
     def __init__(self, supervisors: dict[str, int]) -> None:
         self.peaks = dict.fromkeys(supervisors, 0)
@@ -53,14 +56,22 @@ class Memory:
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_S):
-            lines = subprocess.run(["ps", "-eo", "pid=,ppid=,rss="], capture_output=True, text=True, check=True).stdout
+            lines = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
             rows = [tuple(map(int, line.split())) for line in lines.splitlines()]
             for name, root in self._supervisors.items():
                 family = {root}
-                while grown := {pid for pid, parent, _ in rows if parent in family} - family:
+                while grown := {pid for pid, parent in rows if parent in family} - family:
                     family |= grown
-                used = sum(rss for pid, _, rss in rows if pid in family)
-                self.peaks[name] = max(self.peaks[name], used * 1024)
+                self.peaks[name] = max(self.peaks[name], sum(map(used, family)))
+
+
+def used(pid: int) -> int:
+    """Bytes of memory of a process; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def prepare(folder: Path, sites: int, megabytes: float, overrides: dict[str, Any]) -> Path:
@@ -119,6 +130,7 @@ def main() -> None:
         for file in files.values():
             typed("site", "stop", str(file), environment=environment)
         typed("server", "stop", environment=environment)
+    database = sum(file.stat().st_size for file in (folder / "hub").glob("superlink.db*"))
     deployed = list(RunDirectory(folder / "hub" / "runs" / state["run"]).rounds())
     begun = time.perf_counter()
     typed("simulate", str(study), "--out", str(folder / "inline"), environment=environment)
@@ -132,6 +144,7 @@ def main() -> None:
         "same_bytes": [one["bytes_up"] for one in deployed] == [one["bytes_up"] for one in inline],
         "mb_hub": round(memory.peaks.pop("hub") / 1e6),
         "mb_site": round(max(memory.peaks.values()) / 1e6),
+        "mb_database": round(database / 1e6, 1),
     }
     print(json.dumps(line))
 

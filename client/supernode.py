@@ -1,5 +1,7 @@
 """The SuperNode, Flower's process at a site, with a guard: it runs no bundle but the run card of this version.
 
+Beside it a worker, which has all imported and forks a process for each message: to start a program costs 3 s of a core.
+
 The one place on the client's side that uses names of Flower's which are not documented; test_supernode.py fails when
 they move. Flower itself would run whatever code the server ships, or trust whoever holds a signing key.
 """
@@ -10,6 +12,10 @@ import importlib
 import json
 import logging
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +33,13 @@ CONTACT_S = 5.0
 """Seconds between two notes."""
 
 
+BUSY_POLL_S, RUN_S = 0.5, 60.0
+"""How often a site asks its hub after it worked for it, and how long."""
+ITSELF, WORKER = "gapweave.client.supernode", "worker"
+POLL, POLL_S = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", 0.25
+"""How often the worker asks its SuperNode for messages, by Flower's variable."""
+
+
 class Guard:
     """What stands between the hub's messages and this machine.
 
@@ -38,6 +51,7 @@ class Guard:
     def __init__(self, contact: Path | None = None, home: Path | None = None) -> None:
         self._contact, self._home = contact, home
         self._noted = 0.0
+        self._in_a_run = False
         self.refused: str | None = None
 
     def get_fab(self, get: Callable[[str, int], Any]) -> Callable[[str, int], Any]:
@@ -65,12 +79,20 @@ class Guard:
         return None
 
     def receive(self, receive: Callable[[], Any]) -> Callable[[], Any]:
-        """Ask for a message, and note that the hub answered."""
+        """Ask for a message, and note that the hub answered. Flower asks every 3 s; in a run a site asks more often."""
 
         def noted() -> Any:
-            message = receive()
-            self.heard()
-            return message
+            worked = time.monotonic()
+            while True:
+                message = receive()
+                self.heard()
+                if message is not None:
+                    self._in_a_run = True
+                    return message
+                if not self._in_a_run:
+                    return None
+                self._in_a_run = time.monotonic() - worked < RUN_S
+                time.sleep(BUSY_POLL_S)
 
         return noted
 
@@ -121,9 +143,70 @@ def install(guard: Guard) -> Callable[..., None]:
     flower._verify_fab = verify
 
     def start(**keywords: Any) -> None:
-        loop(**{**keywords, "trusted_entities": {"gapweave": "the run card"}})
+        start_worker(keywords["runtime_api_address"])
+        # Isolation by process: Flower starts no program for messages of its own.
+        loop(**{**keywords, "trusted_entities": {"gapweave": "the run card"}, "isolation": "process"})
 
     return start
+
+
+def start_worker(address: str) -> None:
+    """Start the process that forks for messages; neither it nor this one outlives the other.
+
+    Args:
+        address: of this SuperNode's own interface, on loopback.
+    """
+    command = [sys.executable, "-m", "gapweave.shared.tether", sys.executable, "-m", ITSELF, WORKER, address]
+    environment = {**os.environ, "GAPWEAVE_SUPERVISOR": str(os.getpid()), POLL: str(POLL_S)}
+    process = subprocess.Popen(command, env=environment)
+
+    def watch() -> None:
+        log.error("the worker ended with code %s", process.wait())
+        logging.shutdown()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def work(address: str) -> None:
+    """Be the worker: Flower's loop that takes a SuperNode's messages, with a fork in place of a new program.
+
+    What a message leaves in memory ends with its process, as before.
+    """
+    from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
+    from flwr.supercore.superexec.run_superexec import run_superexec
+
+    preload()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    SubprocessExecutor.launch = fork
+    run_superexec(runtime_api_address=address, insecure=True, parent_pid=None)
+
+
+def preload() -> None:
+    """Import what every message needs and takes long: Flower's part and torch. A process that forks has one thread.
+
+    So polars is left to the messages: it starts threads when it is imported.
+    """
+    for name in ("flwr.supernode.runtime.run_clientapp", "gapweave.client.network", "gapweave.client.evaluation"):
+        importlib.import_module(name)
+
+
+def fork(_: Any, spec: Any) -> Any:
+    """Handle one message in a process of its own."""
+    from flwr.supercore.superexec.executor import LaunchResult
+    from flwr.supernode.runtime.run_clientapp import run_clientapp
+
+    if os.fork():
+        return LaunchResult.accepted()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        run_clientapp(spec.runtime_api_address, spec.token, spec.insecure, parent_pid=spec.parent_pid)
+    except BaseException as error:  # also what ends a process: the rest of this one is the parent's
+        log.info("a message is done: %s", error)
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def known_to_hub(address: str, authority: bytes, key: bytes) -> bool:
@@ -162,7 +245,10 @@ def known_to_hub(address: str, authority: bytes, key: bytes) -> bool:
 
 
 def main() -> None:
-    """Run a SuperNode in this process, with the arguments of Flower's own command."""
+    """Run a SuperNode in this process, with the arguments of Flower's own command, or its worker."""
+    if sys.argv[1:2] == [WORKER]:
+        work(sys.argv[2])
+        return
     # By name: the package has a function called as the module is.
     command: Any = importlib.import_module("flwr.supernode.cli.flower_supernode")
     contact, home = os.environ.get(CONTACT), os.environ.get("FLWR_HOME")

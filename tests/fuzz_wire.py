@@ -28,17 +28,20 @@ def message(data: atheris.FuzzedDataProvider) -> RecordDict:
     content = RecordDict()
     text = data.ConsumeUnicodeNoSurrogates(60)
     content[HEADER] = ConfigRecord({"json": f'{{"protocol": {PROTOCOL_VERSION}}}' if data.ConsumeBool() else text})
-    arrays = {}
     for at in range(data.ConsumeIntInRange(0, 3)):
         likely = data.ConsumeBool()
-        shape = tuple(data.ConsumeIntListInRange(data.ConsumeIntInRange(0, 9), -1, 3 if likely else 1 << 41))
+        shape = tuple(data.ConsumeIntListInRange(data.ConsumeIntInRange(0, 2), -1, 3 if likely else 1 << 41))
         dtype = data.PickValueInList(["float32", "float32", "float64", "object", data.ConsumeUnicodeNoSurrogates(8)])
         stored = data.PickValueInList(["numpy.ndarray", data.ConsumeUnicodeNoSurrogates(8)])
         start = _npy_header(shape, "<f4") if likely and min(shape, default=0) >= 0 else b"\x93NUMPY\x01\x00"
         size = 4 * math.prod(shape) if likely else 200
         numbers = data.ConsumeBytes(max(0, min(size, 4000)))
-        arrays[f"a{at}"] = Array(dtype, shape, stored, start + numbers.ljust(size if data.ConsumeBool() else 0, b"\0"))
-    content["group"] = ArrayRecord(arrays)
+        array = Array(dtype, shape, stored, start + numbers.ljust(size if data.ConsumeBool() else 0, b"\0"))
+        cut = data.PickValueInList([[math.prod(shape)], list(shape), [size, 1]]) if likely else [200]
+        key = data.PickValueInList(
+            [f'{{"x":{json.dumps(cut, separators=(",", ":"))}}}', data.ConsumeUnicodeNoSurrogates(20)]
+        )
+        content[f"group{at}"] = ArrayRecord({key: array})
     return content
 
 

@@ -31,6 +31,8 @@ SETTINGS: dict[str, Any] = {
 }
 PATIENT: dict[str, Any] = {**SETTINGS, "training.rounds": 2, "aggregation.deadline_s": 300}
 """For two studies at once: each site works for one at a time, and here all sites share two cores."""
+REACTIVATION_S = 60
+"""A site that was killed is let in again when the hub has not heard of it for so long."""
 STARTING_S = 90
 """Until the server's process of a run is there, and the sites' first ones, on two cores."""
 
@@ -96,10 +98,7 @@ def test_processes_that_are_killed(healed: Federation) -> None:
     run = healed.submit()
     healed.wait(run, longest(1), until_round=1)
     healed.kill("birch", "supernode")
-    client_apps = subprocess.run(["pgrep", "-f", "flwr-clientapp"], capture_output=True, text=True, check=False).stdout
-    owned = [int(pid) for pid in client_apps.split() if os.getpgid(int(pid)) == healed.process("cedar", "supernode")]
-    for pid in owned:
-        os.kill(pid, signal.SIGKILL)
+    kill_client_app(healed.process("cedar", "supernode"))
     state = healed.wait(run, longest(3))
     assert state["status"] == "completed", f"{state}\n{healed.logs()}"
     lines = healed.rounds(run)
@@ -114,6 +113,21 @@ def test_processes_that_are_killed(healed: Federation) -> None:
     budgets_are_right(healed, run)
 
 
+def kill_client_app(supernode: int) -> None:
+    """Kill the process of a message as soon as there is one: a child of the worker, which is a child of the SuperNode."""
+
+    def children(parent: int) -> list[int]:
+        found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False).stdout
+        return [int(pid) for pid in found.split()]
+
+    [worker] = children(supernode)
+    deadline = time.monotonic() + DEADLINE_S
+    while not (messages := children(worker)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(messages[0], signal.SIGKILL)
+
+
 def failed_runs(federation: Federation) -> list[dict[str, Any]]:
     """Runs that failed; none while the hub does not answer."""
     done = federation.network.run("hub", gapweave("runs", "--json"), federation.environment)
@@ -121,10 +135,17 @@ def failed_runs(federation: Federation) -> list[dict[str, Any]]:
 
 
 def test_a_server_that_is_killed(healed: Federation) -> None:
-    """Its run fails, and says so; resumed, it goes on from the last checkpoint, and pays for no round twice."""
+    """Its run fails, and says so; resumed, it goes on from the last checkpoint, and pays for no round twice.
+
+    A site loses power with it, and is switched on minutes later.
+    """
     run = healed.submit()
     healed.wait(run, longest(1), until_round=1)
+    service, supernode = int(healed.site_status("cedar")["pid"]), healed.process("cedar", "supernode")
     healed.kill("hub", "superlink")
+    os.kill(service, signal.SIGKILL)
+    os.killpg(supernode, signal.SIGKILL)
+    off = time.monotonic()
     deadline = time.monotonic() + 120
     while not (found := failed_runs(healed)):
         assert time.monotonic() < deadline, healed.logs()
@@ -133,11 +154,15 @@ def test_a_server_that_is_killed(healed: Federation) -> None:
     assert "resume" in found[0]["reason"]
     done = len(healed.rounds(run))
     assert done >= 1
+    time.sleep(max(0.0, REACTIVATION_S - (time.monotonic() - off)))
+    assert not healed.site_status("cedar")["running"]
+    healed.on("cedar", "site", "start", str(healed.site_file("cedar")))
     connected(healed, *healed.names)
     healed.on("hub", "resume", run, "--server", str(healed.hub))
     state = healed.wait(run, longest(3))
     assert state["status"] == "completed", f"{state}\n{healed.logs()}"
     assert [line["round"] for line in healed.rounds(run)] == [1, 2, 3]
+    assert healed.rounds(run)[-1]["sites"]["cedar"]["status"] == "ok"
     budgets_are_right(healed, run)
 
 

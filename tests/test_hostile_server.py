@@ -25,7 +25,7 @@ from gapweave.client.training import Step
 from gapweave.server.aggregation import initial_groups
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
-from gapweave.shared.errors import GapweaveError, NotIntact, RefusedError
+from gapweave.shared.errors import RefusedError
 from gapweave.shared.privacy.ledger import LedgerView, read_ledger
 from gapweave.shared.tensorfile import Arrays
 
@@ -323,8 +323,7 @@ def check_reply(header: dict[str, Any], arrays: Arrays) -> None:
         assert header["status"] == "failed"
         assert header["text"] in PROTOCOL_TEXTS
     else:
-        kinds = {"RefusedError": RefusedError, "NotIntact": NotIntact, "GapweaveError": GapweaveError}
-        kind = kinds[header["error"]]
+        kind = next(kind for kind in FIXED_TEXTS if kind.__name__ == header["error"])
         assert header["status"] == ("refused" if issubclass(kind, RefusedError) else "failed")
         assert header["text"] == FIXED_TEXTS[kind]
 

@@ -37,9 +37,7 @@ def with_array(arrays: Arrays, array: Array) -> RecordDict:
     """An honest reply but for one array."""
     content = honest(arrays)
     group = sorted(arrays)[0]
-    name = sorted(arrays[group])[0]
-    kept = {key: value for key, value in content.array_records[group].items() if key != name}
-    content[group] = ArrayRecord({name: array, **kept})
+    content[group] = ArrayRecord(dict.fromkeys(content.array_records[group], array))
     return content
 
 

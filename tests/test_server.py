@@ -421,7 +421,7 @@ def garbage(kind: str) -> Any:
     if kind == "nothing":
         return RecordDict()
     if kind == "no array":
-        content.array_records["fusion"]["x"].data = b"garbage"
+        next(iter(content.array_records["fusion"].values())).data = b"garbage"
     if kind == "another protocol":
         return wire.pack({"protocol": 2, "status": "ok"}, {})
     if kind == "a list":

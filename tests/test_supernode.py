@@ -6,6 +6,7 @@ import importlib
 import inspect
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from gapweave.client import supernode
 from gapweave.client.supernode import Guard, install
 from gapweave.shared import PROTOCOL_VERSION, __version__
 from gapweave.shared.card import CARD, install_card, refusal, run_card
@@ -96,7 +98,10 @@ def test_flower_has_what_the_guard_replaces(monkeypatch: pytest.MonkeyPatch, tmp
     contact = tmp_path / "contact.json"
     client = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
     monkeypatch.setattr(client, "SendNodeHeartbeat", client.SendNodeHeartbeat)
-    install(Guard(contact))(trusted_entities=None, other=1)
+    monkeypatch.setattr(supernode, "start_worker", lambda address: asked.update(worker=address))
+    install(Guard(contact))(trusted_entities=None, other=1, runtime_api_address="127.0.0.1:5")
+    assert asked["worker"] == "127.0.0.1:5"
+    assert asked["isolation"] == "process", "Flower starts no program of its own for messages"
     assert asked["trusted_entities"], "without a trusted entity Flower verifies nothing"
     assert asked["other"] == 1
     with flower._init_connection() as (_, receive, _, _, get_fab, *_):
@@ -139,3 +144,58 @@ def test_flower_has_what_the_hub_calls() -> None:
 
     paths = {line.split("/v1/fleet/")[1].split('"')[0] for line in routes.splitlines() if "/v1/fleet/" in line}
     assert paths == {*CALLS, "register-node", "unregister-node"}, "the proxy lets through what a site asks, no more"
+
+
+def test_a_site_in_a_run_asks_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer to Flower's loop costs 3 s of sleep there: none is given for a while after a message."""
+    now = [0.0]
+    monkeypatch.setattr(supernode.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supernode.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    answers = iter([None, "first", None, None, "second", *[None] * 1000])
+    receive = Guard().receive(lambda: next(answers))
+    assert receive() is None
+    assert receive() == "first"
+    now[0] += 500.0  # of training
+    assert receive() == "second"
+    assert now[0] == 500.0 + 2 * supernode.BUSY_POLL_S
+    assert receive() is None
+    asked = now[0]
+    assert supernode.RUN_S <= asked - 501.0 <= supernode.RUN_S + 1
+    assert receive() is None
+    assert now[0] == asked
+
+
+def test_the_worker_has_one_thread_when_it_forks() -> None:
+    """A lock that another thread holds while a process forks is never released in the child."""
+    code = "import os; from gapweave.client.supernode import preload; preload(); print(os.listdir('/proc/self/task'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("'") == 2, done.stdout
+
+
+def test_flower_has_what_the_worker_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loop launches by the executor, and a message's process ends by leaving; what it leaves in memory is gone."""
+    command = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    factory = importlib.import_module("flwr.supercore.superexec.executor.factory")
+    executor = importlib.import_module("flwr.supercore.superexec.executor.subprocess_executor")
+    assert "executor.launch" in inspect.getsource(
+        importlib.import_module("flwr.supercore.superexec.plugin").AutoExecPlugin.launch_task
+    )
+    assert isinstance(
+        factory.get_executor("subprocess", executor_config=None, insecure=True, root_certificates_path=None),
+        executor.SubprocessExecutor,
+    )
+    read, write = os.pipe()
+
+    def handle(address: str, token: str, insecure: bool, parent_pid: int) -> None:
+        os.write(write, f"{address} {token} {insecure} {parent_pid} {os.getpid()}".encode())
+        os.environ["LEFT_BY_A_MESSAGE"] = "1"
+        sys.exit(3)
+
+    monkeypatch.setattr(command, "run_clientapp", handle)
+    spec = SimpleNamespace(runtime_api_address="127.0.0.1:1", token="t", insecure=True, parent_pid=os.getpid())
+    assert supernode.fork(None, spec).status.name == "ACCEPTED"
+    *said, child = os.read(read, 1000).decode().split()
+    assert said == ["127.0.0.1:1", "t", "True", str(os.getpid())]
+    assert int(child) != os.getpid()
+    assert os.waitpid(int(child), 0)[1] == 0
+    assert "LEFT_BY_A_MESSAGE" not in os.environ

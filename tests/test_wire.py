@@ -35,6 +35,12 @@ def some_arrays() -> Arrays:
     }
 
 
+def only(content: RecordDict) -> Array:
+    """The one array in which a group travels."""
+    [array] = content.array_records["fusion"].values()
+    return array
+
+
 def test_a_message_is_read_back_bit_for_bit() -> None:
     arrays = some_arrays()
     header, found = unpack(pack({"run": "r", "round": 3, "text": "ü", "plan": {"a": [1.5, None]}}, arrays))
@@ -100,7 +106,7 @@ def test_parameters_of_another_type_are_refused(dtype: type) -> None:
 def test_an_array_that_cannot_be_read_is_refused(change: dict[str, Any]) -> None:
     content = pack({}, {"fusion": {"bias": np.zeros(3, np.float32)}})
     for name, value in change.items():
-        setattr(content.array_records["fusion"]["bias"], name, value)
+        setattr(only(content), name, value)
     with pytest.raises(ProtocolError):
         unpack(content)
 
@@ -113,14 +119,14 @@ def test_a_pickle_is_never_loaded() -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array([Trap()], dtype=object), allow_pickle=True)
     content = pack({}, {"fusion": {"bias": np.zeros(3, np.float32)}})
-    content.array_records["fusion"]["bias"].data = buffer.getvalue()
+    only(content).data = buffer.getvalue()
     with pytest.raises(ProtocolError):
         unpack(content)
 
 
 def test_a_header_that_claims_gigabytes_costs_nothing() -> None:
     content = pack({}, {"fusion": {"bias": np.zeros(3, np.float32)}})
-    array = content.array_records["fusion"]["bias"]
+    array = only(content)
     claim = io.BytesIO()
     np.lib.format.write_array_header_1_0(claim, {"descr": "<f4", "fortran_order": False, "shape": (2**30,)})
     array.data = claim.getvalue() + bytes(12)
@@ -132,6 +138,33 @@ def test_a_header_that_claims_gigabytes_costs_nothing() -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 2**20
+
+
+GOOD = '{"bias":[3]}'
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("bias", "", "[3]", "null", "{", "[" * 10_000, '{"bias":3}', '{"bias":["3"]}', '{"bias":[true,3]}'),
+        *('{"bias":[-3]}', '{"bias":[3.0]}', '{"bias":[2]}', '{"bias":[4]}', '{"bias":[1,1,1,1,1,1,1,1,3]}'),
+        *('{"bias":[1099511627776,0,3]}', '{"a":[3],"bias":[3]}', '{"bias":[3],"bias":[3]}', '{"bias": [3]}', "{}"),
+    ],
+)
+def test_an_array_is_cut_by_just_the_key_that_is_written(key: str) -> None:
+    values = np.arange(3, dtype=np.float32)
+    content = pack({}, {"fusion": {"bias": values}})
+    assert list(content.array_records["fusion"]) == [GOOD]
+    content["fusion"] = ArrayRecord({key: only(content)})
+    with pytest.raises(ProtocolError):
+        unpack(content)
+
+
+def test_a_group_is_one_array() -> None:
+    array = only(pack({}, {"fusion": {"bias": np.zeros(3, np.float32)}}))
+    for arrays in ({}, {GOOD: array, '{"more":[3]}': array}):
+        with pytest.raises(ProtocolError, match="other than one array"):
+            unpack(RecordDict({**pack({}, {}), "fusion": ArrayRecord(arrays)}))
 
 
 @given(
@@ -146,7 +179,7 @@ def test_whatever_an_array_says_it_is_read_or_refused(
 ) -> None:
     """Arbitrary bytes, and the right ones cut off or followed by others: numbers come out only of what `pack` writes."""
     content = pack({}, {"fusion": {"bias": np.zeros(3, np.float32)}})
-    array = content.array_records["fusion"]["bias"]
+    array = only(content)
     whole = array.data
     array.data, array.dtype, array.stype = whole[:cut] + data, dtype, stype
     array.shape = tuple(shape) or (3,)
