@@ -13,7 +13,8 @@ from gapweave.shared.files import write_atomically
 from gapweave.shared.tensorfile import Arrays
 
 FILE = "server.safetensors"
-LATE = "late"
+BY_GROUP = ("late", "common")
+"""Fields of arrays by group."""
 BY_SITE = ("history", "variates")
 """Fields of arrays by site and group."""
 
@@ -29,7 +30,7 @@ class Checkpoint:
         groups: the shared groups after it.
         moments: of the server optimiser, by moment and group.
         history: sums of each site's updates, by site; `counts`: how many they hold, by site and group.
-        variates: control variates of SCAFFOLD, by site and group.
+        variates: control variates of SCAFFOLD, by site and group; `common`: what the rules make of them.
         late: sums of the shared groups after late rounds, which are averaged; empty before.
         looks: at the scores on the way, as logged.
         peers: what is known of each site, by name.
@@ -46,6 +47,7 @@ class Checkpoint:
     history: dict[str, Arrays] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     variates: dict[str, Arrays] = field(default_factory=dict)
+    common: Arrays = field(default_factory=dict)
     late: Arrays = field(default_factory=dict)
     looks: list[dict[str, Any]] = field(default_factory=list)
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -60,7 +62,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     fields = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(Checkpoint)}
     arrays: Arrays = dict(fields.pop("groups"))
     by_site = {f"{name}/{site}": groups for name in BY_SITE for site, groups in fields.pop(name).items()}
-    for moment, groups in {**fields.pop("moments"), **by_site, LATE: fields.pop("late")}.items():
+    by_group = {name: fields.pop(name) for name in BY_GROUP}
+    for moment, groups in {**fields.pop("moments"), **by_site, **by_group}.items():
         arrays |= {f"{moment}:{group}": part for group, part in groups.items()}
     write_atomically(folder / FILE, tensorfile.dump(arrays, {"protocol": PROTOCOL_VERSION, **fields}))
 
@@ -93,12 +96,13 @@ def load_checkpoint(folder: Path, study: str) -> Checkpoint | None:
     for key, part in arrays.items():
         moment, _, group = key.rpartition(":")
         (moments.setdefault(moment, {}) if moment else groups)[group] = part
-    late = moments.pop(LATE, {})
+    late, common = (moments.pop(name, {}) for name in BY_GROUP)
     by_site: dict[str, dict[str, Arrays]] = {name: {} for name in BY_SITE}
     for key in list(moments):
         name, _, site = key.partition("/")
         if name in by_site:
             by_site[name][site] = moments.pop(key)
+    history, variates = (by_site[name] for name in BY_SITE)
     return Checkpoint(
-        groups=groups, moments=moments, late=late, history=by_site["history"], variates=by_site["variates"], **note
+        groups=groups, moments=moments, history=history, variates=variates, late=late, common=common, **note
     )

@@ -37,36 +37,45 @@ class Variates:
     Args:
         study: where it does not ask for them, nothing is kept and nothing sent.
         kept: c_i by site and group, continued from a checkpoint.
+        common: c by group, likewise.
     """
 
-    def __init__(self, study: Study, kept: Mapping[str, Arrays] | None = None) -> None:
+    def __init__(self, study: Study, kept: Mapping[str, Arrays] | None = None, common: Arrays | None = None) -> None:
         self._study = study
         self.kept: dict[str, Arrays] = {site: dict(groups) for site, groups in (kept or {}).items()}
+        self.common: Arrays = common or {}
         self._sent: dict[str, Arrays] = {}
 
-    def corrections(self, active: Iterable[Peer]) -> dict[str, Arrays]:
+    def corrections(self, asked: Iterable[Peer]) -> dict[str, Arrays]:
         """What is added to each step of a round, c - c_i by site and group.
 
-        Args:
-            active: sites that can take part, also those that the round does not ask.
+        It follows from what a checkpoint keeps and not from who is there: a resumed round asks as it did before, and
+        sites give the answers that they have.
         """
-        holders = [peer for peer in active if peer.site in self.kept]
-        common = {
-            group: self._common(group, [peer for peer in holders if group in self.kept[peer.site]])
-            for group in {group for peer in holders for group in self.kept[peer.site]}
-        }
         self._sent = {
             peer.site: {
-                group: {name: mean[name] - value for name, value in part.items()}
-                for group, part in self.kept[peer.site].items()
-                if group in peer.groups and (mean := common[group]) is not None
+                group: {name: self.common[group][name] - value for name, value in part.items()}
+                for group, part in self.kept.get(peer.site, {}).items()
+                if group in peer.groups and group in self.common
             }
-            for peer in holders
+            for peer in asked
         }
         return self._sent
 
-    def _common(self, group: str, holders: list[Peer]) -> Update | None:
-        """c: the group's own rule over its holders' variates."""
+    def settle(self, active: Iterable[Peer]) -> None:
+        """Combine the variates after a round, by each group's own rule over its holders.
+
+        Args:
+            active: sites that can take part, also those that the round did not ask.
+        """
+        holders: dict[str, list[Peer]] = {}
+        for peer in active:
+            for group in self.kept.get(peer.site, {}):
+                holders.setdefault(group, []).append(peer)
+        combined = {group: self._combined(group, peers) for group, peers in holders.items()}
+        self.common = {group: part for group, part in combined.items() if part is not None}
+
+    def _combined(self, group: str, holders: list[Peer]) -> Update | None:
         aggregation = self._study.aggregation
         try:
             total = start(rule_of(aggregation, group, len(holders)), group, len(holders))

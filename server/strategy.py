@@ -87,7 +87,7 @@ class RoundLoop:
         self.state = saved or Checkpoint(run=run, study=study.sha256, round=0, groups=initial_groups(study))
         self.optimizer = ServerOptimizer(study.aggregation, self.state.moments)
         self.history = History(decay_of(study), self.state.history, self.state.counts)
-        self.variates = Variates(study, self.state.variates)
+        self.variates = Variates(study, self.state.variates, self.state.common)
         self.peers = {name: Peer(**content) for name, content in self.state.peers.items()}
         self.stopping = EarlyStop(study.training, self.state.looks)
         self.released: dict[str, Released] = {}
@@ -223,8 +223,8 @@ class RoundLoop:
         start = time.monotonic()
         active = self._active()
         self._require_quorum(len(active), f"are left for round {number}")
+        everybody, active = active, sampled(self.study, number, active)
         corrections = self.variates.corrections(active)
-        active = sampled(self.study, number, active)
         header = {"run": self.state.run, "study": self.study.sha256, "round": number}
         packed = {group: wire.record(part) for group, part in self.state.groups.items()}
         requests, down = {}, 0
@@ -246,6 +246,7 @@ class RoundLoop:
         taken = sum(site["status"] == "ok" for site in answered.values())
         self._require_quorum(taken, f"answered in round {number}")
         current, log_lines = combine.finish()
+        self.variates.settle(everybody)
         for name, agreement in combine.agreements.items():
             self.peers[name].agreement = asdict(agreement)
             if agreement.count and name in answered:
@@ -259,6 +260,7 @@ class RoundLoop:
             history=self.history.sums,
             counts=self.history.counts,
             variates=self.variates.kept,
+            common=self.variates.common,
             late=add_late(self.study, number, self.state.late, current),
             bytes_up=self.state.bytes_up + combine.bytes,
             bytes_down=self.state.bytes_down + down,

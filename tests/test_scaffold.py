@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from hospitals import Wire, build, participant, plan_of
-from pretence import Answer, Pretence, Pretender, loop
+from pretence import ALL, Answer, Pretence, Pretender, loop
 
 from gapweave.client import participant as participant_module
 from gapweave.client.participant import Participant
@@ -98,12 +98,12 @@ def test_sites_that_are_drawn_or_fail_are_corrected_by_what_is_known_of_them(tmp
     """Two of four sites a round, and one that fails at times: still the least mean loss, which FedAvg misses."""
     some = {"sample": 2}
     sites = [Quadratic(name) for name in "abcd"]
-    run = loop(tmp_path / "sampled", study_of(True, 250, some), Pretence(*sites))
+    run = loop(tmp_path / "sampled", study_of(True, 120, some), Pretence(*sites))
     run.run()
     assert ends(run) == pytest.approx(least("abcd"), abs=1e-2)
     assert abs(drifted("abcd") - least("abcd")) > 0.5
-    failing = [Quadratic("a", status=dict.fromkeys(range(2, 60, 3), "failed")), Quadratic("b"), Quadratic("c")]
-    run = loop(tmp_path / "failing", study_of(True, 120), Pretence(*failing))
+    failing = [Quadratic("a", status=dict.fromkeys(range(2, 30, 3), "failed")), Quadratic("b"), Quadratic("c")]
+    run = loop(tmp_path / "failing", study_of(True, 60), Pretence(*failing))
     run.run()
     assert ends(run) == pytest.approx(least("abc"), abs=1e-2)
 
@@ -143,8 +143,9 @@ def test_what_is_screened_is_no_variate(tmp_path: Path) -> None:
     run.run()
     assert "fusion" not in run.variates.kept["c"]
     assert "head/labs" in run.variates.kept["c"]
-    found = run.variates.corrections([Peer(site=name, groups=["fusion", "head/labs"]) for name in "abc"])
+    found = run.variates.corrections([Peer(site=name, groups=["fusion", "head/labs"]) for name in "abcd"])
     assert found["a"].keys() == {"fusion", "head/labs"}
+    assert found["d"] == {}, "nothing is known of it"
     assert found["c"].keys() == {"head/labs"}
 
 
@@ -171,15 +172,38 @@ def test_a_resumed_run_goes_on_with_its_variates(tmp_path: Path) -> None:
     assert tensorfile.dump(resumed.state.groups, {}) == tensorfile.dump(whole.state.groups, {})
 
 
+def test_a_resumed_round_asks_as_it_did_before_whoever_is_there(tmp_path: Path) -> None:
+    """Sites that had answered it hold their answers to the very same request; another one they refuse."""
+
+    class Recording(Quadratic):
+        asked: ClassVar[list[tuple[str, int, Arrays]]] = []
+
+        def train(self, number: int, arrays: Arrays) -> Answer:
+            self.asked.append((self.name, number, arrays))
+            return super().train(number, arrays)
+
+    of = study_of(True, 6, {"quorum": 3})
+    gone = [Recording("c", status={4: "failed"}), Recording("d", status={4: "failed"})]
+    with pytest.raises(TooFewSites):
+        loop(tmp_path, of, Pretence(Recording("a"), Recording("b"), *gone)).run()
+    loop(tmp_path, of, Pretence(Recording("a"), Recording("b"), Recording("c"))).run()
+    first, again = [arrays for name, number, arrays in Recording.asked if (name, number) == ("a", 4)]
+    assert split_corrections(first)[1].keys() == set(ALL)
+    assert wire.request_hash({}, first) == wire.request_hash({}, again)
+
+
 def test_a_checkpoint_keeps_variates_apart_from_history(tmp_path: Path) -> None:
     one, two = ({"fusion": {"w": np.full(2, value, np.float32)}} for value in (1.0, 2.0))
-    kept = Checkpoint(run="r", study="s", round=1, groups=one, history={"x/y": two}, variates={"x/y": one, "z": two})
+    kept = Checkpoint(
+        run="r", study="s", round=1, groups=one, history={"x/y": two}, variates={"x/y": one, "z": two}, common=two
+    )
     save_checkpoint(tmp_path, kept)
     found = load_checkpoint(tmp_path, "s")
     assert found is not None
     assert found.history.keys() == {"x/y"}
     assert found.variates["x/y"]["fusion"]["w"].tolist() == [1, 1]
-    assert found.variates["z"]["fusion"]["w"].tolist() == [2, 2]
+    assert found.variates["z"]["fusion"]["w"].tolist() == found.common["fusion"]["w"].tolist() == [2, 2]
+    assert found.late == {}
 
 
 # The paper's algorithm on the real model.
@@ -310,10 +334,11 @@ def test_a_variate_is_the_mean_of_the_rounds_noised_gradients(tmp_path: Path, mo
     site = participant(hospital, of)
     site.prepare("run")
     start = initial_groups(of)
-    variates = Variates(of, {"north": {"fusion": start["fusion"]}, "east": {"fusion": {
-        name: value + 1 for name, value in start["fusion"].items()
-    }}})  # fmt: skip
-    found = variates.corrections([Peer(site=name, groups=site.shared) for name in ("north", "east")])
+    other = {name: value + 1 for name, value in start["fusion"].items()}
+    variates = Variates(of, {"north": {"fusion": start["fusion"]}, "east": {"fusion": other}})
+    peers = [Peer(site=name, groups=site.shared) for name in ("north", "east")]
+    variates.settle(peers)
+    found = variates.corrections(peers)
     np.testing.assert_allclose(np.concatenate([v.ravel() for v in found["north"]["fusion"].values()]), 0.5, rtol=1e-5)
     reply = site.train("run", 1, "request", {**start, **as_corrections(found["north"])}).reply
     GroupAggregation(of, start, variates=variates).add("north", reply, 24)

@@ -7,7 +7,7 @@ adding or removing all records of one patient.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from gapweave.shared.errors import GapweaveError
 
@@ -16,6 +16,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 """All kinds that this version can account for."""
 PURE: frozenset[Kind] = frozenset({"noisy_count", "count_table", "noisy_max"})
 """Kinds whose cost is a pure epsilon a step, 1 / noise_multiplier; sampling is not credited."""
+
+SCORES: Final = "scores of the test patients"
+LOOK: Final = f"{SCORES} after round"
+"""What tables of scores are called in `released`; a look's name ends with the number of its round."""
 
 
 @dataclass(frozen=True, kw_only=True)

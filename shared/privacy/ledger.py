@@ -19,9 +19,8 @@ from typing import Any, Literal
 
 from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_epsilon, renyi_order
-from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.events import LOOK, PrivacyEvent
 from gapweave.shared.privacy.head import Head, read_anchor
-from gapweave.shared.privacy.once import LOOK
 
 LEDGER_FILE = "ledger.sqlite"
 GENESIS = "0" * 64
@@ -164,9 +163,9 @@ class LedgerView:
         Infinite after an un-noised release. A run that may have ended early because of its scores is part of its whole
         schedule: that is what it costs, or what the filter says of the part, if that is less.
         """
-        events, skipped = [*self.events(), *more], self._skipped()
-        exact = epsilon([*events, *skipped], self._share())
-        return self.assumed + (min(exact, renyi_epsilon(events, self._share(), self.order)) if skipped else exact)
+        skipped = self._skipped()
+        exact = self.assumed + epsilon([*self.events(), *more, *skipped], self._share())
+        return min(exact, self.filtered(more)) if skipped else exact
 
     def _share(self) -> float:
         """Delta for what the entries show: lost entries have had a part of the ledger's (basic composition)."""

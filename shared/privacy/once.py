@@ -19,7 +19,7 @@ from typing import Final
 from gapweave.shared.config.study import Study
 from gapweave.shared.features.numeric import numeric_columns
 from gapweave.shared.privacy.accountant import epsilon
-from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.events import LOOK, SCORES, PrivacyEvent
 
 BALANCE_SHARE = 0.05
 """Share of the target epsilon that counting the training labels costs."""
@@ -32,10 +32,6 @@ ENOUGH = 1000.0
 
 WEIGHT_SLACK = 1e-6
 """Share by which the float32 weights of one patient's records may exceed 1."""
-
-SCORES: Final = "scores of the test patients"
-LOOK: Final = f"{SCORES} after round"
-"""What these releases are called; a look's name ends with the number of its round."""
 
 TOO_FEW: Final = "too few patients for this privacy level"
 NOT_ASKED: Final = "the study asks for no table of scores"

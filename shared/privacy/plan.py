@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 from gapweave.shared.privacy.accountant import fixed_epsilon
-from gapweave.shared.privacy.events import PrivacyEvent
-from gapweave.shared.privacy.once import LOOK, NO_LOOK, NOT_ALLOWED, look_events, table_event
+from gapweave.shared.privacy.events import LOOK, PrivacyEvent
+from gapweave.shared.privacy.once import NO_LOOK, NOT_ALLOWED, look_events, table_event
 
 COUNT_SHARE = 0.05
 """Share of the target epsilon that the once-only noisy number of training patients may cost."""

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gapweave.shared.privacy.accountant import epsilon
-from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.events import LOOK, SCORES, PrivacyEvent
 from gapweave.shared.privacy.ledger import Entry, LedgerView, folded
-from gapweave.shared.privacy.once import LOOK, SCORES
 
 NUMBER_BYTES = 8
 """Bytes of one number of a count or a table."""
