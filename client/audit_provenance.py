@@ -127,20 +127,29 @@ class Descent:
     """SGD with momentum, written a second time: the site's own may not see more than the noised gradient.
 
     Args:
-        training: learning rate, momentum and weight decay.
+        training: learning rate, momentum, weight decay and proximal term.
     """
 
     def __init__(self, training: Training) -> None:
         self._training = training
         self._velocity: dict[str, Tensor] = {}
 
-    def step(self, model: MultimodalModel, gradient: dict[str, Tensor], corrections: Groups) -> None:
-        """Change the model in place."""
+    def step(self, model: MultimodalModel, gradient: dict[str, Tensor], received: Groups, corrections: Groups) -> None:
+        """Change the model in place.
+
+        Args:
+            model: of the site.
+            gradient: noised, by parameter.
+            received: the shared groups that the round began with.
+            corrections: of some of them, as the server sent them.
+        """
         training = self._training
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 group, key = group_of(name)
                 slope = gradient[name] + training.weight_decay * parameter
+                if group in received:
+                    slope = slope + training.proximal * (parameter - received[group][key])
                 if group in corrections:
                     slope = slope + corrections[group][key]
                 velocity = training.momentum * self._velocity.get(name, torch.zeros_like(slope)) + slope
@@ -160,7 +169,7 @@ def _replay(model: MultimodalModel, descent: Descent, one: Round, event: Privacy
             name: ((value.cpu().double() + next(noise).view(value.shape)) / size).float()
             for name, value in total.items()
         }
-        descent.step(model, gradient, corrections)
+        descent.step(model, gradient, received, corrections)
 
 
 def _sizes(total: dict[str, Tensor]) -> list[int]:

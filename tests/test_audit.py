@@ -80,6 +80,15 @@ def test_corrected_steps_are_recomputed_too(tmp_path: Path, monkeypatch: pytest.
     assert provenance(corrected, rehearse(corrected)).passed == (factor == 1)
 
 
+def test_a_proximal_term_is_recomputed_too(tmp_path: Path) -> None:
+    hospital = build(tmp_path / "hospital", "north")
+    hospital.update("patients", declared=64)
+    pulled = plan_of(private=True, training={**SCHEDULE, "proximal": 0.8, "lr": 0.5})
+    scene = stage(pulled, hospital.site, tmp_path / "audit")
+    found = provenance(scene, rehearse(scene))
+    assert found.passed, found.text
+
+
 def text(result: AuditResult) -> str:
     return "\n".join(f"{part.part}: {part.text}" for part in result.parts)
 
