@@ -20,7 +20,7 @@ from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.app import run_study
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.screening import norm, reason_to_reject
-from gapweave.server.strategy import RoundLoop
+from gapweave.server.strategy import Observer, RoundLoop
 from gapweave.shared import tensorfile, wire
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable, UsageError
 from gapweave.shared.privacy.ledger import read_ledger
@@ -561,15 +561,12 @@ class Interrupt(BaseException):
 
 
 @dataclass
-class PowerCut:
+class PowerCut(Observer):
     """An observer that ends the process after some answer or round."""
 
     after_round: int = 0
     after_answer: int = 0
     answers: int = 0
-
-    def prepared(self, peers: Any) -> None:
-        pass
 
     def replied(self, number: int, site: str) -> None:
         self.answers += 1
