@@ -15,6 +15,7 @@ from torch import Tensor
 from gapweave.client.audit_site import RUN, CanarySite, Finding, Heard, Scene, finding
 from gapweave.client.gradients import Gradient
 from gapweave.client.state import Groups, RoundState, to_arrays, to_tensors
+from gapweave.shared.config import Study
 from gapweave.shared.config.study import Training
 from gapweave.shared.messages import as_corrections, split_corrections
 from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups
@@ -127,11 +128,11 @@ class Descent:
     """SGD with momentum, written a second time: the site's own may not see more than the noised gradient.
 
     Args:
-        training: learning rate, momentum, weight decay and proximal term.
+        study: gives learning rate, momentum, shrinkage and proximal term.
     """
 
-    def __init__(self, training: Training) -> None:
-        self._training = training
+    def __init__(self, study: Study) -> None:
+        self._training, self._shrinkage = study.training, study.shrinkage
         self._velocity: dict[str, Tensor] = {}
 
     def step(self, model: MultimodalModel, gradient: dict[str, Tensor], received: Groups, corrections: Groups) -> None:
@@ -147,7 +148,7 @@ class Descent:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 group, key = group_of(name)
-                slope = gradient[name] + training.weight_decay * parameter
+                slope = gradient[name] + self._shrinkage * parameter
                 if group in received:
                     slope = slope + training.proximal * (parameter - received[group][key])
                 if group in corrections:
@@ -179,7 +180,7 @@ def _sizes(total: dict[str, Tensor]) -> list[int]:
 def _differences(rehearsal: Rehearsal) -> Iterator[str]:
     """Tensors that are kept or sent and are not the recomputed ones."""
     site = rehearsal.site
-    model, descent = MultimodalModel(site.study, site.held), Descent(site.study.training)
+    model, descent = MultimodalModel(site.study, site.held), Descent(site.study)
     allowed = 0.0
     for one in rehearsal.rounds:
         if one.event is None:

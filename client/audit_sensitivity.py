@@ -88,7 +88,7 @@ def _steps(scene: Scene) -> Iterator[tuple[str, float, float]]:
 
 def _rounds(scene: Scene) -> Iterator[tuple[str, float, float]]:
     """(name, change of a site's round of one step by one patient, what rounding may add to it)."""
-    plain = scene.study.training.model_copy(update={"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0})
+    plain = scene.study.training.model_copy(update={"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "ridge": 0.0})
     scene = replace(scene, study=scene.study.model_copy(update={"training": plain}), plan=replace(scene.plan, steps=1))
     size = scene.plan.sample_rate * scene.plan.n_hat
     before, scale = _after_round(scene, scene.patients)

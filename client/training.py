@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -50,7 +50,7 @@ class Step:
         plan = self.plan
         chosen = torch.from_numpy(self.draws.uniform(data.patients) < plan.sample_rate).nonzero()[:, 0]
         batch = data.of_patients(chosen.to(data.patient.device))
-        total = self.engine.sum(batch, self.used(batch), self.objective)
+        total = self.engine.sum(self.shown(batch), self.used(batch), self.objective)
         size = plan.sample_rate * plan.n_hat
         noised = self._noised(total)
         means = torch._foreach_div(list(noised.values()), size)
@@ -70,6 +70,18 @@ class Step:
         """[R, M] bool: which modalities inform each record's prediction at this step."""
         uniform = torch.from_numpy(self.draws.uniform(len(batch), batch.present.shape[1] + 1)).float()
         return self.scheme.used(batch.present, uniform.to(batch.present.device), self.at)
+
+    def shown(self, batch: Batch) -> Batch:
+        """The batch with features hidden at random (dropout, Srivastava et al. 2014, JMLR 15), each record's on its own."""
+        hidden = self.scheme.hide_features
+        if not hidden:
+            return batch
+
+        def some(features: Tensor) -> Tensor:
+            kept = torch.from_numpy(self.draws.uniform(*features.shape) >= hidden).to(features.device)
+            return torch.where(kept, features / (1 - hidden), 0.0)
+
+        return replace(batch, inputs=batch.each_input(some))
 
     def objective(self, model: MultimodalModel, batch: Batch, used: Tensor) -> Tensor:
         """[R]: the loss of each record under the study's scheme, at this round."""
@@ -102,7 +114,7 @@ class Sgd:
         start: Mapping[str, Tensor] | None = None,
         corrections: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._training = study.training
+        self._training, self._shrinkage = study.training, study.shrinkage
         self.buffers = dict(buffers)
         self._start = dict(start or {})
         self._corrections = dict(corrections or {})
@@ -113,8 +125,8 @@ class Sgd:
         parameters: list[Tensor] = list(named.values())
         with torch.no_grad():
             changes: Sequence[Tensor] = [gradient[name].to(parameter.device) for name, parameter in named.items()]
-            if training.weight_decay:
-                changes = torch._foreach_add(list(changes), parameters, alpha=training.weight_decay)
+            if self._shrinkage:
+                changes = torch._foreach_add(list(changes), parameters, alpha=self._shrinkage)
             if training.proximal and self._start:
                 pulls = [
                     value - self._start[name] if name in self._start else torch.zeros_like(value)

@@ -85,7 +85,7 @@ def noise_sd(study: Study, plan: Mapping[str, Any]) -> float:
         return 0.0
     multiplier, rate, n_hat = known
     # Each step shrinks what earlier ones did.
-    kept = 1 - training.lr * (training.weight_decay + training.proximal)
+    kept = 1 - training.lr * (study.shrinkage + training.proximal)
     steps = sum(kept ** (2 * step) for step in range(training.steps_for(int(n_hat))))
     return training.lr * math.sqrt(steps) * multiplier * study.privacy.max_grad_norm / (rate * n_hat)
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from gapweave.shared.config.study import Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.encoders import TwoStage, build_encoder
+from gapweave.shared.features.flat import flat
+from gapweave.shared.features.flat import width as flat_width
 from gapweave.shared.fusion import build_fusion
 from gapweave.shared.imputers import build_imputer
 from gapweave.shared.schema import Features, modalities
@@ -54,6 +56,30 @@ class Outputs:
     penalty: Tensor | None = None
 
 
+class WideHead(nn.Module):
+    """A modality's head that reads its features beside their embedding: W x + V e, with W = 0 at first.
+
+    What an embedding squashes or forgets a small cohort's best predictor, a linear one, still sees (Cheng et al. 2016,
+    arXiv 1606.07792). It belongs to the head, so that the policy `heads` shares it.
+
+    Args:
+        embedding: width of e.
+        outputs: K.
+        features: width of x.
+    """
+
+    def __init__(self, embedding: int, outputs: int, features: int) -> None:
+        super().__init__()
+        self.deep = nn.Linear(embedding, outputs)
+        self.wide = nn.Linear(features, outputs, bias=False)
+        nn.init.zeros_(self.wide.weight)
+
+    def forward(self, embedded: Tensor, features: Tensor) -> Tensor:
+        """[B, d] and [B, F] -> [B, K]."""
+        logits: Tensor = self.deep(embedded) + self.wide(features)
+        return logits
+
+
 class MultimodalModel(nn.Module):
     """The model of a site that holds some of a study's modalities.
 
@@ -71,13 +97,18 @@ class MultimodalModel(nn.Module):
         width, outputs = study.model.embedding, study.task.outputs
         by_name = {modality.name: modality for modality in modalities(study)}
         self.embedding, self.outputs = width, outputs
+        self._linear_paths = dict(study.modalities) if study.model.linear_path else {}
         self.encoders = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         for name in self.held:
             with _seeded(study.seed, f"encoder/{name}"):
                 self.encoders[name] = build_encoder(by_name[name], width)
             with _seeded(study.seed, f"head/{name}"):
-                self.heads[name] = nn.Linear(width, outputs)
+                self.heads[name] = (
+                    WideHead(width, outputs, flat_width(by_name[name].spec))
+                    if study.model.linear_path
+                    else nn.Linear(width, outputs)
+                )
         with _seeded(study.seed, "imputer"):
             self.imputer = build_imputer(study)
         with _seeded(study.seed, "fusion"):
@@ -94,8 +125,9 @@ class MultimodalModel(nn.Module):
         Returns:
             The outputs; `logits` depend on the modalities used only.
         """
-        embeddings = self.embed(inputs, present)
-        return self.decide(embeddings, present, used, self.votes(embeddings, used))
+        ready = self.ready(inputs, present)
+        embeddings = self.embed(ready, present)
+        return self.decide(embeddings, present, used, self.votes(embeddings, used, ready))
 
     def decide(self, embeddings: Tensor, present: Tensor, used: Tensor, votes: Tensor) -> Outputs:
         """Predict from embeddings and votes.
@@ -170,11 +202,16 @@ class MultimodalModel(nn.Module):
             values = self.constants.inputs(name, torch.where(rows, inputs[name], 0.0))
             encoder = self.encoders[name]
             result[name] = encoder.features(values) if isinstance(encoder, TwoStage) else values
+            if name in self._linear_paths:
+                result[_path(name)] = flat(self._linear_paths[name], values)
         return result
 
-    def embed(self, inputs: Mapping[str, Tensor], present: Tensor) -> Tensor:
+    def ready(self, inputs: Mapping[str, Tensor], present: Tensor) -> Features:
+        """The features of a batch, taken now if they were not before."""
+        return inputs if isinstance(inputs, Features) else self.features(inputs, present)
+
+    def embed(self, ready: Features, present: Tensor) -> Tensor:
         """[B, M, d]: what the encoders say; 0 for modalities that a record lacks."""
-        ready = inputs if isinstance(inputs, Features) else self.features(inputs, present)
         absent = torch.zeros(len(present), self.embedding, device=present.device)
         columns = []
         for position, name in enumerate(self.order):
@@ -186,14 +223,22 @@ class MultimodalModel(nn.Module):
             columns.append(torch.where(present[:, [position]], embedded, absent))
         return torch.stack(columns, dim=1)
 
-    def votes(self, embeddings: Tensor, used: Tensor) -> Tensor:
+    def votes(self, embeddings: Tensor, used: Tensor, ready: Features) -> Tensor:
         """[B, M, K]: logits of the modalities' own heads, without the site's prior; 0 for modalities not used."""
         none = torch.zeros(len(used), self.outputs, device=used.device)
-        votes = [
-            torch.where(used[:, [at]], self.heads[name](embeddings[:, at]), none) if name in self.heads else none
-            for at, name in enumerate(self.order)
-        ]
+        votes = []
+        for at, name in enumerate(self.order):
+            if name not in self.heads:
+                votes.append(none)
+                continue
+            beside = (ready[_path(name)],) if name in self._linear_paths else ()
+            votes.append(torch.where(used[:, [at]], self.heads[name](embeddings[:, at], *beside), none))
         return torch.stack(votes, dim=1)
+
+
+def _path(modality: str) -> str:
+    """Where `Features` hold what the linear path of a modality reads; no modality has a slash in its name."""
+    return f"{modality}/flat"
 
 
 def _sum_of(*parts: Tensor | None) -> Tensor | None:

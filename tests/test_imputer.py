@@ -189,7 +189,9 @@ def test_on_the_demo_the_imputer_explains_what_the_others_tell_of_a_modality(tmp
     model = train_alone(study, training, list(study.order), "pooled")
     told = []
     with torch.no_grad():
-        known, asked = (model.embed(batch.inputs, batch.present) for batch in (training, testing))
+        known, asked = (
+            model.embed(model.ready(batch.inputs, batch.present), batch.present) for batch in (training, testing)
+        )
         for at, name in enumerate(study.order):
             learn, judge = (batch.present[:, at] & (batch.present.sum(1) > 1) for batch in (training, testing))
             ridge = RidgeCV(alphas=(1, 10, 100, 1000))
@@ -199,7 +201,9 @@ def test_on_the_demo_the_imputer_explains_what_the_others_tell_of_a_modality(tmp
                 continue
             used = testing.present.clone()
             used[:, at] = False
-            imputed = model.decide(asked, testing.present, used, model.votes(asked, used)).imputed
+            imputed = model.decide(
+                asked, testing.present, used, model.votes(asked, used, model.ready(testing.inputs, testing.present))
+            ).imputed
             assert explained(imputed[judge, at], asked[judge, at]) > 0, name
             told.append(name)
     assert "labs" in told

@@ -122,7 +122,7 @@ def test_prototypes_are_orthogonal_unit_vectors_of_the_study(outputs: int) -> No
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
 def test_weaker_modalities_are_drawn_to_their_prototype_by_hand(task: str) -> None:
     of, scheme, model, batch = scene("pmr", "concat", task, alpha=0.7)
-    embeddings = model.embed(batch.inputs, batch.present).detach()
+    embeddings = model.embed(model.ready(batch.inputs, batch.present), batch.present).detach()
     points = prototypes(of.seed, of.task.outputs, 4).t()
     points = torch.cat([-points, points]) if task == "binary" else points
     distances = (embeddings.unsqueeze(2) - points).square().sum(-1)

@@ -180,6 +180,11 @@ class ModelConfig(StrictModel):
     fusion_settings: dict[str, Any] = Field(default_factory=dict, description="settings that this fusion declares")
     imputer: str = Field("cra", description="a registered imputer")
     imputer_settings: dict[str, Any] = Field(default_factory=dict, description="settings that this imputer declares")
+    linear_path: bool = Field(
+        False,
+        description="add to each modality's logits a linear function of its features, which starts at 0; what a small "
+        "cohort can learn is mostly in it (docs/decisions/0018)",
+    )
 
 
 class SchemeConfig(StrictModel):
@@ -208,7 +213,11 @@ class EarlyStop(StrictModel):
 class Training(StrictModel):
     """How sites train between two aggregations."""
 
-    schedule: Literal["fedavg"] = Field("fedavg", description="local steps between aggregations")
+    schedule: Literal["fedavg", "fedsgd"] = Field(
+        "fedavg",
+        description="fedavg: local steps between aggregations; fedsgd: one gradient of all patients a round, for a "
+        "server optimiser to step along",
+    )
     rounds: int = Field(30, ge=1, le=100_000, description="number of rounds")
     local_steps: int = Field(5, ge=1, le=MOST_STEPS, description="optimiser steps a round at each site")
     passes: float | None = Field(
@@ -221,6 +230,12 @@ class Training(StrictModel):
     lr: float = Field(0.05, gt=0, description="learning rate")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the site's optimiser, kept between rounds")
     weight_decay: float = Field(0.0, ge=0, description="L2 shrinkage of all parameters")
+    ridge: float = Field(
+        0.0,
+        ge=0,
+        description="L2 shrinkage in multiples of p (1 - p), p the public prevalence in preparation.class_balance or "
+        "0.5: as strong against the curvature of the loss for a rare outcome as for a common one",
+    )
     proximal: float = Field(
         0.0,
         ge=0,
@@ -243,6 +258,8 @@ class Training(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.schedule == "fedsgd" and (self.passes is not None or "local_steps" in self.model_fields_set):
+            raise ValueError("schedule: fedsgd is one step a round: leave local_steps and passes out")
         if self.lr * self.proximal >= 1:
             raise ValueError(f"lr * proximal = {self.lr * self.proximal:g} must be below 1, or each step overshoots")
         if self.scaffold and (self.momentum or self.proximal):
@@ -260,6 +277,8 @@ class Training(StrictModel):
 
     def steps_for(self, patients: int) -> int:
         """Steps a round at a site with so many training patients, which is a public number."""
+        if self.schedule == "fedsgd":
+            return 1
         if self.passes is None:
             return self.local_steps
         return max(1, round(min(self.passes * patients / self.batch, MOST_STEPS)))
@@ -394,6 +413,14 @@ class Study(StrictModel):
     def order(self) -> tuple[str, ...]:
         """Names of the modalities in canonical (alphabetical) order, whatever the file's order."""
         return tuple(sorted(self.modalities))
+
+    @cached_property
+    def shrinkage(self) -> float:
+        """L2 shrinkage of all parameters: weight decay, and the ridge at the public prevalence."""
+        balance = self.preparation.class_balance
+        shares = balance if isinstance(balance, list) else [0.5]
+        variance = sum(share * (1 - share) for share in shares) / len(shares)
+        return self.training.weight_decay + self.training.ridge * variance
 
     def canonical(self) -> str:
         """The resolved study as canonical JSON: what sites and server exchange, and what is hashed."""

@@ -111,7 +111,7 @@ def make_plan(
         UsageError: when no noise up to `LARGEST_NOISE` reaches the target.
     """
     training, privacy = study.training, study.privacy
-    rate = min(1.0, training.batch / n_hat)
+    rate = 1.0 if training.schedule == "fedsgd" else min(1.0, training.batch / n_hat)
     finetune = training.finetune_steps if training.finetune else 0
     each = training.steps_for(n_hat)
     steps = training.rounds * each + finetune

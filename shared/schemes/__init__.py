@@ -49,14 +49,20 @@ WHOLE = Moment()
 """The only round of its study."""
 
 
-class Hiding(StrictModel):
-    """Modalities hidden on purpose."""
+class SchemeSettings(StrictModel):
+    """What every scheme may be told."""
 
     hide: float = Field(
         0.6,
         ge=0,
         le=1,
         description="share of training records of which a random part is used, where modalities are hidden at all",
+    )
+    hide_features: float = Field(
+        0.0, ge=0, lt=1, description="share of a record's features set to 0 in each step, the others scaled up"
+    )
+    vote_weight: float = Field(
+        1.0, ge=0, description="weight of the losses of the modalities' own votes beside that of the fusion"
     )
 
 
@@ -73,6 +79,7 @@ class Lesson:
         votes: [R, M, K] of all modalities that a record has.
         outputs: from the modalities used.
         terms: of their loss.
+        vote_weight: of the votes' losses.
     """
 
     model: MultimodalModel
@@ -83,11 +90,13 @@ class Lesson:
     votes: Tensor
     outputs: Outputs
     terms: Terms
+    vote_weight: float = 1.0
 
     @property
     def plain(self) -> Tensor:
         """[R]: the loss as every scheme has it."""
-        return self.terms.joint + mean_over(self.terms.votes, self.outputs.used) + self.terms.rest
+        votes = self.vote_weight * mean_over(self.terms.votes, self.outputs.used)
+        return self.terms.joint + votes + self.terms.rest
 
     def joint(self, used: Tensor) -> Tensor:
         """[R, K]: what the fusion makes of other modalities, [R, M] bool."""
@@ -109,15 +118,17 @@ class Scheme:
         UsageError: for settings that do not fit the study.
     """
 
-    Settings: ClassVar[type[Hiding]] = Hiding
+    Settings: ClassVar[type[SchemeSettings]] = SchemeSettings
     """What `scheme.settings` may hold."""
     hides: ClassVar[bool] = False
     """Whether it hides modalities also where no imputer has to learn from that."""
 
-    def __init__(self, study: Study, settings: Hiding | None = None) -> None:
+    def __init__(self, study: Study, settings: SchemeSettings | None = None) -> None:
         self.kind: TaskKind = study.task.kind
         learns = self.hides or IMPUTERS[study.model.imputer].learns
-        self.hide = (settings or self.Settings()).hide if learns else 0.0
+        chosen = settings or self.Settings()
+        self.hide = chosen.hide if learns else 0.0
+        self.hide_features, self.vote_weight = chosen.hide_features, chosen.vote_weight
 
     def used(self, present: Tensor, uniform: Tensor, at: Moment) -> Tensor:
         """Which modalities inform each record's prediction in a training step.
@@ -141,8 +152,9 @@ class Scheme:
             used: [R, M] bool.
             at: the round.
         """
-        embeddings = self.shown(model, batch, used, model.embed(batch.inputs, batch.present))
-        votes = model.votes(embeddings, batch.present)
+        ready = model.ready(batch.inputs, batch.present)
+        embeddings = self.shown(model, batch, used, model.embed(ready, batch.present))
+        votes = model.votes(embeddings, batch.present, ready)
         outputs = model.decide(embeddings, batch.present, used, votes)
         return self.total(
             Lesson(
@@ -154,6 +166,7 @@ class Scheme:
                 votes=votes,
                 outputs=outputs,
                 terms=loss_terms(outputs, batch.target, batch.label_mask, self.kind),
+                vote_weight=self.vote_weight,
             )
         )
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from gapweave.shared.config.study import Study
 from gapweave.shared.objective import mean_over
-from gapweave.shared.schemes import SCHEMES, Hiding, Lesson, Scheme, several
+from gapweave.shared.schemes import SCHEMES, Lesson, Scheme, SchemeSettings, several
 
 
-class AttributionSettings(Hiding):
+class AttributionSettings(SchemeSettings):
     """How much unequal contributions cost."""
 
     strength: float = Field(0.5, ge=0, le=100, description="weight of their variance; 0: none")

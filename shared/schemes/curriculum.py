@@ -8,10 +8,10 @@ from torch import Tensor
 
 from gapweave.shared.config.study import Study
 from gapweave.shared.objective import mean_over
-from gapweave.shared.schemes import SCHEMES, Hiding, Lesson, Moment, Scheme
+from gapweave.shared.schemes import SCHEMES, Lesson, Moment, Scheme, SchemeSettings
 
 
-class CurriculumSettings(Hiding):
+class CurriculumSettings(SchemeSettings):
     """The schedule."""
 
     start: float = Field(0.3, ge=0, le=1, description="difficulty up to which a record counts fully at first, of 1")

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from gapweave.shared.config.study import Study, TaskKind
 from gapweave.shared.objective import cross_entropy
-from gapweave.shared.schemes import SCHEMES, Hiding, Lesson, Scheme
+from gapweave.shared.schemes import SCHEMES, Lesson, Scheme, SchemeSettings
 
 
-class DistillSettings(Hiding):
+class DistillSettings(SchemeSettings):
     """How much the part learns from the whole."""
 
     strength: float = Field(0.5, ge=0, le=100, description="weight of the teacher's loss; 0: none")

@@ -10,10 +10,10 @@ from gapweave.shared.config.base import unknown_key
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 from gapweave.shared.objective import mean_over
-from gapweave.shared.schemes import SCHEMES, Hiding, Lesson, Scheme
+from gapweave.shared.schemes import SCHEMES, Lesson, Scheme, SchemeSettings
 
 
-class BlendSettings(Hiding):
+class BlendSettings(SchemeSettings):
     """Weights of the losses."""
 
     joint: float = Field(1.0, ge=0, le=100, description="weight of the fusion's loss")

@@ -10,10 +10,10 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import cross_entropy
 from gapweave.shared.schema import Batch
-from gapweave.shared.schemes import SCHEMES, Hiding, Scheme, others_mean, several
+from gapweave.shared.schemes import SCHEMES, Scheme, SchemeSettings, others_mean, several
 
 
-class ModulationSettings(Hiding):
+class ModulationSettings(SchemeSettings):
     """How much a surer modality is slowed down."""
 
     alpha: float = Field(0.5, ge=0, le=10, description="strength; 0: not at all")
@@ -39,7 +39,7 @@ class OnTheFlyModulation(Scheme):
     def shown(self, model: MultimodalModel, batch: Batch, used: Tensor, embeddings: Tensor) -> Tensor:
         """The same embeddings with the modulated gradient."""
         with torch.no_grad():
-            votes = model.votes(embeddings, used)
+            votes = model.votes(embeddings, used, model.ready(batch.inputs, batch.present))
             sure = torch.exp(-cross_entropy(votes, batch.target, batch.label_mask, self.kind))
             factors = modulation(sure, used, self.alpha).unsqueeze(-1)
         still = embeddings.detach()

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from gapweave.shared.config.study import Study
 from gapweave.shared.objective import mean_over
-from gapweave.shared.schemes import SCHEMES, Hiding, Lesson, Scheme, others_mean, several
+from gapweave.shared.schemes import SCHEMES, Lesson, Scheme, SchemeSettings, others_mean, several
 
 
-class PrototypeSettings(Hiding):
+class PrototypeSettings(SchemeSettings):
     """How much a weaker modality is drawn."""
 
     alpha: float = Field(1.0, ge=0, le=10, description="weight of the prototypes' loss; 0: none")

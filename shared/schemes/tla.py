@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from gapweave.shared.config.study import Study
-from gapweave.shared.schemes import SCHEMES, Hiding, Lesson, Moment, Scheme
+from gapweave.shared.schemes import SCHEMES, Lesson, Moment, Scheme, SchemeSettings
 
 ALL_SIZES = 4
 """Modalities up to which combinations of every size take part; with more, those of one and of two."""
 
 
-class LazinessSettings(Hiding):
+class LazinessSettings(SchemeSettings):
     """How much the combination of the round counts."""
 
     strength: float = Field(1.0, ge=0, le=100, description="weight of its loss; 0: none")

@@ -6,10 +6,10 @@ from pydantic import Field
 from torch import Tensor
 
 from gapweave.shared.config.study import Study
-from gapweave.shared.schemes import SCHEMES, Hiding, Moment, Scheme, one_of
+from gapweave.shared.schemes import SCHEMES, Moment, Scheme, SchemeSettings, one_of
 
 
-class FirstSettings(Hiding):
+class FirstSettings(SchemeSettings):
     """How long each modality is alone."""
 
     share: float = Field(0.3, ge=0, le=1, description="share of the rounds, the first ones, with one modality a record")

@@ -18,8 +18,7 @@ from gapweave.client.data import Cohort
 from gapweave.client.predict import Predictions, predict
 from gapweave.client.training import Sgd, Step, build_engine, train
 from gapweave.shared.config import Study
-from gapweave.shared.config.study import ImageModality, SeriesModality
-from gapweave.shared.features.series import summary
+from gapweave.shared.features.flat import flat
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.privacy.draws import SeededDraws
 from gapweave.shared.privacy.plan import make_plan
@@ -100,17 +99,13 @@ def _complete(study: Study, batch: Batch) -> Batch:
 
 
 def flat_features(study: Study, batch: Batch) -> NDArray[np.float64]:
-    """[R, F]: the features that the encoders' linear paths read, and one availability flag a modality."""
+    """[R, F]: the features that the heads' linear paths read, and one availability flag a modality."""
     blocks = [batch.present.double()]
     for at, name in enumerate(study.order):
         if name not in batch.inputs:
             continue
-        values, spec = batch.inputs[name], study.modalities[name]
-        if isinstance(spec, SeriesModality):
-            values = summary(values)
-        elif isinstance(spec, ImageModality):
-            values = torch.nn.functional.adaptive_avg_pool2d(values, 8)
-        blocks.append(torch.where(batch.present[:, [at]], values.flatten(1).double(), 0.0))
+        values = flat(study.modalities[name], batch.inputs[name])
+        blocks.append(torch.where(batch.present[:, [at]], values.double(), 0.0))
     features: NDArray[np.float64] = torch.cat(blocks, dim=1).numpy()
     return features
 
