@@ -72,7 +72,7 @@ class Step:
         return self.scheme.used(batch.present, uniform.to(batch.present.device), self.at)
 
     def shown(self, batch: Batch) -> Batch:
-        """The batch with features hidden at random (dropout, Srivastava et al. 2014, JMLR 15), each record's on its own."""
+        """The batch with features hidden at random, each record on its own (Srivastava et al. 2014, JMLR 15)."""
         hidden = self.scheme.hide_features
         if not hidden:
             return batch

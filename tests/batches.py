@@ -31,8 +31,13 @@ TASKS: dict[str, dict[str, Any]] = {
     "multilabel": {"kind": "multilabel", "label": ["x", "y", "z"]},
 }
 
-PAIRS = list(dict.fromkeys([*((fusion, "cra") for fusion in FUSIONS), *(("concat", name) for name in IMPUTERS)]))
-"""Every fusion and every imputer, once at least: all pairs would be too many, and neither knows the other."""
+LINEAR = "late+linear_path"
+PAIRS = [
+    *dict.fromkeys([*((fusion, "cra") for fusion in FUSIONS), *(("concat", name) for name in IMPUTERS)]),
+    (LINEAR, "none"),
+]
+"""Every fusion and every imputer, once at least: all pairs would be too many, and neither knows the other. And one model
+whose heads have a linear path."""
 
 
 def tasks_of(fusion: str) -> list[str]:
@@ -48,8 +53,13 @@ TRIPLES = [
 
 def four_kinds(fusion: str = "late", imputer: str = "cra", task: str = "binary", **keys: Any) -> Study:
     """A study of one modality of each kind, with a small embedding."""
-    model = {"embedding": 4, "fusion": fusion, "imputer": imputer}
-    return study(EVERY_KIND, model=model, task=TASKS[task], **keys)
+    return study(EVERY_KIND, model={"embedding": 4, **model_keys(fusion, imputer)}, task=TASKS[task], **keys)
+
+
+def model_keys(fusion: str, imputer: str) -> dict[str, Any]:
+    """A pair as a study's keys of the model."""
+    name, _, path = fusion.partition("+")
+    return {"fusion": name, "imputer": imputer, "linear_path": bool(path)}
 
 
 def wake(model: MultimodalModel, seed: int = 5) -> MultimodalModel:

@@ -16,6 +16,7 @@ from batches import (
     blank,
     flat,
     four_kinds,
+    model_keys,
     patterns,
     random_batch,
     random_model,
@@ -335,7 +336,7 @@ def test_a_fusion_has_per_patient_gradients(name: str, engine: type[OpacusEngine
 def two_kinds(fusion: str = "late", imputer: str = "cra", **keys: object) -> Study:
     """A study of two quick encoders, for what does not depend on the data."""
     kinds = {name: EVERY_KIND[name] for name in ("labs", "note")}
-    return study(kinds, model={"embedding": 4, "fusion": fusion, "imputer": imputer}, **keys)
+    return study(kinds, model={"embedding": 4, **model_keys(fusion, imputer)}, **keys)
 
 
 # Both, in a model and in a federation.
@@ -352,7 +353,7 @@ def test_two_hospitals_train_one_private_round(
     fusion: str, imputer: str, two_hospitals: list[Hospital], tmp_path: Path
 ) -> None:
     """What leaves is noised, charged, of the model's form, and gives a model for every pattern."""
-    of = plan_of(private=True, model={"fusion": fusion, "imputer": imputer}, privacy={"epsilon": 3})
+    of = plan_of(private=True, model=model_keys(fusion, imputer), privacy={"epsilon": 3})
     begin, updates_of = initial_groups(of), {}
     for hospital in two_hospitals:
         site = participant(hospital, of, tmp_path / hospital.content["name"])

@@ -256,10 +256,15 @@ class Training(StrictModel):
     )
     finetune_steps: int = Field(20, ge=1, description="steps of fine-tuning, charged to the same budget")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_step(cls, data: Any) -> Any:
+        return {"local_steps": 1, **data} if isinstance(data, dict) and data.get("schedule") == "fedsgd" else data
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.schedule == "fedsgd" and (self.passes is not None or "local_steps" in self.model_fields_set):
-            raise ValueError("schedule: fedsgd is one step a round: leave local_steps and passes out")
+        if self.schedule == "fedsgd" and (self.passes is not None or self.local_steps != 1):
+            raise ValueError("schedule: fedsgd is one step a round: leave passes out, and local_steps, or make it 1")
         if self.lr * self.proximal >= 1:
             raise ValueError(f"lr * proximal = {self.lr * self.proximal:g} must be below 1, or each step overshoots")
         if self.scaffold and (self.momentum or self.proximal):
@@ -277,8 +282,6 @@ class Training(StrictModel):
 
     def steps_for(self, patients: int) -> int:
         """Steps a round at a site with so many training patients, which is a public number."""
-        if self.schedule == "fedsgd":
-            return 1
         if self.passes is None:
             return self.local_steps
         return max(1, round(min(self.passes * patients / self.batch, MOST_STEPS)))

@@ -1,0 +1,175 @@
+"""What a small cohort learns with: a linear path to the logits, hidden features, a ridge, one gradient a round."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batches import LINEAR, flat, four_kinds, random_batch, random_model
+from hospitals import build, participant, plan_of
+from torch import Tensor
+
+from gapweave.client.gradients.plain import PlainEngine
+from gapweave.client.training import Sgd, Step
+from gapweave.server.aggregation import GroupAggregation, initial_groups
+from gapweave.shared.config.base import parse
+from gapweave.shared.config.study import Study
+from gapweave.shared.errors import UsageError
+from gapweave.shared.features.flat import flat as flat_features
+from gapweave.shared.features.flat import width
+from gapweave.shared.model import MultimodalModel, group_of
+from gapweave.shared.objective import loss_terms, mean_over
+from gapweave.shared.privacy.draws import SeededDraws
+from gapweave.shared.privacy.plan import make_plan
+from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import WHOLE, build_scheme
+
+# The linear path.
+
+
+def votes_of(model: MultimodalModel, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return model(batch.inputs, batch.present, batch.present).modality_logits
+
+
+def test_the_linear_path_adds_a_linear_function_of_the_features_and_nothing_at_the_start() -> None:
+    of = four_kinds(LINEAR, "none")
+    batch, model = random_batch(of), MultimodalModel(of, of.order)
+    at_start = votes_of(model, batch)
+    weights = {name: torch.randn(1, width(spec)) for name, spec in of.modalities.items()}
+    for name, weight in weights.items():
+        assert not model.heads[name].wide.weight.any()
+        model.heads[name].wide.weight.data = weight
+    added = votes_of(model, batch) - at_start
+    for at, name in enumerate(of.order):
+        here = batch.present[:, at]
+        expected = flat_features(of.modalities[name], batch.inputs[name])[here] @ weights[name][0]
+        torch.testing.assert_close(added[here, at, 0], expected, rtol=1e-4, atol=1e-5)
+        assert not added[~here, at].any()
+
+
+# Hidden features and the weight of votes.
+
+
+def step_of(of: Study, seed: int = 0) -> Step:
+    model = random_model(of)
+    plan = make_plan(of, 6, 1e-5)
+    return Step(study=of, plan=plan, engine=PlainEngine(model, "binary"), draws=SeededDraws(seed))
+
+
+def with_scheme(**settings: float) -> Study:
+    return four_kinds(LINEAR, "none", scheme={"settings": settings}, privacy={"enabled": False})
+
+
+def test_hidden_features_are_zero_at_the_rate_asked_for_and_the_others_make_up_for_them() -> None:
+    of = with_scheme(hide_features=0.3)
+    batch = random_batch(of, [1] * 400)
+    shown = step_of(of).shown(batch)
+    for name, before in batch.inputs.items():
+        after = shown.inputs[name]
+        kept = after != 0
+        torch.testing.assert_close(after[kept], before[kept] / 0.7)
+        rate = float((~kept & (before != 0)).sum() / (before != 0).sum())
+        assert abs(rate - 0.3) < 6 * math.sqrt(0.3 * 0.7 / int((before != 0).sum())), name
+    other = step_of(of, seed=1).shown(batch)
+    assert not torch.equal(other.inputs["labs"], shown.inputs["labs"])
+
+
+def test_nothing_is_hidden_unless_a_study_says_so() -> None:
+    of = with_scheme()
+    batch = random_batch(of)
+    assert step_of(of).shown(batch) is batch
+
+
+def test_votes_count_as_much_as_the_study_says() -> None:
+    of = with_scheme(vote_weight=6.0)
+    model, batch = random_model(of), random_batch(of)
+    outputs = model(batch.inputs, batch.present, batch.present)
+    terms = loss_terms(outputs, batch.target, batch.label_mask, "binary")
+    expected = terms.joint + 6 * mean_over(terms.votes, batch.present) + terms.rest
+    found = build_scheme(of).losses(model, batch, batch.present, WHOLE)
+    torch.testing.assert_close(found, expected)
+
+
+# The ridge.
+
+
+@pytest.mark.parametrize(
+    ("balance", "variance"), [("none", 0.25), ("noisy", 0.25), (0.1, 0.09), ([0.34], 0.2244)], ids=str
+)
+def test_the_ridge_follows_the_public_prevalence(balance: object, variance: float) -> None:
+    of = four_kinds(training={"ridge": 0.4, "weight_decay": 0.01}, preparation={"class_balance": balance})
+    assert of.shrinkage == pytest.approx(0.01 + 0.4 * variance)
+
+
+def test_a_step_shrinks_all_parameters_by_the_ridge() -> None:
+    of = four_kinds(training={"ridge": 0.4, "lr": 0.5}, preparation={"class_balance": 0.1})
+    model = random_model(of)
+    before = {name: value.detach().clone() for name, value in model.named.items()}
+    Sgd(of, {}).step(model, {name: torch.zeros_like(value) for name, value in before.items()})
+    for name, value in model.named.items():
+        torch.testing.assert_close(value.detach(), before[name] * (1 - 0.5 * 0.4 * 0.09))
+
+
+# One gradient a round.
+
+
+FEDSGD = {"schedule": "fedsgd", "rounds": 3, "lr": 1.0, "batch": 5}
+
+
+def fedsgd(**keys: object) -> Study:
+    content = {
+        "version": 1,
+        "name": "one-gradient",
+        "task": {"kind": "binary", "label": "y"},
+        "modalities": {"labs": {"kind": "table", "columns": {"na": {"low": 100, "high": 180}}}},
+        "training": {**FEDSGD, **keys},
+    }
+    return parse(Study, content, "study")
+
+
+def test_fedsgd_takes_every_patient_and_one_step() -> None:
+    of = fedsgd()
+    plan = make_plan(of, 100, 1e-5)
+    assert (plan.steps, plan.sample_rate) == (1, 1.0)
+    assert parse(Study, of.model_dump(mode="json"), "again") == of
+
+
+@pytest.mark.parametrize("more", [{"local_steps": 5}, {"passes": 1.0}], ids=str)
+def test_fedsgd_refuses_more_steps(more: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="fedsgd is one step"):
+        fedsgd(**more)
+
+
+def test_fedsgd_weighed_by_patients_is_the_gradient_of_all_patients_together(tmp_path: Path) -> None:
+    """Two hospitals of different size: what the server steps along is the pooled gradient."""
+    of = plan_of(
+        private=False,
+        training={"schedule": "fedsgd", "lr": 1.0, "local_steps": 1},
+        model={"imputer": "none", "linear_path": True},
+        aggregation={"default": "mean", "weights": "patients"},
+    )
+    every = ["labs", "note", "vitals"]
+    sizes = {"north": 24, "south": 60}
+    begin = initial_groups(of)
+    combine, batches = GroupAggregation(of, begin), []
+    for name, patients in sizes.items():
+        site = participant(build(tmp_path / name, name, every, patients=patients), of, tmp_path / f"state-{name}")
+        plan = site.prepare("run-1").plan
+        state = site.train("run-1", 1, "0" * 64, {group: begin[group] for group in site.shared})
+        combine.add(name, state.reply, plan["n_hat"])
+        batches.append(site.training)
+    after, _ = combine.finish()
+    model = MultimodalModel(of, of.order)
+    engine = PlainEngine(model, "binary")
+    total = [engine.sum(batch, batch.present) for batch in batches]
+    pooled = {name: sum(one[name] for one in total) / sum(sizes.values()) for name in total[0]}
+    moved = {
+        name: torch.from_numpy(np.asarray(begin[group][key] - after[group][key]))
+        for name in pooled
+        for group, key in [group_of(name)]
+    }
+    torch.testing.assert_close(flat(moved), flat(pooled), rtol=1e-4, atol=1e-7)
