@@ -20,6 +20,8 @@ POLL_S = 0.2
 """Seconds between two looks for replies of sites in other processes."""
 LONGEST_POLL_S = 1.5
 """What they grow to while nobody answers: five looks a second kept a SuperLink busy for half of one core."""
+MOST_BYTES = 200_000_000
+"""Of answers that are fetched at once: Flower holds them all, twice. Large ones come one by one."""
 GRACE_S = 60.0
 """How much longer than the deadline a message may live: a retry then finds the stored reply."""
 
@@ -49,17 +51,27 @@ def ask(grid: Grid, kind: str, requests: Mapping[int, RecordDict], seconds: floa
         Message(content, dst_node_id=node, message_type=kind, ttl=lifetime, group_id=kind)
         for node, content in requests.items()
     ]
+    largest = max((_bytes(content) for content in requests.values()), default=0)
+    # A site in this process answers when it is asked, one at a time.
+    few = len(requests) if math.isinf(seconds) else max(1, MOST_BYTES // max(1, largest))
     pending = dict(zip(grid.push_messages(messages), requests, strict=True))
     deadline, wait = time.monotonic() + seconds, POLL_S
     while pending and time.monotonic() < deadline:
-        replies = list(grid.pull_messages(list(pending)))
-        for reply in replies:
-            node = pending.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                yield _read(node, reply)
-        wait = POLL_S if replies else min(1.5 * wait, LONGEST_POLL_S)
-        if pending and not replies:
+        before, asked = len(pending), list(pending)
+        for at in range(0, len(asked), few):
+            for reply in grid.pull_messages(asked[at : at + few]):
+                node = pending.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    yield _read(node, reply)
+        answered = len(pending) < before
+        wait = POLL_S if answered else min(1.5 * wait, LONGEST_POLL_S)
+        if pending and not answered:
             time.sleep(wait)
+
+
+def _bytes(content: RecordDict) -> int:
+    """Bytes of a message's arrays; its answer has as many."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
 
 
 def _transport(reply: Message) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Error, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from hospitals import Wire, build, plan_of
 from pretence import ALL, RUN, Answer, Pretence, Pretender, loop, moved, study_of
 
 from gapweave.client import app as client_app
+from gapweave.server import mail
 from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.app import run_study
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -633,3 +634,24 @@ def test_one_site_runs_out_of_budget_and_the_others_go_on(tmp_path: Path) -> Non
     assert refused["reason"] == "the site's privacy budget does not allow it"
     assert rounds[-1]["sites"].keys() == {"north", "west"} or rounds[-1]["sites"]["east"]["status"] == "refused"
     assert read_ledger(tmp_path / "east" / "state").spent() <= 5.0
+
+
+def test_large_answers_are_fetched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub has the answers of many sites in memory only while they are small."""
+    asked: list[int] = []
+
+    class Together(Pretence):
+        """As the deployed grid: it gives all answers that there are."""
+
+        def pull_messages(self, message_ids: Any) -> list[Message]:
+            asked.append(len(message_ids))
+            return [reply for identity in message_ids for reply in super(Together, self).pull_messages([identity])]
+
+    arrays = {"fusion": {"x": np.zeros(100, np.float32)}}
+    for most, sizes in ((10**9, [3]), (1100, [2, 1]), (100, [1, 1, 1])):
+        grid = Together(*[Pretender(site) for site in "abc"])
+        requests = {node: wire.pack({"round": 1}, arrays) for node in grid.get_node_ids()}
+        monkeypatch.setattr(mail, "MOST_BYTES", most)
+        asked.clear()
+        assert len(list(mail.ask(grid, wire.TRAIN, requests, 60.0))) == 3
+        assert asked == sizes
