@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from gapweave.sites.demo import hospital_names, write_demo
 
 GAPWEAVE = str(Path(sys.executable).with_name("gapweave"))
 LOOK_S = 0.2
+MOST_BUCKETS = 262_144
+"""Of a study's hashed words."""
 
 
 def typed(*words: str, environment: dict[str, str]) -> str:
@@ -82,8 +85,10 @@ def prepare(folder: Path, sites: int, megabytes: float, overrides: dict[str, Any
         part, _, name = key.partition(".")
         content.setdefault(part, {})[name] = value
     if megabytes:
-        width = content.get("model", {}).get("embedding", 16)
-        content["modalities"]["note"]["buckets"] = int(megabytes * 1e6 / 4 / width)
+        numbers = megabytes * 1e6 / 4
+        width = max(16, math.ceil(numbers / MOST_BUCKETS))
+        content.setdefault("model", {})["embedding"] = width
+        content["modalities"]["note"]["buckets"] = round(numbers / width)
     study.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return study
 
