@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from batches import EVERY_KIND, flat, four_kinds, random_batch, random_model
 from cohorts import study
+from commandline import OPEN, QUICK, done, hospitals, rounds_of
 
 from gapweave.client.gradients.plain import PlainEngine
-from gapweave.shared.config.study import Study
+from gapweave.shared.config.study import Study, load_study
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import loss_terms, probabilities, record_losses
@@ -254,6 +256,23 @@ def test_who_has_the_combination_is_trained_on_it_by_hand() -> None:
     expected = plain(model, batch, present)
     expected[:3] += 0.4 * surprise(model(batch.inputs, present, part).logits, batch)[:3]
     torch.testing.assert_close(scheme.losses(model, batch, present, at), expected)
+
+
+def test_a_run_says_which_combination_had_its_turn(tmp_path: Path) -> None:
+    """In rounds.jsonl and in the report, private or not; other schemes say nothing."""
+    file = hospitals(tmp_path / "demo", patients=40)
+    run = tmp_path / "run"
+    done("simulate", file, "--out", run, *QUICK, "--rounds", "3", "--set", "method=omnifuse", "--set", "epsilon=3")
+    of = load_study(run / "study.yaml")
+    scheme = build_scheme(of)
+    lines = rounds_of(run)
+    assert [line["lazy"] for line in lines] == [scheme.choices(Moment(number, 3))["lazy"] for number in (1, 2, 3)]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for line in lines:
+        assert f'<th scope="row">{line["lazy"]}</th><td>{line["round"]}</td>' in page
+    done("simulate", file, "--out", tmp_path / "plain", *QUICK, *OPEN)
+    assert not any("lazy" in line for line in rounds_of(tmp_path / "plain"))
+    assert "Laziness" not in (tmp_path / "plain" / "report.html").read_text(encoding="utf-8")
 
 
 # Refusals.

@@ -138,6 +138,15 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} rounds"
 
 
+def lazy_turns(rounds: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Combination of modalities that was trained by itself -> its rounds; none under other schemes than tla."""
+    turns: dict[str, list[int]] = {}
+    for line in rounds:
+        if "lazy" in line:
+            turns.setdefault(line["lazy"], []).append(line["round"])
+    return dict(sorted(turns.items()))
+
+
 def norms(rounds: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Norms of the updates: group -> site -> (round, norm)."""
     result: dict[str, dict[str, list[tuple[int, float]]]] = {}

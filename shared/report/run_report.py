@@ -43,6 +43,7 @@ def write_report(directory: RunDirectory) -> None:
         pooled_scores=summary.get("pooled") or (summary.get("released") or {}).get("pooled"),
         looks=[line["look"] for line in rounds if "look" in line],
         groups=events.group_table(study, rounds),
+        lazy=events.lazy_turns(rounds),
         trouble=[span for span in events.spans(rounds) if span.status != "ok"],
         guarantee=guarantee_sentence(summary),
         meaning=meaning(worst_epsilon(summary)),

@@ -56,7 +56,7 @@ class SchemeSettings(StrictModel):
         0.6,
         ge=0,
         le=1,
-        description="share of training records of which a random part is used, where modalities are hidden at all",
+        description="share of records of which a random part is used, where any is hidden",
     )
     hide_features: float = Field(
         0.0, ge=0, lt=1, description="share of a record's features set to 0 in each step, the others scaled up"
