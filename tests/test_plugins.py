@@ -13,13 +13,14 @@ import pytest
 SUITE = Path(__file__).parent / "test_families.py"
 
 PLUGIN = '''
-"""A fusion that keeps its contract, one that mixes patients, and an imputer."""
+"""A fusion and a scheme that keep their contracts, one of each that mixes patients, and an imputer."""
 
 from torch import Tensor
 
 from gapweave.shared.fusion import FUSIONS, Fused, Fusion, Shape
 from gapweave.shared.fusion.parts import Docks, Head, Numbers
 from gapweave.shared.imputers import IMPUTERS, Imputer
+from gapweave.shared.schemes import SCHEMES, Lesson, Scheme
 
 
 @FUSIONS.register("foreign_honest")
@@ -70,6 +71,32 @@ class Constant(Imputer):
 
     def forward(self, embeddings: Tensor, used: Tensor) -> Tensor:
         return self.tokens(len(used))
+
+
+@SCHEMES.register("foreign_doubling")
+class Doubling(Scheme):
+    """Twice the loss.
+
+    Reference: none
+    Form: a factor
+    Couples: nothing
+    """
+
+    def total(self, lesson: Lesson) -> Tensor:
+        return 2 * lesson.plain
+
+
+@SCHEMES.register("foreign_coupling")
+class Coupling(Scheme):
+    """The loss over its mean over the batch.
+
+    Reference: none
+    Form: a factor
+    Couples: patients
+    """
+
+    def total(self, lesson: Lesson) -> Tensor:
+        return lesson.plain / lesson.plain.mean()
 '''
 
 
@@ -110,7 +137,9 @@ def test_the_suite_runs_on_a_fusion_and_an_imputer_that_are_installed(outcomes: 
     }
     assert any("foreign_constant" in test for test in outcomes["PASSED"])
     assert not outcomes["ERROR"]
-    assert not [test for test in outcomes["FAILED"] if "foreign_mixing" not in test]
+    assert any("test_a_scheme_trains_one_private_round[foreign_doubling]" in test for test in outcomes["PASSED"])
+    mixing = ("foreign_mixing", "foreign_coupling")
+    assert not [test for test in outcomes["FAILED"] if not any(name in test for name in mixing)]
 
 
 def test_the_suite_finds_a_fusion_that_mixes_patients(outcomes: dict[str, set[str]]) -> None:
@@ -119,4 +148,12 @@ def test_the_suite_finds_a_fusion_that_mixes_patients(outcomes: dict[str, set[st
         "test_a_fusion_decides_one_record_at_a_time_in_every_pattern",
         "test_a_fusion_has_per_patient_gradients",
         "test_two_hospitals_train_one_private_round",
+    }
+
+
+def test_the_suite_finds_a_scheme_that_couples_patients(outcomes: dict[str, set[str]]) -> None:
+    failed = {test.partition("[")[0] for test in outcomes["FAILED"] if "foreign_coupling" in test}
+    assert failed >= {
+        "test_a_schemes_loss_is_of_one_record_in_every_pattern",
+        "test_a_scheme_trains_one_private_round",
     }

@@ -15,7 +15,7 @@ class StackingFusion(Fusion):
     """A small model reads the votes of the modalities that are there.
 
     Reference: Wolpert 1992, "Stacked Generalization" (Neural Networks 5)
-    Form: g([tanh(logits of m / 4) for used m, mask]), votes detached: heads learn from their own losses only, the
+    Form: g([tanh(logits of m / 2) for used m, mask]), votes detached: heads learn from their own losses only, the
         meta-learner from what they say, in the same private step
     Couples: a meta-learner fitted to votes on held-out patients; here it sees those that are trained on, and its few
         parameters are clipped and noised as the rest
@@ -32,5 +32,5 @@ class StackingFusion(Fusion):
 
     def forward(self, slots: Tensor, used: Tensor, modality_logits: Tensor) -> Fused:
         """Read the votes."""
-        votes = torch.tanh(present_only(modality_logits.detach(), used) / 4)
+        votes = torch.tanh(present_only(modality_logits.detach(), used) / 2)
         return Fused(logits=self.head(joined(votes, used)), weights=None)
