@@ -59,9 +59,10 @@ PRESETS = f"""## Presets
 Methods are comparable: each sets fusion, imputer and scheme. A fusion that reads imputed slots is trained with the
 imputer `cra`, one that reads none without an imputer, which would only cost budget; `modality_dropout` and the other
 schemes train `concat` without an imputer (compare them with `fusion=concat imputer=none scheme=none`). `omnifuse` is
-the whole of it, each `omnifuse_no_...` is it less one part; without modality dropout there is nothing for the imputer
-to learn from, so that `omnifuse_no_dropout` has none. Settings of fusion, imputer and scheme stay as the study has
-them. The last column names methods that were more than {BEHIND} AUROC below `{AGAINST}` on the demo.
+the whole of it, each `omnifuse_no_...` is it less one part, so that `--vary method=omnifuse,omnifuse_no_imputer,...` is
+the paper's ablation; without modality dropout there is nothing for the imputer to learn from, and
+`omnifuse_no_dropout` has none. Settings of fusion, imputer and scheme stay as the study has them. The last column
+names methods that were more than {BEHIND} AUROC below `{AGAINST}` on the demo.
 """
 
 

@@ -153,7 +153,7 @@ def test_stacking_reads_votes_and_teaches_no_head() -> None:
     votes = torch.tensor([[[2.0], [50.0], [-1.0]]], requires_grad=True)
     fused = of(torch.zeros(1, M, D), SOME, votes)
     read = torch.tensor([[math.tanh(1.0), 0.0, math.tanh(-0.5), 1.0, 0.0, 1.0]])
-    torch.testing.assert_close(fused.logits, of.head(read))
+    torch.testing.assert_close(fused.logits, (2.0 - 1.0) / 2 + of.head(read))
     assert torch.autograd.grad(fused.logits.sum(), votes, allow_unused=True) == (None,)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gapweave.shared.fusion import FUSIONS, Fused, Fusion, Shape
 from gapweave.shared.fusion.concat import joined
-from gapweave.shared.fusion.parts import Head, HiddenSettings, present_only
+from gapweave.shared.fusion.parts import Head, HiddenSettings, equal_shares, present_only, weighted_sum
 
 
 @FUSIONS.register("stacking")
@@ -15,8 +15,8 @@ class StackingFusion(Fusion):
     """A small model reads the votes of the modalities that are there.
 
     Reference: Wolpert 1992, "Stacked Generalization" (Neural Networks 5)
-    Form: g([tanh(logits of m / 2) for used m, mask]), votes detached: heads learn from their own losses only, the
-        meta-learner from what they say, in the same private step
+    Form: mean over used m of the logits + g([tanh(logits of m / 2) for used m, mask]), votes detached: heads learn from
+        their own losses only, the meta-learner from what they say, in the same private step, beginning near the mean
     Couples: a meta-learner fitted to votes on held-out patients; here it sees those that are trained on, and its few
         parameters are clipped and noised as the rest
     """
@@ -32,5 +32,6 @@ class StackingFusion(Fusion):
 
     def forward(self, slots: Tensor, used: Tensor, modality_logits: Tensor) -> Fused:
         """Read the votes."""
-        votes = torch.tanh(present_only(modality_logits.detach(), used) / 2)
-        return Fused(logits=self.head(joined(votes, used)), weights=None)
+        votes = present_only(modality_logits.detach(), used)
+        mean = weighted_sum(equal_shares(used), votes)
+        return Fused(logits=mean + self.head(joined(torch.tanh(votes / 2), used)), weights=None)
