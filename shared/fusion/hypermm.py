@@ -21,7 +21,8 @@ class HyperSettings(HiddenSettings):
 class HyperFusion(Fusion):
     """One layer for all modalities, with weights that a second network gives it by modality; then their sum.
 
-    Reference: Chaptoukaev et al. 2024, "HyperMM: Robust Multimodal Learning with Varying-sized Inputs"
+    Reference: Chaptoukaev et al. 2024, "HyperMM: Robust Multimodal Learning with Varying-sized Inputs" (MICCAI
+        workshop MMMI, arXiv 2407.20768)
     Form: g(sum over used m of tanh(W v^m + U (a_m * V v^m) + c_m)), (a_m, c_m) = H t_m of a learned t_m a modality: the
         weights that the hypernetwork makes have a fixed part and one of low rank. Nothing stands in for what is missing
     Couples: the paper trains the extractor with all patients first and freezes it; here all is trained together
