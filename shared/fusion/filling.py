@@ -143,7 +143,7 @@ class ExpertFusion(Fusion):
 
     def forward(self, slots: Tensor, used: Tensor, modality_logits: Tensor) -> Fused:
         """Fill, choose experts, and decide."""
-        filled = torch.where(used.unsqueeze(-1), slots, self.bank(equal_shares(used)).view_as(slots))
+        filled = torch.where(used.unsqueeze(-1), slots, self.bank(equal_shares(used).to(slots.dtype)).view_as(slots))
         inputs = joined(filled, used)
         shares = torch.softmax(self.router(inputs) + self.pattern(used.to(slots.dtype)), -1)
         said = torch.tanh(self.experts(inputs)).view(len(slots), -1, self.width)
