@@ -21,16 +21,10 @@ from gapweave.client.sources.labels import Targets, check_classes, read_targets,
 from gapweave.client.sources.oddities import declared, unused, without_label
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.client.sources.split import test_patients
+from gapweave.shared.config.modalities import ImageModality, SeriesModality, TableModality, TextModality
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.sources import ClinicalSource, ColumnsSource, ImageSource, MeasurementSource, TextSource
-from gapweave.shared.config.study import (
-    ImageModality,
-    SeriesModality,
-    Simulation,
-    Study,
-    TableModality,
-    TextModality,
-)
+from gapweave.shared.config.study import Simulation, Study
 from gapweave.shared.errors import DataError, UsageError
 from gapweave.shared.schema import Batch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gapweave.shared.config import Study
-from gapweave.shared.config.study import ImageModality, ModalitySpec, SeriesModality, TableModality
+from gapweave.shared.config.modalities import ImageModality, ModalitySpec, SeriesModality, TableModality
 
 HEAD = """# What one hospital alone decides. Every key: docs/reference.md
 version: 1

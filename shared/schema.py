@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gapweave.shared.config.study import ImageModality, ModalitySpec, SeriesModality, Study, TableModality
+from gapweave.shared.config.modalities import ImageModality, ModalitySpec, SeriesModality, TableModality
+from gapweave.shared.config.study import Study
 from gapweave.shared.features import series as series_features
 from gapweave.shared.features import table as table_features
 

@@ -10,8 +10,9 @@ import torch
 
 from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.sources.findings import Finding
+from gapweave.shared.config.modalities import TableModality
 from gapweave.shared.config.site import Site
-from gapweave.shared.config.study import Study, TableModality
+from gapweave.shared.config.study import Study
 from gapweave.shared.features.table import names
 
 SODIUM = {"low": 100, "high": 180, "center": 140, "scale": 6, "unit": "mmol/L"}

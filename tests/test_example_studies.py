@@ -13,8 +13,8 @@ import gapweave.sites.eicu_demo
 import gapweave.sites.heart_disease
 from gapweave.client.data import load_cohort
 from gapweave.shared.config import load_site, load_study
+from gapweave.shared.config.modalities import Categories
 from gapweave.shared.config.sources import ColumnsSource
-from gapweave.shared.config.study import Categories
 from gapweave.shared.errors import UsageError
 from gapweave.sites import study_cli
 

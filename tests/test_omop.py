@@ -18,8 +18,8 @@ from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.sources.findings import Finding
 from gapweave.shared.config import Study, load_site, load_study
 from gapweave.shared.config.base import parse
+from gapweave.shared.config.modalities import TableModality
 from gapweave.shared.config.site import Site
-from gapweave.shared.config.study import TableModality
 from gapweave.shared.errors import DataError, GapweaveError, UsageError
 from gapweave.shared.features.table import names
 from gapweave.sites.demo.write import write_demo

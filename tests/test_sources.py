@@ -16,7 +16,7 @@ from gapweave.client.sources import SOURCES
 from gapweave.client.sources.cells import code_text, id_text, numbers
 from gapweave.client.sources.files import Files, read_table
 from gapweave.client.sources.units import conversion
-from gapweave.shared.config.study import category_code
+from gapweave.shared.config.modalities import category_code
 from gapweave.shared.errors import DataError, UsageError
 
 # --- formats: every registered one keeps this contract ---

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from gapweave.shared.config.study import category_code
+from gapweave.shared.config.modalities import category_code
 from gapweave.shared.errors import UsageError
 
 MISSING = ("", "na", "n/a", "#n/a", "nan", "null", "none", "?", ".")

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from gapweave.client.sources import dicom
 from gapweave.client.sources.cells import missing
 from gapweave.client.sources.records import Reading
+from gapweave.shared.config.modalities import ImageModality
 from gapweave.shared.config.sources import ImageSource
-from gapweave.shared.config.study import ImageModality
 from gapweave.shared.errors import DataError, UsageError
 from gapweave.shared.features import image as features
 

@@ -20,6 +20,7 @@ from gapweave.client.sources.records import Reading, Records
 from gapweave.client.sources.times import MICROSECONDS, moments
 from gapweave.client.sources.units import to_study_unit
 from gapweave.client.sources.values import Cells, Rows
+from gapweave.shared.config.modalities import Categories, Range
 from gapweave.shared.config.sources import (
     ClinicalSource,
     LabelConditions,
@@ -28,7 +29,6 @@ from gapweave.shared.config.sources import (
     ValueColumn,
     Window,
 )
-from gapweave.shared.config.study import Categories, Range
 from gapweave.shared.errors import DataError, UsageError
 
 if TYPE_CHECKING:

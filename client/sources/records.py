@@ -13,9 +13,9 @@ from gapweave.client.sources.cells import code_text, id_text
 from gapweave.client.sources.files import Files, Table
 from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.place import read_source
+from gapweave.shared.config.modalities import category_code
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.sources import ColumnsSource, ImageSource, TextSource
-from gapweave.shared.config.study import category_code
 from gapweave.shared.errors import DataError
 
 

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.values import note_presence, numeric, read_cells
+from gapweave.shared.config.modalities import SeriesModality
 from gapweave.shared.config.sources import ColumnsSource, MeasurementSource
-from gapweave.shared.config.study import SeriesModality
 from gapweave.shared.errors import UsageError
 from gapweave.shared.features import series as features
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.values import Cells, categorical, note_presence, numeric, read_cells
+from gapweave.shared.config.modalities import Categories, TableModality
 from gapweave.shared.config.sources import ColumnsSource, MeasurementSource
-from gapweave.shared.config.study import Categories, TableModality
 from gapweave.shared.features import table as features
 
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from gapweave.client.sources.cells import missing
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.values import Rows, read_rows
+from gapweave.shared.config.modalities import TextModality
 from gapweave.shared.config.sources import ClinicalSource, TextSource
-from gapweave.shared.config.study import TextModality
 from gapweave.shared.errors import UsageError
 from gapweave.shared.features import text as features
 

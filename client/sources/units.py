@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gapweave.shared.config.modalities import Range
 from gapweave.shared.config.sources import ValueColumn
-from gapweave.shared.config.study import Range
 from gapweave.shared.errors import UsageError
 
 

@@ -17,8 +17,8 @@ from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.times import hours_of
 from gapweave.client.sources.units import to_study_unit
+from gapweave.shared.config.modalities import Categories, Range, category_code
 from gapweave.shared.config.sources import ColumnsSource, MeasurementSource, Take, TextSource, ValueColumn
-from gapweave.shared.config.study import Categories, Range, category_code
 from gapweave.shared.errors import UsageError
 from gapweave.shared.features.ranges import implausible
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from gapweave.client.sources.records import Reading
-from gapweave.shared.config.study import Vectors
+from gapweave.shared.config.modalities import Vectors
 from gapweave.shared.errors import DataError, UsageError
 
 WEIGHTS = "model.safetensors"

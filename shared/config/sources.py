@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from gapweave.shared.config.base import StrictModel
-from gapweave.shared.config.study import category_code
+from gapweave.shared.config.modalities import category_code
 
 Window = tuple[float | None, float | None]
 """Hours since the start of the visit: from, and up to but not including; null: no bound."""

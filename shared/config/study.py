@@ -9,125 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml
+from gapweave.shared.config.modalities import ModalitySpec, category_code
 from gapweave.shared.config.sharing import Aggregation, Sharing
 
-Variable = Annotated[str, Field(pattern=Name)]
 TaskKind = Literal["binary", "multiclass", "multilabel"]
-
-
-class Range(StrictModel):
-    """A numeric variable: public plausible range and scaling, the same at every site."""
-
-    low: float = Field(description="lowest plausible value; smaller ones are clipped and counted by `site check`")
-    high: float = Field(description="highest plausible value; larger ones are clipped and counted")
-    center: float | None = Field(None, description="value mapped to 0 (default: the middle of the range)")
-    scale: float | None = Field(None, gt=0, description="distance mapped to 1 (default: a quarter of the range)")
-    log: bool = Field(False, description="take logarithms first; the range must be positive")
-    unit: str | None = Field(None, description="the study's unit; site files convert to it")
-    molar_mass: float | None = Field(None, gt=0, description="g/mol, to convert between mass and amount of substance")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low >= self.high:
-            raise ValueError(f"low={self.low:g} must be below high={self.high:g}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"log needs a positive range, low={self.low:g}")
-        return self
-
-
-class Categories(StrictModel):
-    """A categorical variable: a closed public list of codes; any other value counts as missing."""
-
-    categories: list[str] = Field(min_length=2, description="codes, in a fixed order; one input each")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("categories"), list):
-            return {**data, "categories": [category_code(value) for value in data["categories"]]}
-        return data
-
-
-def category_code(value: Any) -> str:
-    """The text form under which codes are compared: 1, 1.0 and "1" are one code.
-
-    >>> category_code(1.0), category_code("1.0"), category_code("AP")
-    ('1', '1', 'AP')
-    """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return str(value).strip()
-    return str(int(number)) if number.is_integer() else repr(number)
-
-
-def _variable_kind(value: Any) -> str:
-    categorical = isinstance(value, Categories) or (isinstance(value, dict) and "categories" in value)
-    return "categories" if categorical else "range"
-
-
-Column = Annotated[
-    Annotated[Range, Tag("range")] | Annotated[Categories, Tag("categories")], Discriminator(_variable_kind)
-]
-
-
-class _Modality(StrictModel):
-    encoder: str | None = Field(None, description="a registered encoder (default: the one of the kind)")
-
-
-class TableModality(_Modality):
-    """One row of variables a record."""
-
-    kind: Literal["table"] = Field(description="kind of data")
-    columns: dict[Variable, Column] = Field(min_length=1, description="variables by name")
-    hours: int | None = Field(
-        None,
-        gt=0,
-        description="prediction time, for sites whose values carry a time: later ones are never read",
-    )
-
-
-class SeriesModality(_Modality):
-    """Variables by hour, up to the prediction time."""
-
-    kind: Literal["series"] = Field(description="kind of data")
-    hours: int = Field(gt=0, le=24 * 90, description="length of the window; later events are never read")
-    columns: dict[Variable, Range] = Field(min_length=1, description="variables by name")
-
-
-class ImageModality(_Modality):
-    """One image a record."""
-
-    kind: Literal["image"] = Field(description="kind of data")
-    size: int = Field(ge=8, le=1024, description="height and width in pixels; images are resized to it")
-    channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour")
-
-
-class Vectors(StrictModel):
-    """A frozen transformer that every site has in a folder of its own."""
-
-    width: int = Field(ge=2, le=8192, description="numbers of a vector: the transformer's hidden size")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of its model.safetensors")
-
-
-class TextModality(_Modality):
-    """Free text a record, as hashed words, or as vectors of a frozen transformer."""
-
-    kind: Literal["text"] = Field(description="kind of data")
-    vectors: Vectors | None = Field(None, description="vectors of this transformer instead of hashed words")
-    buckets: int = Field(512, ge=16, le=2**18, description="number of hash buckets")
-    hours: int | None = Field(None, gt=0, description="prediction time, for sites whose notes carry a time")
-
-    @property
-    def width(self) -> int:
-        """Numbers of one record's input."""
-        return self.buckets if self.vectors is None else self.vectors.width
-
-
-ModalitySpec = Annotated[TableModality | SeriesModality | ImageModality | TextModality, Field(discriminator="kind")]
 
 
 class Task(StrictModel):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from gapweave.shared.config.study import ImageModality, ModalitySpec, SeriesModality, TextModality
+from gapweave.shared.config.modalities import ImageModality, ModalitySpec, SeriesModality, TextModality
 from gapweave.shared.features import series, table
 
 IMAGE_SIDE = 8

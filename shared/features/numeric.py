@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gapweave.shared.config.study import ModalitySpec, Range, SeriesModality, Study, TableModality
+from gapweave.shared.config.modalities import ModalitySpec, Range, SeriesModality, TableModality
+from gapweave.shared.config.study import Study
 from gapweave.shared.features.ranges import scale
 
 

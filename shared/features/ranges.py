@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gapweave.shared.config.study import Range
+from gapweave.shared.config.modalities import Range
 
 BOUND = 5.0
 """Scaled values are clipped to [-BOUND, BOUND], so that no public range, however odd, makes an input huge."""

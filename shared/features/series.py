@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gapweave.shared.config.study import Range
+from gapweave.shared.config.modalities import Range
 from gapweave.shared.features.ranges import scale
 
 STATISTICS = ("last", "mean", "min", "max", "slope", "count", "since", "observed")

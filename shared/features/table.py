@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gapweave.shared.config.study import Categories, Column
+from gapweave.shared.config.modalities import Categories, Column
 from gapweave.shared.features.ranges import scale
 
 
