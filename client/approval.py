@@ -23,8 +23,8 @@ def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
         deployment: the site's side.
     """
     site = deployment.site
-    held = [name for name in study.order if site.holds(name)]
-    lacking = [name for name in study.order if not site.holds(name)]
+    held = site.held(study)
+    lacking = [name for name in study.order if name not in held]
     leaving = shared_groups(study, groups(MultimodalModel(study, held))) if held else []
     yield f"Study {study.name}, hash {study.sha256}"
     yield f"  predicts      {', '.join(study.task.labels)} ({study.task.kind})"
@@ -60,7 +60,7 @@ def approve(study: Study, deployment: Deployment) -> bool:
         RefusedError: for training without noise that the site's policy or ledger does not allow.
     """
     site = deployment.site
-    if not any(site.holds(name) for name in study.order):
+    if not site.held(study):
         raise UsageError(
             "the site has none of the study's modalities",
             where=f"{deployment.file}:data",

@@ -97,7 +97,7 @@ def audit_site(
             where="study:privacy.enabled",
             remedy="Enable privacy",
         )
-    if not any(site.holds(name) for name in study.order):
+    if not site.held(study):
         raise UsageError("the site has none of the study's modalities", where=str(site_file), remedy="Add one")
     with tempfile.TemporaryDirectory(prefix="gapweave-audit-") as folder:
         return run_audit(stage(study, site, Path(folder)), claim)
@@ -107,8 +107,7 @@ def stage(study: Study, site: Site, folder: Path) -> Scene:
     """Synthetic patients, a public copy of the site file, and the plan that the real code makes of them."""
     records = (RECORDS * PATIENTS)[:PATIENTS]
     copy = audit_copy(study, site, PATIENTS)
-    held = [name for name in study.order if site.holds(name)]
-    patients = canaries(study, held, records)
+    patients = canaries(study, site.held(study), records)
     draft = CanarySite(study, copy, state=folder / "plan", batch=patients)
     with Ledger(draft.state, copy) as ledger:
         plan = draft._plan(ledger, RUN)

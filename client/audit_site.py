@@ -260,7 +260,7 @@ class Scene:
     @property
     def held(self) -> list[str]:
         """Modalities of the site."""
-        return [name for name in self.study.order if self.site.holds(name)]
+        return self.site.held(self.study)
 
     def canaries(self, records: Sequence[int], seed: int) -> Batch:
         """Further synthetic patients, where the site computes."""

@@ -13,6 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from gapweave.client.data import label_where, no_modality, read_modality, read_subgroups, split_patients
+from gapweave.client.sources import score
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding, Status
 from gapweave.client.sources.labels import Targets, check_classes, read_targets
@@ -191,15 +192,18 @@ class _Check:
         """Which record has which modality, [R, M]; None when one could not be read."""
         present = np.zeros((len(records), len(study.order)), np.bool_)
         complete = True
-        for at, name in enumerate(study.order):
-            if self.site.holds(name):
-                reading = Reading(modality=name, files=self.files, records=records, findings=self.findings)
+        held = self.site.held(study)
+        for name in sorted(held, key=study.scores.__contains__):
+            reading = Reading(modality=name, files=self.files, records=records, findings=self.findings)
+            if name in study.scores:
+                result = self._attempt("modality", partial(score.read, study, self.site, reading, present))
+            else:
                 result = self._attempt("modality", partial(read_modality, study, self.site, reading))
-                complete &= result is not None
-                if result is not None:
-                    present[:, at] = result[1]
-                    self._share(reading, present[:, at])
-        lacking = [name for name in study.order if not self.site.holds(name)]
+            complete &= result is not None
+            if result is not None:
+                present[:, study.order.index(name)] = result[1]
+                self._share(reading, result[1])
+        lacking = [name for name in study.order if name not in held]
         if len(lacking) == len(study.order):
             error = no_modality(study, self.files)
             self._add("modality", "problem", error.where, error.what, error.remedy)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gapweave.client.sources import images, series, table, text
+from gapweave.client.sources import images, score, series, table, text
 from gapweave.client.sources.cells import code_text, missing
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding
@@ -110,6 +110,9 @@ def load_cohort(
     if labels:
         findings += without_label(targets, label_where(study, site, records))
         present = hide(present, study, site.name, records, targets)
+    for name in [name for name in site.held(study) if name in study.scores]:
+        reading = Reading(modality=name, files=files, records=records, findings=findings)
+        inputs[name], present[:, study.order.index(name)] = score.read(study, site, reading, present)
     for name, rows in inputs.items():
         rows[~present[:, study.order.index(name)]] = 0
     usable = np.ones(len(records), np.bool_)
@@ -167,7 +170,7 @@ def _read_modalities(
     inputs: Inputs = {}
     present = np.zeros((len(records), len(study.order)), np.bool_)
     for at, name in enumerate(study.order):
-        if site.holds(name):
+        if name in site.data.modalities and name not in study.scores:
             reading = Reading(modality=name, files=files, records=records, findings=findings)
             inputs[name], present[:, at] = read_modality(study, site, reading)
     if not inputs:

@@ -76,7 +76,7 @@ class Participant:
         anchor = site.policy.anchor if anchored else None
         self._anchor = None if anchor is None else site_file.parent / anchor
         self.findings: list[Finding] = []
-        self.held = [name for name in study.order if site.holds(name)]
+        self.held = site.held(study)
         self.device = _device(site.device)
         self._networks: Networks = {} if networks is None else networks
         self._constants = Constants()

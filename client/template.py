@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gapweave.shared.config import Study
-from gapweave.shared.config.modalities import ImageModality, ModalitySpec, SeriesModality, TableModality
+from gapweave.shared.config.modalities import ImageModality, ModalitySpec, PublicScore, SeriesModality, TableModality
 
 HEAD = """# What one hospital alone decides. Every key: docs/reference.md
 version: 1
@@ -56,6 +56,8 @@ def site_template(name: str, study: Study | None, connection: str | None = None,
 
 def _source(name: str, spec: ModalitySpec) -> str:
     """One modality; delete it when the hospital does not have it."""
+    if isinstance(spec, PublicScore):
+        return f"  # {name} is computed from the others\n"
     if isinstance(spec, ImageModality):
         return f"  {name}: {{folder: {name}, column: {name}_file}}\n"
     if isinstance(spec, SeriesModality | TableModality):

@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("gapweave.server.cli:logs", "Print what a run on a hub writes."),
     "pull": ("gapweave.server.cli:pull", "Copy a run's directory from a hub."),
     "predict": ("gapweave.client.cli:predict", "Predict with a site's finished model, without the server."),
-    "study": ("gapweave.sites.study_cli:app", "Write (init) or check a study file."),
+    "study": ("gapweave.sites.study_cli:app", "Write or check a study file; list range cards and published scores."),
     "site": ("gapweave.client.cli:site", "Set up, check and run a hospital's part."),
     "privacy": ("gapweave.shared.privacy.cli:app", "Plan, audit, report and verify what a site spends."),
     "data": ("gapweave.sites.datasets:app", "List and fetch public data sets."),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gapweave.shared.config.modalities import ImageModality, ModalitySpec, SeriesModality, TableModality
+from gapweave.shared.config.modalities import ImageModality, ModalitySpec, PublicScore, SeriesModality, TableModality
 from gapweave.shared.config.study import Study
 from gapweave.shared.features import series as series_features
 from gapweave.shared.features import table as table_features
@@ -32,8 +32,8 @@ def modalities(study: Study) -> tuple[Modality, ...]:
 
 
 def input_shape(spec: ModalitySpec) -> tuple[int, ...]:
-    """Shape of one record's input: [2V] table, [T, 2V] series, [C, H, W] image, [width] text."""
-    if isinstance(spec, TableModality):
+    """Shape of one record's input: [F] table, [2] score, [T, 2V] series, [C, H, W] image, [width] text."""
+    if isinstance(spec, TableModality | PublicScore):
         return (table_features.width(spec.columns),)
     if isinstance(spec, SeriesModality):
         return (spec.hours, series_features.channels(spec.columns))

@@ -64,7 +64,7 @@ def check_holders(study: Study, sites: Iterable[Site]) -> None:
     Raises:
         UsageError: naming the group, its rule and its holders.
     """
-    held = [{name for name in study.order if site.holds(name)} for site in sites]
+    held = [site.held(study) for site in sites]
     for group in initial_groups(study):
         modality = group.partition("/")[2]
         holders = sum(not modality or modality in names for names in held)

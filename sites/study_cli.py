@@ -1,4 +1,4 @@
-"""`gapweave study init | check`."""
+"""`gapweave study init | check | cards | scores`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from gapweave.shared.commands import command_group
 
-app = command_group("Write or check a study file.")
+app = command_group("Write or check a study file; list what is public of variables and scores.")
 
 TEMPLATE = """# What all sites agree on. Every key: docs/reference.md
 version: 1
@@ -20,14 +20,15 @@ modalities:
   labs:
     kind: table
     columns:                               # public plausible ranges, the same at every site
-      sodium: {low: 100, high: 180, center: 140, scale: 5, unit: mmol/L}
-      lactate: {low: 0.2, high: 30, center: 1.5, scale: 0.5, log: true, unit: mmol/L, molar_mass: 90.08}
+      sodium: {card: sodium}               # a card of the library: gapweave study cards
+      lactate: {card: lactate, high: 30}   # what stands beside a card wins
+      troponin: {low: 1, high: 100000, center: 15, scale: 1.2, log: true, unit: ng/L}
       sex: {categories: [0, 1]}
   vitals:
     kind: series
     hours: 24                              # nothing later is ever read
     columns:
-      heart_rate: {low: 20, high: 250, center: 85, scale: 18, unit: 1/min}
+      heart_rate: {card: heart_rate}
 model: {embedding: 16, fusion: late, imputer: cra}
 sharing: {policy: all}                     # heads | heads+imputer | all
 training: {rounds: 30, local_steps: 5, batch: 64, lr: 0.5}
@@ -87,6 +88,45 @@ def check(
         return
     for name, text in lines.items():
         typer.echo(f"ok       {name}: {text}")
+
+
+@app.command("cards")
+def cards(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the range cards that a study may name, in the study's unit.
+
+    Example: gapweave study cards
+    """
+    from gapweave.shared.config import library
+
+    if as_json:
+        typer.echo(json.dumps({"cards": library.cards(), "sources": library.sources()}, indent=1))
+        return
+    typer.echo(f"{'card':22}{'unit':9}{'plausible':>16}{'normal':>14}  source of normal")
+    for name, card in library.cards().items():
+        plausible, normal = f"{card['low']:g} to {card['high']:g}", card.get("normal")
+        interval = f"{normal[0]:g} to {normal[1]:g}" if normal else ""
+        typer.echo(
+            f"{name:22}{card.get('unit', ''):9}{plausible:>16}{interval:>14}  {card['source'] if normal else ''}"
+        )
+    for name, text in library.sources().items():
+        typer.echo(f"{name}: {text}")
+
+
+@app.command("scores")
+def scores(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the published scores that a study may name, with their variables.
+
+    Example: gapweave study scores
+    """
+    from gapweave.shared.config import library
+
+    if as_json:
+        typer.echo(json.dumps({"scores": library.scores()}, indent=1))
+        return
+    for name, score in library.scores().items():
+        typer.echo(f"{name}: {score['source']}")
+        for variable, meaning in score["means"].items():
+            typer.echo(f"  {variable:24}{meaning}")
 
 
 def _print_json(checks: list[dict[str, str]]) -> None:

@@ -443,15 +443,19 @@ def test_assignments_are_read_as_yaml() -> None:
 
 
 def test_the_examples_of_the_page_on_site_files_are_valid() -> None:
-    """Every `data` block and every single source of docs/study-and-site.md."""
+    """Every block of a study's modalities, `data` block and single source of docs/study-and-site.md."""
     page = (Path(__file__).parents[1] / "docs" / "study-and-site.md").read_text(encoding="utf-8")
     examples = [
         yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     ]
+    studies = [example for example in examples if "modalities" in example]
+    shown = [parse(Study, {**STUDY, **example, "sharing": {}}, "page") for example in studies]
+    assert [study.order for study in shown] == [("labs", "sepsis", "shock", "vitals")]
     records = {"file": "records.csv", "id": "id", "patient": "patient"}
     sites = [
         parse(Site, {"version": 1, "name": "a", "data": example.get("data", {"records": records, **example})}, "page")
         for example in examples
+        if example not in studies
     ]
     assert len(sites) >= 4
     kinds = {type(source).__name__ for site in sites for source in site.data.modalities.values()}

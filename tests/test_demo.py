@@ -207,7 +207,7 @@ def features(batch):
             shape = {"labs": 12, "note": 512, "scan": 256, "vitals": 48}[name]
             blocks.append(np.zeros((len(present), shape)))
             continue
-        x = series.summary(x) if name == "vitals" else x.flatten(1)
+        x = series.summary(x, {}) if name == "vitals" else x.flatten(1)
         blocks.append(x.numpy() * (3 if name == "note" else 1) * present[:, at : at + 1])
     return np.concatenate(blocks, axis=1)
 

@@ -55,6 +55,9 @@ M, D, K = 4, 6, 3
 FAMILIES: list[Registry] = [ENCODERS, IMPUTERS, FUSIONS, SCHEMES, AGGREGATORS]
 
 
+SCORE = {"kind": "public_score", "expression": "lactate > 4", "low": 0, "high": 1}
+
+
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -109,7 +112,7 @@ def test_two_entries_of_one_name_are_refused() -> None:
 def served(encoder: str) -> tuple[Modality, ...]:
     """The kinds of data that an encoder can be built for."""
     found = []
-    for modality in modalities(study(EVERY_KIND)):
+    for modality in modalities(study({**EVERY_KIND, "score": SCORE})):
         module = _try(encoder, modality)
         if module is not None:
             found.append(modality)
@@ -163,7 +166,7 @@ def test_an_encoder_takes_the_blank_row_of_an_absent_modality(name: str) -> None
 def test_an_encoder_has_per_patient_gradients(name: str) -> None:
     """One engine call over all patients equals the sum of one call a patient: the layers are known and mix nobody."""
     for modality in served(name):
-        spec = {**EVERY_KIND[modality.name], "encoder": name}
+        spec = {**{**EVERY_KIND, "score": SCORE}[modality.name], "encoder": name}
         of = study({modality.name: spec, "other": EVERY_KIND["labs"]}, model={"embedding": 4})
         assert_patients_add_up(MultimodalModel(of, of.order), of)
 

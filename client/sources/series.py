@@ -22,6 +22,17 @@ def read(
         inputs [R, T, 2V]; present [R]: any value inside the window.
 
     Raises:
+        UsageError, DataError: as `events`.
+    """
+    return features.encode(spec.columns, spec.hours, events(spec, source, reading), len(reading.records))
+
+
+def events(
+    spec: SeriesModality, source: ColumnsSource | MeasurementSource, reading: Reading
+) -> dict[str, features.Events]:
+    """All measurements before the prediction time, by variable that the site has.
+
+    Raises:
         UsageError: for a source without time, a variable that the study lacks, or a unit that cannot be
             converted.
         DataError: for a file or column that is missing or unreadable.
@@ -32,12 +43,12 @@ def read(
             where=reading.key(".time"),
             remedy="Name the column with hours, or the timestamps and their `index`",
         )
-    events = {}
+    result = {}
     found = read_cells(source, spec.columns, spec.hours, reading)
     for name, cells in found.items():
         value = numeric(cells, name, spec.columns[name], reading)
         hour = cells.rows.hour
         assert hour is not None
-        events[name] = features.Events(record=cells.rows.record, hour=hour, value=value)
-    note_presence(found, {name: np.isfinite(event.value) for name, event in events.items()}, reading)
-    return features.encode(spec.columns, spec.hours, events, len(reading.records))
+        result[name] = features.Events(record=cells.rows.record, hour=hour, value=value)
+    note_presence(found, {name: np.isfinite(event.value) for name, event in result.items()}, reading)
+    return result

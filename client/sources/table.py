@@ -26,6 +26,18 @@ def read(
         inputs [R, width]; present [R].
 
     Raises:
+        UsageError, DataError: as `values`.
+    """
+    return features.encode(spec.columns, values(spec, source, reading), len(reading.records))
+
+
+def values(spec: TableModality, source: ColumnsSource | MeasurementSource, reading: Reading) -> dict[str, NDArray[Any]]:
+    """The value of each record, by variable that the site has.
+
+    Returns:
+        [R] a variable, in the study's unit: float64 with NaN for missing, or codes with None.
+
+    Raises:
         UsageError: for a variable that the study lacks, a unit that cannot be converted, or a time without
             prediction time.
         DataError: for a file or column that is missing or unreadable.
@@ -33,20 +45,20 @@ def read(
     cells = read_cells(source, spec.columns, spec.hours, reading)
     _note_repeats(cells, source, reading)
     records = len(reading.records)
-    values: dict[str, NDArray[Any]] = {}
+    result: dict[str, NDArray[Any]] = {}
     seen: dict[str, NDArray[np.bool_]] = {}
     for name, raw in cells.items():
         card = spec.columns[name]
         if isinstance(card, Categories):
             codes = categorical(raw, name, card, reading)
             seen[name] = codes.astype(np.bool_)
-            values[name] = _one_each(codes, seen[name], raw, np.full(records, None, object))
+            result[name] = _one_each(codes, seen[name], raw, np.full(records, None, object))
         else:
             found = numeric(raw, name, card, reading)
             seen[name] = np.isfinite(found)
-            values[name] = _one_each(found, seen[name], raw, np.full(records, np.nan))
+            result[name] = _one_each(found, seen[name], raw, np.full(records, np.nan))
     note_presence(cells, seen, reading)
-    return features.encode(spec.columns, values, records)
+    return result
 
 
 def _one_each(values: NDArray[Any], seen: NDArray[np.bool_], cells: Cells, result: NDArray[Any]) -> NDArray[Any]:

@@ -44,11 +44,11 @@ class NoSettings(StrictModel):
     """A registered part without settings."""
 
 
-def unknown_key(key: str, known: list[str]) -> str:
-    """The message for a key that nobody knows, naming the nearest one that somebody does."""
+def unknown_key(key: str, known: list[str], what: str = "key") -> str:
+    """The message for a key (or another name) that nobody knows, naming the nearest one that somebody does."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}" if close else f"known keys: {', '.join(known)}"
-    return f"unknown key {key!r}; {hint}"
+    hint = f"did you mean {close[0]!r}" if close else f"known {what}s: {', '.join(known)}"
+    return f"unknown {what} {key!r}; {hint}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,20 +7,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from gapweave.shared.config.base import Name, StrictModel
+from gapweave.shared.config.library import from_card, from_score
 
 Variable = Annotated[str, Field(pattern=Name)]
 
 
-class Range(StrictModel):
-    """A numeric variable: public plausible range and scaling, the same at every site."""
+class Scaling(StrictModel):
+    """What is plausible of a number, and how it becomes an input: public, and the same at every site."""
 
     low: float = Field(description="lowest plausible value; smaller ones are clipped and counted by `site check`")
     high: float = Field(description="highest plausible value; larger ones are clipped and counted")
     center: float | None = Field(None, description="value mapped to 0 (default: the middle of the range)")
     scale: float | None = Field(None, gt=0, description="distance mapped to 1 (default: a quarter of the range)")
     log: bool = Field(False, description="take logarithms first; the range must be positive")
-    unit: str | None = Field(None, description="the study's unit; site files convert to it")
-    molar_mass: float | None = Field(None, gt=0, description="g/mol, to convert between mass and amount of substance")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -28,6 +27,36 @@ class Range(StrictModel):
             raise ValueError(f"low={self.low:g} must be below high={self.high:g}")
         if self.log and self.low <= 0:
             raise ValueError(f"log needs a positive range, low={self.low:g}")
+        return self
+
+
+class Range(Scaling):
+    """A numeric variable: public plausible range and scaling, the same at every site."""
+
+    normal: tuple[float, float] | None = Field(
+        None,
+        description="reference interval [low, high]; how far a value lies above and below it become inputs too",
+    )
+    unit: str | None = Field(None, description="the study's unit; site files convert to it")
+    molar_mass: float | None = Field(None, gt=0, description="g/mol, to convert between mass and amount of substance")
+    card: str | None = Field(
+        None,
+        exclude=True,
+        description="a card of the library (`gapweave study cards`), which gives all that is not written beside it",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_card(cls, data: Any) -> Any:
+        """Written out when the study is read: it does not depend on the library that a site has installed."""
+        return from_card(data) if isinstance(data, dict) and data.get("card") is not None else data
+
+    @model_validator(mode="after")
+    def _normal_inside(self) -> Self:
+        if self.normal is not None and not self.low <= self.normal[0] < self.normal[1] <= self.high:
+            raise ValueError(
+                f"normal=[{self.normal[0]:g}, {self.normal[1]:g}] must ascend, inside [{self.low:g}, {self.high:g}]"
+            )
         return self
 
 
@@ -120,4 +149,41 @@ class TextModality(_Modality):
         return self.buckets if self.vectors is None else self.vectors.width
 
 
-ModalitySpec = Annotated[TableModality | SeriesModality | ImageModality | TextModality, Field(discriminator="kind")]
+class PublicScore(_Modality, Scaling):
+    """A number computed from variables of the other modalities by a published formula; no site file names it."""
+
+    kind: Literal["public_score"] = Field(description="kind of data")
+    expression: str = Field(description="the formula (docs/study-and-site.md)")
+    score: str | None = Field(
+        None,
+        exclude=True,
+        description="a published score of the library (`gapweave study scores`) instead of `expression`",
+    )
+    variables: dict[str, str | None] = Field(
+        default_factory=dict,
+        exclude=True,
+        description="variable of that score -> expression over the study's variables; null: the study has none of it",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_library(cls, data: Any) -> Any:
+        """Written out when the study is read, as a card is."""
+        return from_score(data) if isinstance(data, dict) and data.get("score") is not None else data
+
+    @model_validator(mode="after")
+    def _one_formula(self) -> Self:
+        if self.variables:
+            raise ValueError("variables map those of a `score`; an expression names the study's own")
+        return self
+
+    @property
+    def columns(self) -> dict[str, Range]:
+        """Its input is that of a table of one variable."""
+        fields = {name: getattr(self, name) for name in Scaling.model_fields}
+        return {"score": Range(**fields)}
+
+
+ModalitySpec = Annotated[
+    TableModality | SeriesModality | ImageModality | TextModality | PublicScore, Field(discriminator="kind")
+]

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from gapweave.shared.config import library
 from gapweave.shared.config.overrides import ALIASES, METHODS
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study
@@ -20,6 +21,14 @@ from gapweave.shared.registry import Registry
 HEAD = """# Reference: study and site files
 
 Generated from the code (`make docs`); a test keeps it current. Unknown keys are errors that name the nearest known one.
+"""
+
+
+CARDS = """For adults. `low` and `high`, `center` and `scale` are Gapweave's own; the source is that of `normal`.
+"""
+
+SCORES = """Written as `score:`, with `variables:` from the score's to the study's. Bands are of whole units: 61-70 is
+from 61 to below 71. A missing variable scores 0.
 """
 
 
@@ -37,6 +46,12 @@ def markdown() -> str:
             *_sections(Study, ""),
             "## The site file: what one hospital alone decides\n",
             *_sections(Site, ""),
+            "## Range cards\n",
+            CARDS,
+            f"{_cards()}\n",
+            "## Published scores\n",
+            SCORES,
+            f"{_scores()}\n",
             "## Short names for `--set` and `--vary`\n",
             f"| short | path in the study file |\n|---|---|\n{aliases}\n{methods}\n",
             "## Registered names\n",
@@ -44,6 +59,25 @@ def markdown() -> str:
             f"| key | names |\n|---|---|\n{_registered()}\n",
         ]
     )
+
+
+def _cards() -> str:
+    rows = ["| card | unit | low | high | center | scale | normal | source |", "|---" * 8 + "|"]
+    for name, card in library.cards().items():
+        normal = card.get("normal")
+        interval = f"{normal[0]:g} - {normal[1]:g} | {card['source']}" if normal else "|"
+        spread = f"{card['scale']:g}{' (log)' if card.get('log') else ''}"
+        numbers = " | ".join(f"{card[key]:g}" for key in ("low", "high", "center"))
+        rows.append(f"| `{name}` | {card.get('unit', '')} | {numbers} | {spread} | {interval} |")
+    return "\n".join([*rows, "", *(f"- {name}: {text}" for name, text in library.sources().items())])
+
+
+def _scores() -> str:
+    rows = ["| score | source | variables |", "|---|---|---|"]
+    for name, score in library.scores().items():
+        variables = "; ".join(f"`{variable}`: {meaning}" for variable, meaning in score["means"].items())
+        rows.append(f"| `{name}` | {score['source']} | {variables} |")
+    return "\n".join(rows)
 
 
 def _registered() -> str:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from gapweave.shared.config.base import StrictModel, parse, read_yaml
 from gapweave.shared.config.sources import Database, Records, Source, in_database
-from gapweave.shared.config.study import Version
+from gapweave.shared.config.study import Study, Version
 
 
 class SiteData(StrictModel):
@@ -104,9 +104,13 @@ class Site(StrictModel):
     policy: Policy = Field(default_factory=Policy, description="the hospital's own limits")
     server: ServerLink | None = Field(None, description="the hub that the site works for; null: none, simulations only")
 
-    def holds(self, modality: str) -> bool:
-        """Whether the site has data of ``modality``: a declared, public fact."""
-        return modality in self.data.modalities
+    def held(self, study: Study) -> list[str]:
+        """The study's modalities that the site has, in canonical order: a declared, public fact.
+
+        It has those of which it declares data, and the public scores that read at least one of these.
+        """
+        own = self.data.modalities.keys()
+        return [name for name in study.order if name in own or own & study.sources.get(name, frozenset())]
 
 
 def load_site(path: Path) -> Site:

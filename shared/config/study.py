@@ -12,7 +12,8 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml
-from gapweave.shared.config.modalities import ModalitySpec, category_code
+from gapweave.shared.config.formula import Formula, compile_formula
+from gapweave.shared.config.modalities import ModalitySpec, PublicScore, category_code
 from gapweave.shared.config.sharing import Aggregation, Sharing
 
 TaskKind = Literal["binary", "multiclass", "multilabel"]
@@ -299,6 +300,31 @@ class Study(StrictModel):
         if isinstance(given, list) and len(given) != self.task.outputs:
             raise ValueError(f"preparation.class_balance lists {len(given)} numbers, the task has {self.task.outputs}")
         return self
+
+    @model_validator(mode="after")
+    def _formulas_fit(self) -> Self:
+        for name in self.scores:
+            try:
+                self.formula(name)
+            except ValueError as error:
+                raise ValueError(f"modalities.{name}.expression: {error}") from None
+        return self
+
+    @cached_property
+    def scores(self) -> tuple[str, ...]:
+        """Names of the modalities that are computed from others, in canonical order."""
+        return tuple(name for name in self.order if isinstance(self.modalities[name], PublicScore))
+
+    @cached_property
+    def sources(self) -> dict[str, frozenset[str]]:
+        """By public score, the modalities that it reads."""
+        return {name: frozenset(read.modality for read in self.formula(name).reads) for name in self.scores}
+
+    def formula(self, name: str) -> Formula:
+        """What a public score computes."""
+        spec = self.modalities[name]
+        assert isinstance(spec, PublicScore)
+        return compile_formula(spec.expression, self.modalities)
 
     @cached_property
     def order(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ EncoderFactory = Callable[["Modality", int], nn.Module]
 """(modality, embedding width d) -> module mapping [B, *shape] to [B, d]."""
 
 ENCODERS: Registry[EncoderFactory] = Registry("encoder", "gapweave.shared.encoders")
-DEFAULTS = {"table": "table", "series": "series", "image": "image", "text": "text"}
+DEFAULTS = {"table": "table", "series": "series", "image": "image", "text": "text", "public_score": "table"}
 
 
 @runtime_checkable

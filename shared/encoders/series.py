@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gapweave.shared.config.modalities import SeriesModality
 from gapweave.shared.encoders import ENCODERS
-from gapweave.shared.features.series import STATISTICS, summary
+from gapweave.shared.features.series import summary, summary_width
 from gapweave.shared.schema import Modality
 
 
@@ -22,7 +23,9 @@ class SeriesEncoder(nn.Module):
         super().__init__()
         width = modality.shape[1]
         self.hours, self.channels = modality.shape
-        statistics = len(STATISTICS) * width // 2
+        assert isinstance(modality.spec, SeriesModality)
+        self.columns = modality.spec.columns
+        statistics = summary_width(self.columns)
         self.convolution = nn.Conv1d(width, hidden, kernel_size=3, padding=1)
         self.norm = nn.GroupNorm(1, hidden)
         self.wide = nn.Linear(statistics, embedding)
@@ -34,11 +37,11 @@ class SeriesEncoder(nn.Module):
         return self.embed(self.features(inputs))
 
     def features(self, inputs: Tensor) -> Tensor:
-        """[B, T, 2V] -> [B, 2VT + 8V]: the hours, channels first, then the summary statistics."""
-        return torch.cat([inputs.transpose(1, 2).flatten(1), summary(inputs)], dim=1)
+        """[B, T, 2V] -> [B, 2VT + S]: the hours, channels first, then the summary statistics."""
+        return torch.cat([inputs.transpose(1, 2).flatten(1), summary(inputs, self.columns)], dim=1)
 
     def embed(self, features: Tensor) -> Tensor:
-        """[B, 2VT + 8V] -> [B, d]."""
+        """[B, 2VT + S] -> [B, d]."""
         window, statistics = features.tensor_split((self.hours * self.channels,), dim=1)
         window = window.view(-1, self.channels, self.hours)
         hours = torch.tanh(self.norm(self.convolution(window)))

@@ -25,7 +25,7 @@ def flat(spec: ModalitySpec, inputs: Tensor) -> Tensor:
         inputs: as the site's sources give them.
     """
     if isinstance(spec, SeriesModality):
-        return series.summary(inputs)
+        return series.summary(inputs, spec.columns)
     if isinstance(spec, ImageModality):
         return functional.adaptive_avg_pool2d(inputs, IMAGE_SIDE).flatten(1)
     return inputs * TEXT_SCALE if isinstance(spec, TextModality) else inputs
@@ -34,7 +34,7 @@ def flat(spec: ModalitySpec, inputs: Tensor) -> Tensor:
 def width(spec: ModalitySpec) -> int:
     """F."""
     if isinstance(spec, SeriesModality):
-        return len(series.STATISTICS) * len(spec.columns)
+        return series.summary_width(spec.columns)
     if isinstance(spec, ImageModality):
         return spec.channels * IMAGE_SIDE**2
     return spec.width if isinstance(spec, TextModality) else table.width(spec.columns)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gapweave.shared.config.modalities import ModalitySpec, Range, SeriesModality, TableModality
+from gapweave.shared.config.modalities import ModalitySpec, PublicScore, Range, SeriesModality, TableModality
 from gapweave.shared.config.study import Study
 from gapweave.shared.features.ranges import scale
+from gapweave.shared.features.table import width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,10 @@ class NumericColumn:
 
 
 def numeric_columns(study: Study, held: Collection[str]) -> tuple[NumericColumn, ...]:
-    """All numeric variables of the held tables and series, in canonical order."""
+    """The numeric variables of the held tables and scores, and of series those without a reference interval.
+
+    In canonical order.
+    """
     names = [name for name in study.order if name in held]
     return tuple(column for name in names for column in _columns(name, study.modalities[name]))
 
@@ -40,15 +44,18 @@ def numeric_columns(study: Study, held: Collection[str]) -> tuple[NumericColumn,
 def _columns(modality: str, spec: ModalitySpec) -> Iterator[NumericColumn]:
     if isinstance(spec, SeriesModality):
         for at, name in enumerate(sorted(spec.columns)):
-            bound = _bound(spec.columns[name])
-            yield NumericColumn(modality=modality, name=name, value=at, flag=len(spec.columns) + at, bound=bound)
-    elif isinstance(spec, TableModality):
+            measured = spec.columns[name]
+            # Hinges are taken from the hours as they are scaled: these keep the scaling in which the interval is given.
+            if measured.normal is None:
+                flag = len(spec.columns) + at
+                yield NumericColumn(modality=modality, name=name, value=at, flag=flag, bound=_bound(measured))
+    elif isinstance(spec, TableModality | PublicScore):
         at = 0
         for name in sorted(spec.columns):
             card = spec.columns[name]
             if isinstance(card, Range):
                 yield NumericColumn(modality=modality, name=name, value=at, flag=at + 1, bound=_bound(card))
-            at += 2 if isinstance(card, Range) else len(card.categories)
+            at += width({name: card})
 
 
 def _bound(card: Range) -> float:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gapweave.shared.config.modalities import Range
+from gapweave.shared.config.modalities import Range, Scaling
 
 BOUND = 5.0
 """Scaled values are clipped to [-BOUND, BOUND], so that no public range, however odd, makes an input huge."""
 
 
-def scale(values: NDArray[np.float64], card: Range) -> NDArray[np.float64]:
+def clip(values: NDArray[np.float64], card: Scaling) -> NDArray[np.float64]:
+    """Values inside the plausible range; NaN means missing and stays NaN, and so does an infinite value."""
+    clipped: NDArray[np.float64] = np.clip(np.where(np.isfinite(values), values, np.nan), card.low, card.high)
+    return clipped
+
+
+def scale(values: NDArray[np.float64], card: Scaling) -> NDArray[np.float64]:
     """Clip to the plausible range, take logarithms if the card says so, centre and scale.
 
     Args:
@@ -21,8 +27,7 @@ def scale(values: NDArray[np.float64], card: Range) -> NDArray[np.float64]:
     Returns:
         Values in [-BOUND, BOUND], or NaN.
     """
-    finite = np.where(np.isfinite(values), values, np.nan)
-    clipped = np.clip(finite, card.low, card.high)
+    clipped = clip(values, card)
     low, high, center = card.low, card.high, card.center
     if card.log:
         clipped, low, high = np.log(clipped), np.log(low), np.log(high)
@@ -33,10 +38,18 @@ def scale(values: NDArray[np.float64], card: Range) -> NDArray[np.float64]:
     return scaled
 
 
-def implausible(values: NDArray[np.float64], card: Range) -> NDArray[np.bool_]:
+def implausible(values: NDArray[np.float64], card: Scaling) -> NDArray[np.bool_]:
     """Which observed values are not finite or lie outside the public range.
 
     NaN counts as missing, not as implausible.
     """
     outside: NDArray[np.bool_] = ~np.isnan(values) & ((values < card.low) | (values > card.high))
     return outside
+
+
+def hinges(card: Range) -> tuple[float, float] | None:
+    """Where the reference interval begins and ends among scaled values; None for a card without one."""
+    if card.normal is None:
+        return None
+    low, high = scale(np.array(card.normal), card)
+    return float(low), float(high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gapweave.shared.config.modalities import Range
-from gapweave.shared.features.ranges import scale
+from gapweave.shared.features.ranges import clip, hinges, scale
 
 STATISTICS = ("last", "mean", "min", "max", "slope", "count", "since", "observed")
 """Summary statistics of one variable, in their order."""
@@ -70,16 +71,61 @@ def encode(
     return inputs, present
 
 
-def summary(inputs: Tensor) -> Tensor:
+def statistic(
+    event: Events, card: Range, hours: int, which: Literal["last", "mean", "min", "max"], records: int
+) -> NDArray[np.float64]:
+    """One statistic of a variable's values in the window, in the study's unit.
+
+    Args:
+        event: its measurements.
+        card: values are clipped to this range.
+        hours: length of the window.
+        which: the last of several at one time is the one that comes last in the file.
+        records: R.
+
+    Returns:
+        [R], NaN without a value.
+    """
+    value = clip(event.value, card)
+    inside = np.flatnonzero((event.hour >= 0) & (event.hour < hours) & ~np.isnan(value))
+    # numpy keeps the last of several assignments to one place.
+    keys = {"last": event.hour, "mean": event.hour, "min": -value, "max": value}
+    order = inside[np.argsort(keys[which][inside], kind="stable")]
+    record, value = event.record[order], value[order]
+    result = np.full(records, np.nan)
+    if which == "mean":
+        count = np.bincount(record, minlength=records)
+        total = np.bincount(record, value, minlength=records)
+        result[count > 0] = total[count > 0] / count[count > 0]
+    else:
+        result[record] = value
+    return result
+
+
+def summary_width(columns: Mapping[str, Range]) -> int:
+    """Number of summary statistics: 8 a variable, and 6 more with a reference interval."""
+    return len(STATISTICS) * len(columns) + 6 * len(_limits(columns)[0])
+
+
+def _limits(columns: Mapping[str, Range]) -> tuple[list[int], list[float], list[float]]:
+    """Positions of the variables with a reference interval, and its ends among scaled values."""
+    found = [(at, hinges(columns[name])) for at, name in enumerate(sorted(columns))]
+    given = [(at, *limits) for at, limits in found if limits is not None]
+    return [at for at, _, _ in given], [low for _, low, _ in given], [high for _, _, high in given]
+
+
+def summary(inputs: Tensor, columns: Mapping[str, Range]) -> Tensor:
     """Summary statistics of each variable over the window.
 
     Args:
         inputs: [R, T, 2V] as `encode` gives it.
+        columns: the study's variables.
 
     Returns:
-        [R, 8V]: last, mean, min, max, slope a window, share of hours observed, time since the last value as a
+        [R, 8V + 6H]: last, mean, min, max, slope a window, share of hours observed, time since the last value as a
         share of the window, and whether any value was observed; all 0 for a variable never observed, time
-        since: 1.
+        since: 1. Then, for the H variables with a reference interval, how far the last value, the mean and the maximum
+        lie above it, and the last value, the mean and the minimum below it; 0 inside and where missing.
     """
     value, flag = inputs.chunk(2, dim=-1)
     seen = (flag > 0).to(inputs.dtype)
@@ -98,4 +144,17 @@ def summary(inputs: Tensor) -> Tensor:
     latest = (seen * (1 + torch.arange(hours, device=inputs.device, dtype=inputs.dtype).view(1, hours, 1))).amax(1)
     position = (latest - 1).clamp(min=0).long().unsqueeze(1)
     last = value.gather(1, position).squeeze(1) * some
-    return torch.cat([last, mean, low, high, slope, count / hours, 1 - latest / hours, some], dim=-1)
+    statistics = [last, mean, low, high, slope, count / hours, 1 - latest / hours, some]
+    return torch.cat([*statistics, *_hinges(last, mean, low, high, some, columns)], dim=-1)
+
+
+def _hinges(
+    last: Tensor, mean: Tensor, low: Tensor, high: Tensor, some: Tensor, columns: Mapping[str, Range]
+) -> list[Tensor]:
+    at, begins, ends = _limits(columns)
+    if not at:
+        return []
+    begin, end, seen = last.new_tensor(begins), last.new_tensor(ends), some[:, at]
+    above = [(value[:, at] - end).clamp(min=0) * seen for value in (last, mean, high)]
+    below = [(begin - value[:, at]).clamp(min=0) * seen for value in (last, mean, low)]
+    return [*above, *below]

@@ -1,4 +1,8 @@
-"""A table's input: per numeric variable the scaled value and an observed flag, per category one flag a code."""
+"""A table's input.
+
+Per numeric variable the scaled value and an observed flag, and with a reference interval how far the value lies above
+and below it; per category one flag a code.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapweave.shared.config.modalities import Categories, Column
-from gapweave.shared.features.ranges import scale
+from gapweave.shared.features.ranges import hinges, scale
 
 
 def width(columns: Mapping[str, Column]) -> int:
-    """Number of inputs: 2 a numeric variable, one a code of a categorical one."""
-    return sum(len(card.categories) if isinstance(card, Categories) else 2 for card in columns.values())
+    """Number of inputs: 2 a numeric variable, 4 with a reference interval, one a code of a categorical one."""
+    return len(names(columns))
 
 
 def names(columns: Mapping[str, Column]) -> list[str]:
@@ -26,6 +30,7 @@ def names(columns: Mapping[str, Column]) -> list[str]:
             result += [f"{name}={code}" for code in card.categories]
         else:
             result += [name, f"{name}:observed"]
+            result += [] if card.normal is None else [f"{name}:above", f"{name}:below"]
     return result
 
 
@@ -61,5 +66,9 @@ def encode(
             inputs[:, at] = np.where(observed, scaled, 0.0)
             inputs[:, at + 1] = observed
             present |= observed
-        at += 2
+            limits = hinges(card)
+            if limits is not None:
+                inputs[:, at + 2] = np.where(observed, np.maximum(scaled - limits[1], 0), 0.0)
+                inputs[:, at + 3] = np.where(observed, np.maximum(limits[0] - scaled, 0), 0.0)
+        at += width({name: card})
     return inputs, present
