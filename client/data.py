@@ -180,10 +180,11 @@ def _read_modalities(
 
 def no_modality(study: Study, files: Files) -> DataError:
     """The error of a site that has nothing for the study."""
+    measured = [name for name in study.order if name not in study.scores]
     return DataError(
         "the site has none of the study's modalities",
         where=files.key("data"),
-        remedy=f"Add one of {', '.join(study.order)}, or leave the site out of this study",
+        remedy=f"Add one of {', '.join(measured)}, or leave the site out of this study",
     )
 
 

@@ -25,7 +25,7 @@ def without_label(targets: Targets, where: str) -> list[Finding]:
 
 def unused(study: Study, site: Site, files: Files) -> list[Finding]:
     """Modalities of the site that the study does not use: a warning where the name looks mistyped, else ok."""
-    lacking = [name for name in study.order if name not in site.data.modalities]
+    lacking = [name for name in study.order if name not in (*site.data.modalities, *study.scores)]
     found = []
     for name in site.data.modalities:
         if name not in study.modalities:
