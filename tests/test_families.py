@@ -148,7 +148,8 @@ def test_an_encoder_maps_records_to_bounded_embeddings_one_by_one(name: str) -> 
         assert torch.equal(embedded, module(inputs)), "the same record, the same embedding"
         assert embedded.abs().max() <= 1
         assert module(100 * inputs).abs().max() <= 1
-        assert (embedded.std(0) > 0).any(), "the embedding does not depend on the record"
+        learns = any(True for _ in module.parameters())
+        assert (embedded.std(0) > 0).any() == learns, "the embedding does not depend on the record"
         assert_mixes_no_rows(module, inputs)
 
 
@@ -157,8 +158,9 @@ def test_an_encoder_takes_the_blank_row_of_an_absent_modality(name: str) -> None
     for modality in served(name):
         module = ENCODERS[name](modality, D)
         loss = module(torch.zeros(3, *modality.shape)).square().sum()
-        gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
         assert torch.isfinite(loss)
+        learned = list(module.parameters())
+        gradients = torch.autograd.grad(loss, learned, allow_unused=True) if learned else ()
         assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)
 
 

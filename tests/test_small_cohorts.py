@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import LINEAR, flat, four_kinds, random_batch, random_model
+from batches import EVERY_KIND, LINEAR, flat, four_kinds, random_batch, random_model
+from cohorts import study
 from hospitals import build, participant, plan_of
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 from gapweave.shared.features.flat import flat as flat_features
 from gapweave.shared.features.flat import width
-from gapweave.shared.model import MultimodalModel, group_of
+from gapweave.shared.model import MultimodalModel, group_of, groups
 from gapweave.shared.objective import loss_terms, mean_over
 from gapweave.shared.privacy.draws import SeededDraws
 from gapweave.shared.privacy.plan import make_plan
@@ -49,6 +50,39 @@ def test_the_linear_path_adds_a_linear_function_of_the_features_and_nothing_at_t
         expected = flat_features(of.modalities[name], batch.inputs[name])[here] @ weights[name][0]
         torch.testing.assert_close(added[here, at, 0], expected, rtol=1e-4, atol=1e-5)
         assert not added[~here, at].any()
+
+
+def test_without_an_encoder_a_modality_votes_by_a_linear_function_alone() -> None:
+    of = study({"labs": {**EVERY_KIND["labs"], "encoder": "none"}}, model={"imputer": "none", "linear_path": True})
+    model, batch = random_model(of), random_batch(of, present=torch.ones(6, 1, dtype=torch.bool))
+    assert not any(group.startswith("encoder/") for group in groups(model))
+    with torch.no_grad():
+        head = model.heads["labs"]
+        expected = flat_features(of.modalities["labs"], batch.inputs["labs"]) @ head.wide.weight.T + head.deep.bias
+    torch.testing.assert_close(votes_of(model, batch)[:, 0], expected)
+
+
+def test_a_study_chooses_the_statistics_that_linear_models_read() -> None:
+    every = EVERY_KIND["vitals"]
+    few = {**every, "statistics": ["mean", "count"]}
+    whole, part = (study({"vitals": spec}).modalities["vitals"] for spec in (every, few))
+    inputs = random_batch(study({"vitals": every})).inputs["vitals"]
+    values = flat_features(whole, inputs)
+    assert values.shape == (6, width(whole)) == (6, 16)
+    # last, mean, min, max, slope, count, since, observed of bp and pulse.
+    torch.testing.assert_close(flat_features(part, inputs), values[:, [2, 3, 10, 11]])
+    assert width(part) == 4
+
+
+def test_flags_and_shares_are_centred() -> None:
+    of = study({"labs": EVERY_KIND["labs"], "vitals": EVERY_KIND["vitals"]})
+    nothing = {name: torch.zeros(1, *shape) for name, shape in (("labs", (6,)), ("vitals", (6, 4)))}
+    # lactate and its flag, two codes of sex, sodium and its flag.
+    found = flat_features(of.modalities["labs"], nothing["labs"])
+    assert found.tolist() == [[0, -0.5, -0.5, -0.5, 0, -0.5]]
+    # Never observed: no hours (count), a whole window since (1), no flag.
+    found = flat_features(of.modalities["vitals"], nothing["vitals"])
+    assert found.tolist() == [[0] * 10 + [-0.5, -0.5, 0.5, 0.5, -0.5, -0.5]]
 
 
 # Hidden features and the weight of votes.

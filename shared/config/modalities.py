@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -112,12 +112,20 @@ class TableModality(_Modality):
     )
 
 
+Statistic = Literal["last", "mean", "min", "max", "slope", "count", "since", "observed", "hinges"]
+
+
 class SeriesModality(_Modality):
     """Variables by hour, up to the prediction time."""
 
     kind: Literal["series"] = Field(description="kind of data")
     hours: int = Field(gt=0, le=24 * 90, description="length of the window; later events are never read")
     columns: dict[Variable, Range] = Field(min_length=1, description="variables by name")
+    statistics: list[Statistic] = Field(
+        default_factory=lambda: list(get_args(Statistic)),
+        min_length=1,
+        description="what the linear path and the baselines read of each variable; under noise a few are better",
+    )
 
 
 class ImageModality(_Modality):

@@ -1,6 +1,8 @@
 """One record's input of any kind as a vector of features without parameters.
 
-What linear models read: the linear path of each modality's head, and the baselines.
+What linear models read: the linear paths of the heads, and the baselines. Features that are 0 or 1, or shares,
+are centred at 1/2: a constant part of a patient's features says nothing of the patient, and yet takes up most of a
+clipped gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ IMAGE_SIDE = 8
 """Rows and columns that an image is averaged to."""
 TEXT_SCALE = 2.0
 """Hashed words have unit L2 norm, a table's features a norm of some units."""
+MIDDLE = 0.5
 
 
 def flat(spec: ModalitySpec, inputs: Tensor) -> Tensor:
@@ -24,17 +27,26 @@ def flat(spec: ModalitySpec, inputs: Tensor) -> Tensor:
         spec: of the modality.
         inputs: as the site's sources give them.
     """
-    if isinstance(spec, SeriesModality):
-        return series.summary(inputs, spec.columns)
     if isinstance(spec, ImageModality):
         return functional.adaptive_avg_pool2d(inputs, IMAGE_SIDE).flatten(1)
-    return inputs * TEXT_SCALE if isinstance(spec, TextModality) else inputs
+    if isinstance(spec, TextModality):
+        return inputs * TEXT_SCALE
+    if isinstance(spec, SeriesModality):
+        statistics = [statistic for _, statistic in series.summary_names(spec.columns)]
+        chosen = [at for at, statistic in enumerate(statistics) if statistic in spec.statistics]
+        values = series.summary(inputs, spec.columns)[:, chosen]
+        shares = [statistics[at] in series.SHARES for at in chosen]
+    else:
+        values, shares = inputs, [table.is_flag(name) for name in table.names(spec.columns)]
+    return values - MIDDLE * values.new_tensor(shares)
 
 
 def width(spec: ModalitySpec) -> int:
     """F."""
-    if isinstance(spec, SeriesModality):
-        return series.summary_width(spec.columns)
     if isinstance(spec, ImageModality):
         return spec.channels * IMAGE_SIDE**2
-    return spec.width if isinstance(spec, TextModality) else table.width(spec.columns)
+    if isinstance(spec, TextModality):
+        return spec.width
+    if isinstance(spec, SeriesModality):
+        return sum(statistic in spec.statistics for _, statistic in series.summary_names(spec.columns))
+    return table.width(spec.columns)

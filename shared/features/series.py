@@ -16,6 +16,8 @@ from gapweave.shared.features.ranges import clip, hinges, scale
 
 STATISTICS = ("last", "mean", "min", "max", "slope", "count", "since", "observed")
 """Summary statistics of one variable, in their order."""
+SHARES = ("count", "since", "observed")
+"""Those within [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,15 @@ def statistic(
 
 def summary_width(columns: Mapping[str, Range]) -> int:
     """Number of summary statistics: 8 a variable, and 6 more with a reference interval."""
-    return len(STATISTICS) * len(columns) + 6 * len(_limits(columns)[0])
+    return len(summary_names(columns))
+
+
+def summary_names(columns: Mapping[str, Range]) -> list[tuple[str, str]]:
+    """(variable, statistic) of each number of `summary`, in their order; the statistic of a hinge is `hinges`."""
+    order = sorted(columns)
+    limited = [order[at] for at in _limits(columns)[0]]
+    plain = [(name, statistic) for statistic in STATISTICS for name in order]
+    return [*plain, *((name, "hinges") for _ in range(6) for name in limited)]
 
 
 def _limits(columns: Mapping[str, Range]) -> tuple[list[int], list[float], list[float]]:

@@ -34,6 +34,11 @@ def names(columns: Mapping[str, Column]) -> list[str]:
     return result
 
 
+def is_flag(name: str) -> bool:
+    """Whether the input of that name is 0 or 1."""
+    return name.endswith(":observed") or "=" in name
+
+
 def encode(
     columns: Mapping[str, Column], values: Mapping[str, NDArray[Any]], records: int
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
