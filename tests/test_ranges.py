@@ -18,6 +18,7 @@ from gapweave.shared.config.modalities import Range
 from gapweave.shared.config.study import Study, study_from_json
 from gapweave.shared.encoders import build_encoder
 from gapweave.shared.features import series, table
+from gapweave.shared.features.flat import flat, width
 from gapweave.shared.features.numeric import numeric_columns
 from gapweave.shared.features.ranges import BOUND, scale
 from gapweave.shared.schema import modalities
@@ -196,3 +197,14 @@ def test_cards_are_listed_for_people_and_machines() -> None:
     told = json.loads(done("study", "cards", "--json").out)
     assert told["cards"]["sodium"]["normal"] == [136, 145]
     assert {card["source"] for card in told["cards"].values()} == set(told["sources"])
+
+
+def test_linear_models_read_the_distances_too() -> None:
+    content = {"labs": {"kind": "table", "columns": {"sodium": NORMAL}}, "vitals": copy.deepcopy(VITALS)}
+    content["vitals"]["columns"]["pulse"]["normal"] = [60, 100]
+    content["score"] = {"kind": "public_score", "expression": "sodium - 140", "low": -40, "high": 40}
+    widths = {"labs": 4, "score": 2, "vitals": 2 * 8 + 6}
+    for modality in modalities(study(content)):
+        features = flat(modality.spec, torch.zeros(3, *modality.shape))
+        assert features.shape == (3, widths[modality.name])
+        assert width(modality.spec) == widths[modality.name]
