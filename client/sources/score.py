@@ -67,7 +67,8 @@ def _columns(study: Study, site: Site, reading: Reading, wanted: list[Reference]
     spec, source = study.modalities[reading.modality], site.data.modalities[reading.modality]
     if not isinstance(source, ColumnsSource | MeasurementSource):
         return {}
-    names = {reference.variable for reference in wanted} & source.columns.keys()
+    read = {reference.variable for reference in wanted}
+    names = [name for name in source.columns if name in read]
     if not names:
         return {}
     few = source.model_copy(update={"columns": {name: source.columns[name] for name in names}})
