@@ -520,7 +520,7 @@ def test_a_message_holds_nothing_but_what_is_declared(tmp_path: Path) -> None:
     assert set(capability["ledger"]) == {"site", "length", "hash"}
     assert set(capability["plan"]) == {
         *("noise_multiplier", "sample_rate", "n_hat", "epsilon", "delta"),
-        *("preparation", "table", "no_table"),
+        *("preparation", "looks", "no_looks", "table", "no_table"),
     }
     header, _ = ask_to_train(grid, of)
     assert set(header) == {"protocol", "status", "round", "event", "ledger"}
