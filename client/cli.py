@@ -88,6 +88,7 @@ def check(
 for command in (deployment_cli.approve, deployment_cli.start, deployment_cli.status, deployment_cli.budget):
     site.command(command.__name__)(command)
 site.command("stop")(deployment_cli.stop)
+site.command("report")(deployment_cli.report)
 
 
 @site.command("recover")
@@ -119,20 +120,31 @@ def predict(
     site_file: Annotated[Path, typer.Option("--site", help="Site file with the records to predict.")],
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")] = Path("predictions.csv"),
     data: DataOption = None,
-    fine_tuned: Annotated[bool, typer.Option("--fine-tuned", help="Use the site's fine-tuned copy.")] = False,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="best (the joining check's choice; without the check the fine-tuned copy if the site's own patients "
+            "prefer it, else federated), federated, finetuned, local (the site's own strongest), or blend.",
+        ),
+    ] = "best",
 ) -> None:
     """Predict with a site's finished model; the server is not needed, and labels are not read.
 
     Example: gapweave predict runs/first --site sites/north.yaml --out predictions.csv
     """
+    from gapweave.client.mixture import choose, load_mixture
     from gapweave.client.predict import find_model, load_site_model, predict_file
     from gapweave.client.sources.findings import Finding, warnings_of
     from gapweave.shared.config import load_site
 
     hospital = load_site(site_file)
-    kept = load_site_model(find_model(run, hospital.name, "finetuned" if fine_tuned else "model"))
+    file = find_model(run, hospital.name, "finetuned" if model == "finetuned" else "model")
+    name, shares = choose(file.parent, model)
+    kept = load_site_model(file)
     findings: list[Finding] = []
-    records = predict_file(kept, hospital, site_file, data, out, findings)
+    predictor = load_mixture(file.parent, shares, kept.study)
+    records = predict_file(kept, predictor, hospital, site_file, data, out, findings)
     for finding in warnings_of(findings):
         typer.echo(f"{finding.status}: {finding.where}: {finding.message}. {finding.remedy}".rstrip(" ."), err=True)
-    typer.echo(f"{records} records: {out}")
+    typer.echo(f"{records} records: {out} (model: {name})")

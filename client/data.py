@@ -56,6 +56,10 @@ class Cohort:
         """Patients who are not held out and have a usable record, renumbered."""
         return self.batch.of_patients((self._usable() & ~self.test).nonzero()[:, 0])
 
+    def training_ids(self) -> list[str]:
+        """Ids of the patients of `training`, in their order."""
+        return [self.patient_ids[at] for at in (self._usable() & ~self.test).nonzero()[:, 0].tolist()]
+
     def testing(self) -> Batch:
         """Patients who are held out and have a usable record, renumbered."""
         return self.batch.of_patients((self._usable() & self.test).nonzero()[:, 0])

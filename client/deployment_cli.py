@@ -111,6 +111,9 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
     if found["last"]:
         last = found["last"]
         lines.append(f"  last run    {last['run']}, round {last['round']}{', finished' if last['finished'] else ''}")
+        lines += [f"  joining     {line}" for line in last["joining"] or []]
+        if last["finished"] and last["joining"] is None:
+            lines.append("  joining     not looked at yet: gapweave site report SITE.yaml")
     ledger = found["ledger"]
     lines.append(
         f"  ledger      epsilon {ledger['epsilon_filter']:.2f} of {ledger['cap']:g}, intact: {ledger['intact']}"
@@ -118,6 +121,37 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
         else "  ledger      none yet"
     )
     return lines
+
+
+def report(
+    path: SiteArgument,
+    run: Annotated[str | None, typer.Option("--run", help="Id of the run [default: the last finished].")] = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Was it worth joining? Train models on the site's own patients, and set the federated one beside them.
+
+    Writes STATE/runs/RUN/report.html and joining.json. They are for the hospital alone, and nothing of them leaves.
+
+    Example: gapweave site report site.yaml
+    """
+    from gapweave.client.data import load_cohort
+    from gapweave.client.joining import joining_check
+    from gapweave.client.predict import load_site_model
+    from gapweave.client.service import finished_run
+    from gapweave.shared.config import load_site
+    from gapweave.shared.joining import lines
+
+    hospital = load_site(path)
+    folder = finished_run(path.parent / hospital.state, run)
+    study = load_site_model(folder.path / "model.safetensors").study
+    joining = joining_check(study, load_cohort(study, hospital, site_file=path, data_dir=data), folder)
+    if as_json:
+        typer.echo(json.dumps(joining, indent=1))
+        return
+    for line in lines(joining):
+        typer.echo(line)
+    typer.echo(f"report: {folder.path / 'report.html'}")
 
 
 def budget(path: SiteArgument, as_json: JsonOption = False) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from gapweave.client.capability import Capability, stated
 from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.evaluation import ReleasedModel, score_table, table_answer
+from gapweave.client.finetuning import fine_tune
 from gapweave.client.gradients import GradientEngine
 from gapweave.client.gradients.probe import probe_independence
 from gapweave.client.ledger import Ledger
@@ -416,9 +417,15 @@ class Participant:
             ledger.charge(run, self.study.sha256, request, event)
         except BudgetExhausted:
             return
-        last = self._moment(self.study.training.rounds)
-        self._steps(plan, self._draws("fine-tuning"), Sgd(self.study, {}), plan.finetune_steps, last)
-        folder.save_model("finetuned", groups(self.model), self._card())
+        step = Step(
+            study=self.study,
+            plan=plan,
+            engine=self._engine,
+            draws=self._draws("fine-tuning"),
+            at=self._moment(self.study.training.rounds),
+        )
+        gate = fine_tune(self.model, self._ready(step), self.cohort.training_ids(), step)
+        folder.save_model("finetuned", groups(self.model), {**self._card(), "gate": asdict(gate)})
 
     def _card(self) -> dict[str, Any]:
         """What prediction needs beside the parameters; it stays at the site."""

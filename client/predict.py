@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,16 +61,17 @@ def predict(model: MultimodalModel, batch: Batch, study: Study, prior: Sequence[
         empty = np.zeros((0, len(study.task.class_names)))
         return Predictions(probabilities=empty, votes=empty[:, None], weights=None)
     kind = study.task.kind
-    found = probabilities(torch.cat([output.logits for output in outputs]), kind)
-    votes = probabilities(torch.cat([output.modality_logits for output in outputs]), kind)
-    nothing = ~batch.present.any(1)
+    found = probabilities(torch.cat([output.logits for output in outputs]).cpu(), kind)
+    votes = probabilities(torch.cat([output.modality_logits for output in outputs]).cpu(), kind)
+    present = batch.present.cpu()
+    nothing = ~present.any(1)
     fallback = torch.tensor(prior, dtype=found.dtype)
     fallback = torch.stack([1 - fallback[0], fallback[0]]) if kind == "binary" else fallback
     found = torch.where(nothing.unsqueeze(1), fallback, found)
     weights = outputs[0].weights
     return Predictions(
         probabilities=_array(found),
-        votes=_array(torch.where(batch.present.unsqueeze(-1), votes, torch.nan)),
+        votes=_array(torch.where(present.unsqueeze(-1), votes, torch.nan)),
         weights=None if weights is None else _array(torch.cat([_known(output.weights) for output in outputs])),
     )
 
@@ -81,7 +82,7 @@ def _known(weights: Tensor | None) -> Tensor:
 
 
 def _array(tensor: Tensor) -> NDArray[np.float64]:
-    return tensor.double().numpy()
+    return tensor.double().cpu().numpy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,10 @@ class SiteModel:
     study: Study
     model: MultimodalModel
     card: dict[str, Any]
+
+    def __call__(self, batch: Batch) -> Predictions:
+        """What the model says of records."""
+        return predict(self.model, batch, self.study, self.card["prior"])
 
 
 def load_site_model(file: Path) -> SiteModel:
@@ -132,11 +137,26 @@ def find_model(run: Path, site: str, name: str) -> Path:
 
 
 def predict_file(
-    kept: SiteModel, site: Site, site_file: Path, data_dir: Path | None, out: Path, findings: list[Finding]
+    kept: SiteModel,
+    predictor: Callable[[Batch], Predictions],
+    site: Site,
+    site_file: Path,
+    data_dir: Path | None,
+    out: Path,
+    findings: list[Finding],
 ) -> int:
     """Write predictions.csv for all records of a site file; labels are not needed.
 
     What is odd about the data, a wrong unit say, is appended to `findings`.
+
+    Args:
+        kept: the site's federated model, for its card.
+        predictor: what predicts.
+        site: the site file.
+        site_file: its path.
+        data_dir: folder of data sets.
+        out: file to write.
+        findings: appended to.
 
     Returns:
         The number of records.
@@ -160,8 +180,7 @@ def predict_file(
             where=str(site_file),
             remedy="Predict with the site file of the training, or one that names the same modalities",
         )
-    predictions = predict(kept.model, usable, kept.study, kept.card["prior"])
-    table(kept, cohort, usable, predictions).write_csv(out)
+    table(kept, cohort, usable, predictor(usable)).write_csv(out)
     return len(batch)
 
 

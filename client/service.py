@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gapweave.client.keys import check_key
 from gapweave.client.supernode import CONTACT
@@ -18,6 +18,9 @@ from gapweave.shared.errors import UsageError
 from gapweave.shared.files import private_folder, write_atomically
 from gapweave.shared.ports import free_port, healthy
 from gapweave.shared.service import Child, Service
+
+if TYPE_CHECKING:
+    from gapweave.client.state import RunFolder
 
 LOST_S = 75.0
 """Without an answer of the hub for so long, a site calls itself disconnected; heartbeats are 30 s apart."""
@@ -156,19 +159,48 @@ class Deployment:
 
 
 def last_round(state: Path) -> dict[str, Any] | None:
-    """The run that the site worked for last: `run`, `study`, `round`, `when` and `finished`."""
-    from gapweave.client.state import RunFolder
+    """The run that the site worked for last: `run`, `study`, `round`, `when`, `finished` and `joining`.
 
-    folders = [folder for folder in (state / "runs").glob("*") if (folder / "study.json").exists()]
-    if not folders:
+    `joining` is what the joining check said of the run; None where it was not made.
+    """
+    from gapweave.client.state import RunFolder
+    from gapweave.shared.joining import lines, read_joining
+
+    worked = ("study.json", "round.safetensors", "model.safetensors")
+    when = {
+        folder: max(file.stat().st_mtime for name in worked if (file := folder / name).exists())
+        for folder in (state / "runs").glob("*")
+        if (folder / "study.json").exists()
+    }
+    if not when:
         return None
-    newest = max(folders, key=lambda folder: max(file.stat().st_mtime for file in folder.iterdir()))
-    changed = max(file.stat().st_mtime for file in newest.iterdir())
+    newest = max(when, key=lambda folder: when[folder])
     folder = RunFolder(state, newest.name)
+    joining = read_joining(newest)
     return {
         "run": newest.name,
         "study": json.loads(folder.study() or "{}").get("name"),
         "round": folder.load().round,
-        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(changed)),
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(when[newest])),
         "finished": (newest / "model.safetensors").exists(),
+        "joining": None if joining is None else lines(joining),
     }
+
+
+def finished_run(state: Path, run: str | None) -> RunFolder:
+    """The folder of a run that the site finished: the last one by default.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    from gapweave.client.state import RunFolder
+
+    found = [file for file in (state / "runs").glob("*/model.safetensors") if run in (None, file.parent.name)]
+    if not found:
+        raise UsageError(
+            "the site finished no run yet" if run is None else f"the site finished no run {run!r}",
+            where=str(state / "runs"),
+            remedy="Wait for the end of a study, and see `gapweave site status`",
+        )
+    newest = max(found, key=lambda file: file.stat().st_mtime)
+    return RunFolder(state, newest.parent.name)

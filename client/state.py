@@ -129,6 +129,10 @@ class RunFolder:
         """
         self._write(self.path / f"{name}.safetensors", tensorfile.dump(to_arrays(groups), card))
 
+    def save_own(self, name: str, content: bytes) -> None:
+        """Keep what only the site's own people read: models trained alone, the joining check."""
+        self._write(self.path / name, content)
+
     def keep_study(self, canonical: str) -> None:
         """Remember the study that the handshake brought: later messages carry only its hash."""
         self._write(self.path / "study.json", canonical.encode())

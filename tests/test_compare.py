@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import yaml
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from gapweave.client.classical import CLASSICAL
 from gapweave.client.data import load_cohort
 from gapweave.shared.cli import main
 from gapweave.shared.config import load_site, load_study
@@ -18,7 +21,6 @@ from gapweave.shared.errors import RefusedError
 from gapweave.sites.demo import write_demo
 from gapweave.sites.simulate import compare as work
 from gapweave.sites.simulate import compare_unit
-from gapweave.sites.simulate.baselines import CLASSICAL
 from gapweave.sites.simulate.compare_unit import load_scores
 
 HOLDS = {"alder": ["labs"], "birch": ["labs", "note"], "cedar": ["note"]}
@@ -29,7 +31,11 @@ ROW = ["cell", "model", "seed", "fold", "site", "n_test", "positives", "metrics"
 def quick_regression():
     """An untuned logistic regression: the comparison is tested here, not the baselines."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CLASSICAL, "lr", lambda x, y, patient: LogisticRegression(max_iter=500).fit(x, y))
+        patch.setitem(
+            CLASSICAL,
+            "lr",
+            lambda x, y, patient: make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(x, y),
+        )
         yield
 
 

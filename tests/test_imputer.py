@@ -11,12 +11,13 @@ from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from gapweave.client.data import load_cohort
+from gapweave.client.local_models import train_alone
 from gapweave.shared.config import load_site, load_study
 from gapweave.shared.imputers import IMPUTERS, Imputer
 from gapweave.shared.model import Outputs
 from gapweave.shared.objective import loss_terms
 from gapweave.sites.demo import write_demo
-from gapweave.sites.simulate.baselines import pool, train_alone
+from gapweave.sites.simulate.baselines import pool
 
 M, D = 3, 2
 PATTERNS = patterns("abc")[:-1]

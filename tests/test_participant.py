@@ -16,6 +16,7 @@ from hospitals import KINDS, Wire, build, die, participant, plan_of, publish
 
 from gapweave.client import participant as participant_module
 from gapweave.client.app import FIXED_TEXTS
+from gapweave.client.local_models import train_alone
 from gapweave.client.participant import Participant
 from gapweave.client.state import RoundState, RunFolder, read_model
 from gapweave.client.training import Sgd
@@ -25,7 +26,7 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.errors import BudgetExhausted, DataError, RefusedError
 from gapweave.shared.privacy.ledger import read_ledger
 from gapweave.shared.tensorfile import Arrays
-from gapweave.sites.simulate.baselines import pool, train_alone
+from gapweave.sites.simulate.baselines import pool
 
 RUN = "run-1"
 

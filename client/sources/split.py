@@ -16,6 +16,8 @@ from gapweave.shared.errors import DataError
 
 BASE = 10_000
 """Resolution of `test_fraction`."""
+VALIDATION_FOLDS = 5
+"""Folds of the training patients; those of the first do not take part in fine-tuning."""
 
 
 def test_patients(evaluation: Evaluation, site: Site, records: Records) -> NDArray[np.bool_]:
@@ -40,6 +42,16 @@ def held_out(patient: str, evaluation: Evaluation) -> bool:
     if evaluation.folds is not None:
         return number % evaluation.folds == evaluation.fold
     return number % BASE < round(BASE * evaluation.test_fraction)
+
+
+def validation_fold(patient: str, evaluation: Evaluation) -> int:
+    """Which of a site's `VALIDATION_FOLDS` a training patient is in, for choices that stay at the site.
+
+    By another hash than who is held out, so that the folds of the others are as random as all.
+    """
+    key = f"{evaluation.split_seed}/validation"
+    digest = hmac.new(key.encode(), patient.encode(), hashlib.sha256).digest()
+    return int.from_bytes(digest[:8], "big") % VALIDATION_FOLDS
 
 
 def _by_column(column: str, evaluation: Evaluation, records: Records) -> NDArray[np.bool_]:

@@ -144,6 +144,13 @@ class Training(StrictModel):
         False, description="fine-tune privately at each site after the last upload; that copy never leaves"
     )
     finetune_steps: int = Field(20, ge=1, description="steps of fine-tuning, charged to the same budget")
+    finetune_lr: float | None = Field(None, gt=0, description="learning rate of fine-tuning (default: lr)")
+    finetune_pull: float = Field(
+        0.1,
+        ge=0,
+        description="L2-SP: pull of all parameters towards the federated ones that fine-tuning began with, after the "
+        "noise",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -156,6 +163,8 @@ class Training(StrictModel):
             raise ValueError("schedule: fedsgd is one step a round: leave passes out, and local_steps, or make it 1")
         if self.lr * self.proximal >= 1:
             raise ValueError(f"lr * proximal = {self.lr * self.proximal:g} must be below 1, or each step overshoots")
+        if self.finetune and (self.finetune_lr or self.lr) * self.finetune_pull >= 1:
+            raise ValueError(f"finetune_pull={self.finetune_pull:g} must be below 1 / the learning rate of fine-tuning")
         if self.scaffold and (self.momentum or self.proximal):
             raise ValueError("scaffold needs plain steps: set momentum and proximal to 0")
         if self.early_stop is not None and not self.looks:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from gapweave.client import app as client_app
+from gapweave.client.classical import CLASSICAL
 from gapweave.client.data import Cohort
 from gapweave.client.predict import load_site_model, predict
 from gapweave.client.state import RunFolder
@@ -22,7 +23,7 @@ from gapweave.shared.config import Study
 from gapweave.shared.metrics import exact_metrics
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.attacks import bad_names
-from gapweave.sites.simulate.baselines import CLASSICAL, fit_baselines
+from gapweave.sites.simulate.baselines import fit_baselines
 from gapweave.sites.simulate.compare_plan import Unit
 from gapweave.sites.simulate.run import Setup, VirtualSite, load_sites, simulate
 

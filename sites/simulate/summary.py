@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gapweave.client import app as client_app
+from gapweave.client.mixture import Predictor
 from gapweave.client.predict import load_site_model
 from gapweave.client.sources.findings import warnings_of
 from gapweave.client.state import RunFolder
@@ -15,7 +16,6 @@ from gapweave.server.summary import FROM_TABLES, released_facts, run_facts
 from gapweave.shared.config import Study
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
 from gapweave.sites.simulate.attacks import bad_names
-from gapweave.sites.simulate.baselines import Predictor
 from gapweave.sites.simulate.evaluate import evaluate, evaluate_subgroups, mean_metrics, metrics_of
 
 if TYPE_CHECKING:

@@ -1,0 +1,159 @@
+"""The joining check: is this site better off than alone, and with which of its models should it predict?
+
+Everything here is computed on the site's own patients without noise. It is for the site's own people: it goes into
+STATE/runs/<run>, no code that answers a server imports this module, and no file that it writes is read by one.
+
+What is chosen (the strongest local model, the shares of a blend) is chosen on the training patients, out of fold where
+the site trains the model itself; what is judged is judged on the held-out patients, whom no model has seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapweave.client.data import Cohort
+from gapweave.client.local_models import SCORE, fit_local, keep, out_of_fold
+from gapweave.client.mixture import Weights, base_of, load_mixture, mix
+from gapweave.client.predict import load_site_model
+from gapweave.client.state import RunFolder
+from gapweave.shared.config import Study
+from gapweave.shared.joining import FEWEST, JOINING_FILE, guessing, verdict
+from gapweave.shared.paired import Bootstrap, Truth, interval, losses
+from gapweave.shared.report.joining_page import joining_page
+
+Array = NDArray[np.float64]
+
+SHARES = tuple(tenth / 10 for tenth in range(11))
+"""Shares of the second model of a blend among which the log-loss chooses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the site chose on its training patients.
+
+    Attributes:
+        strongest: key of its best local model.
+        used: key of the model that `predict --model best` takes: federated, finetuned or blend.
+        mixtures: by key, kept models with their shares.
+    """
+
+    strongest: str
+    used: str
+    mixtures: Mapping[str, Weights]
+
+
+def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any]:
+    """Train the local models, choose, judge, and write joining.json and report.html into the run's folder.
+
+    Args:
+        study: of the run.
+        cohort: the site's records.
+        run: the folder of a run that the site finished.
+
+    Returns:
+        The content of joining.json.
+
+    Raises:
+        GapweaveError: when the run left no model here.
+    """
+    kept = load_site_model(run.path / "model.safetensors")
+    training, test = cohort.training(), cohort.testing()
+    models = fit_local(study, training, cohort.site)
+    keep(run, models, kept.card)
+    base, gate = base_of(run.path)
+    choices = _choose(study, cohort, run, base)
+    truth = Truth.of(test, study.task.kind)
+    scored = {
+        key: load_mixture(run.path, shares, study)(test).probabilities for key, shares in choices.mixtures.items()
+    }
+    content = {
+        "site": cohort.site,
+        "run": run.path.name,
+        "study": study.name,
+        "study_sha256": study.sha256,
+        "training_patients": training.patients,
+        "patients": truth.patients,
+        "rarer": truth.rarer() if truth.patients else 0,
+        "strongest": choices.strongest,
+        "used": choices.used,
+        "mixtures": choices.mixtures,
+        "gate": gate,
+        **_judged(scored, truth, choices),
+    }
+    run.save_own(JOINING_FILE, json.dumps(content, indent=1).encode())
+    run.save_own("report.html", joining_page(content).encode())
+    return content
+
+
+def _choose(study: Study, cohort: Cohort, run: RunFolder, base: str) -> Choices:
+    """The strongest local model, and its share in a blend with the federated one, by log-loss of training patients.
+
+    The federated model was trained on them, among many others or under noise; the local ones, out of fold, were not.
+    The blend so leans to the federated model, if at all.
+    """
+    training = cohort.training()
+    truth, alone = (
+        Truth.of(training, study.task.kind),
+        out_of_fold(study, training, cohort.training_ids(), cohort.site),
+    )
+    mixtures: dict[str, Weights] = {"federated": {"model": 1.0}}
+    if (run.path / "finetuned.safetensors").exists():
+        mixtures["finetuned"] = {"finetuned": 1.0}
+    mixtures |= {name: {name: 1.0} for name in alone if name != SCORE}
+    mean = {name: _loss(found, truth) for name, found in alone.items()}
+    strongest = min((name for name in alone if name != SCORE), key=lambda name: mean[name])
+    if SCORE in alone:
+        share = _share(alone[strongest], alone[SCORE], truth)
+        mixtures["score_local"] = {strongest: 1 - share, SCORE: share}
+        alone["score_local"] = mix([alone[strongest], alone[SCORE]], [1 - share, share], truth.kind)
+        strongest = "score_local" if share > 0 else strongest
+    ours = load_mixture(run.path, mixtures[base], study)(training).probabilities
+    share = _share(ours, alone[strongest], truth)
+    (name,) = mixtures[base]
+    local = {of: share * part for of, part in mixtures[strongest].items()}
+    mixtures["blend"] = {name: 1 - share, **local}
+    return Choices(strongest=strongest, used="blend" if share > 0 else base, mixtures=mixtures)
+
+
+def _loss(probabilities: Array, truth: Truth) -> float:
+    return float(np.nanmean(losses(probabilities, truth)))
+
+
+def _share(ours: Array, other: Array, truth: Truth) -> float:
+    """The second model's share in a blend: that of the least log-loss; none where too few patients can tell."""
+    if truth.rarer() < FEWEST:
+        return 0.0
+    return min(SHARES, key=lambda share: _loss(mix([ours, other], [1 - share, share], truth.kind), truth))
+
+
+def _judged(scored: Mapping[str, Array], truth: Truth, choices: Choices) -> dict[str, Any]:
+    """AUROCs on the held-out patients, and differences to the strongest local model, paired by patient."""
+    empty = truth.patients == 0
+    bootstrap = None if empty else Bootstrap(truth)
+    rarer = 0 if empty else truth.rarer()
+    nothing = np.full(2, np.nan)
+    found = {key: nothing if bootstrap is None else bootstrap.aurocs(values) for key, values in scored.items()}
+    strongest = found[choices.strongest]
+    intervals = {key: interval(values) for key, values in found.items()}
+    differences = {key: values - strongest for key, values in found.items()}
+    models = {
+        key: {
+            "auroc": _number(found[key][0]),
+            "interval": intervals[key],
+            "difference": _number(difference[0]),
+            "difference_interval": interval(difference),
+            "verdict": None if key == choices.strongest else verdict(interval(difference), rarer),
+        }
+        for key, difference in differences.items()
+    }
+    return {"models": models, "guessing": guessing(intervals[choices.used], intervals[choices.strongest])}
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

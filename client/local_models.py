@@ -1,0 +1,132 @@
+"""Models that a site trains on its own patients alone, without privacy: what it would have if it did not join.
+
+They and their scores never leave the site: no code that answers a server imports this module or opens its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gapweave.client.classical import CLASSICAL, Classical, fit_classical
+from gapweave.client.predict import Predictions, predict
+from gapweave.client.sources.split import validation_fold
+from gapweave.client.state import RunFolder
+from gapweave.client.training import Sgd, Step, build_engine, train
+from gapweave.shared.config import Study
+from gapweave.shared.constants import Constants
+from gapweave.shared.model import MultimodalModel, groups
+from gapweave.shared.privacy.draws import SeededDraws
+from gapweave.shared.privacy.plan import make_plan
+from gapweave.shared.schema import Batch
+from gapweave.shared.schemes import Moment
+
+PUBLIC_SCORE = "public_score"
+"""Kind of a modality that is a published formula over public variables."""
+SCORE = "score"
+"""Name of the logistic regression on public scores alone."""
+
+
+def without_privacy(study: Study, batch: int | None = None) -> Study:
+    """The study as a baseline trains it."""
+    training = study.training if batch is None else study.training.model_copy(update={"batch": batch})
+    privacy = study.privacy.model_copy(update={"enabled": False})
+    return study.model_copy(update={"privacy": privacy, "training": training})
+
+
+def train_alone(study: Study, data: Batch, held: list[str], name: str) -> MultimodalModel:
+    """Train the study's model on one body of data for as many steps as the federated run takes.
+
+    Args:
+        study: privacy is switched off.
+        data: training records.
+        held: modalities in them.
+        name: keys the draws.
+    """
+    study = without_privacy(study)
+    model = MultimodalModel(study, held)
+    plan = make_plan(study, max(1, data.patients), study.privacy.delta)
+    draws = SeededDraws(study.seed, name, "alone")
+    engine, optimizer = build_engine(model, study), Sgd(study, {})
+    ready = replace(data, inputs=model.features(data.inputs, data.present))
+    for number in range(1, plan.rounds + 1):
+        step = Step(study=study, plan=plan, engine=engine, draws=draws, at=Moment(number, plan.rounds))
+        train(model, ready, step, optimizer, plan.steps)
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalNetwork:
+    """The study's own network, trained at one site alone."""
+
+    study: Study
+    model: MultimodalModel
+    prior: Sequence[float]
+
+    def __call__(self, batch: Batch) -> Predictions:
+        """What it says of records."""
+        return predict(self.model, batch, self.study, self.prior)
+
+
+Local = LocalNetwork | Classical
+
+
+def score_modalities(study: Study, data: Batch) -> list[str]:
+    """Modalities that are a public score, which needs no training and nothing of anybody else."""
+    return [name for name in study.order if name in data.inputs and study.modalities[name].kind == PUBLIC_SCORE]
+
+
+def fit_local(study: Study, data: Batch, site: str) -> dict[str, Local]:
+    """All models that a site can have alone: its network, the classical ones, and one of public scores only.
+
+    Args:
+        study: of the run.
+        data: the site's training records.
+        site: keys the draws of the network.
+    """
+    network = train_alone(study, data, list(data.inputs), site)
+    fitted: dict[str, Local] = {"local": LocalNetwork(study=study, model=network, prior=data.prevalence())}
+    fitted |= {f"{name}_local": fit_classical(study, data, name) for name in CLASSICAL}
+    scores = score_modalities(study, data)
+    return fitted | ({SCORE: fit_classical(study, data, "lr", scores)} if scores else {})
+
+
+def out_of_fold(study: Study, data: Batch, ids: Sequence[str], site: str) -> dict[str, NDArray[np.float64]]:
+    """What local models say of the training records, each by models that did not see its patient: [R, classes].
+
+    Args:
+        study: of the run.
+        data: the site's training records.
+        ids: of its patients.
+        site: keys the draws.
+    """
+    folds = np.array([validation_fold(patient, study.evaluation) for patient in ids])
+    found: dict[str, NDArray[np.float64]] = {}
+    for fold in np.unique(folds):
+        inside, outside = (torch.from_numpy(np.flatnonzero(rows)) for rows in (folds == fold, folds != fold))
+        outside = outside if len(outside) else inside
+        rows = torch.isin(data.patient, inside).numpy()
+        for name, model in fit_local(study, data.of_patients(outside), site).items():
+            empty = np.zeros((len(data), len(study.task.class_names)))
+            found.setdefault(name, empty)[rows] = model(data.of_patients(inside)).probabilities
+    return found
+
+
+def keep(folder: RunFolder, models: Mapping[str, Local], card: Mapping[str, Any]) -> None:
+    """Write the models into STATE/runs/<run>, for the site's own predictions.
+
+    Args:
+        folder: of the run.
+        models: by the name of their file.
+        card: of the site's federated model.
+    """
+    for name, model in models.items():
+        if isinstance(model, LocalNetwork):
+            folder.save_model(name, groups(model.model), {**card, "constants": Constants().to_dict()})
+        else:
+            folder.save_own(f"{name}.safetensors", model.dump(card))

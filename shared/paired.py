@@ -1,0 +1,138 @@
+"""Two models on the same patients: losses a patient, and bootstrap intervals of differences of AUROC.
+
+For a site's own eyes and for simulations; nothing here is noised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapweave.shared.objective import TaskKind
+from gapweave.shared.schema import Batch
+
+DRAWS = 1000
+"""Resamples of the patients."""
+SEED = 0
+"""Of the resamples; public, so that equal scores give equal intervals."""
+SMALLEST = 1e-6
+"""Probabilities are kept this far from 0 and 1 before a logarithm is taken."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What is known of some patients' records.
+
+    Attributes:
+        target: [R, K], 0 or 1; one-hot for multiclass.
+        known: [R, K], which targets are known.
+        patient: [R], position of the record's patient.
+        patients: number of patients.
+        kind: of the task.
+    """
+
+    target: Array
+    known: NDArray[np.bool_]
+    patient: NDArray[np.int64]
+    patients: int
+    kind: TaskKind
+
+    @classmethod
+    def of(cls, batch: Batch, kind: TaskKind) -> Truth:
+        """That of a batch's records."""
+        return cls(
+            target=batch.target.double().cpu().numpy(),
+            known=batch.label_mask.cpu().numpy(),
+            patient=batch.patient.cpu().numpy(),
+            patients=batch.patients,
+            kind=kind,
+        )
+
+    def rarer(self) -> int:
+        """Patients of the rarer side of the output that is best off: how much there is to judge a model by."""
+        return max(min(self.count(k, 0), self.count(k, 1)) for k in range(self.target.shape[1]))
+
+    def count(self, output: int, value: int) -> int:
+        """Patients with a record whose target is known and has this value."""
+        rows = self.known[:, output] & (self.target[:, output] == value)
+        return len(np.unique(self.patient[rows]))
+
+
+def losses(probabilities: Array, truth: Truth) -> Array:
+    """[P]: each patient's log-loss, the mean over the known targets of the patient's records; NaN without any.
+
+    Args:
+        probabilities: [R, classes]; for binary both classes.
+        truth: of the records.
+    """
+    scores = np.clip(_columns(probabilities, truth.kind), SMALLEST, 1 - SMALLEST)
+    if truth.kind == "multiclass":
+        by_target = -truth.target * np.log(scores) * truth.target.shape[1]
+    else:
+        by_target = -np.where(truth.target > 0.5, np.log(scores), np.log1p(-scores))
+    total = np.bincount(truth.patient, np.where(truth.known, by_target, 0.0).sum(1), truth.patients)
+    count = np.bincount(truth.patient, truth.known.sum(1), truth.patients)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _columns(probabilities: Array, kind: TaskKind) -> Array:
+    """[R, K]: one score a target."""
+    return probabilities[:, 1:] if kind == "binary" else probabilities
+
+
+class Bootstrap:
+    """Resamples of patients, the same for every model, so that differences are paired.
+
+    The interval is the percentile one (Efron and Tibshirani 1993, section 13.3), of 95 %.
+
+    Args:
+        truth: of the records.
+    """
+
+    def __init__(self, truth: Truth) -> None:
+        self._truth = truth
+        drawn = np.random.default_rng(SEED).multinomial(
+            truth.patients, np.full(truth.patients, 1 / max(1, truth.patients)), size=DRAWS
+        )
+        self._weights = np.concatenate([np.ones((1, truth.patients)), drawn])[:, truth.patient]
+
+    def aurocs(self, probabilities: Array) -> Array:
+        """[1 + DRAWS]: the AUROC, then those of the resamples; of several outputs the mean of the defined ones."""
+        scores, truth = _columns(probabilities, self._truth.kind), self._truth
+        columns = [
+            _weighted(scores[rows, k], truth.target[rows, k] > 0.5, self._weights[:, rows])
+            for k in range(scores.shape[1])
+            if (rows := truth.known[:, k]).any()
+        ]
+        found = np.stack([*columns, np.full(len(self._weights), np.nan)])
+        defined = ~np.isnan(found)
+        mean = np.where(defined, found, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
+        return np.where(defined.any(0), mean, np.nan)
+
+
+def _weighted(score: Array, positive: NDArray[np.bool_], weights: Array) -> Array:
+    """[D]: AUROC of [R] scores under [D, R] weights, a tie counting half; NaN where one class has no weight."""
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
+    sorted_weights, sign = weights[:, order], positive[order]
+    gains = np.add.reduceat(np.where(sign, sorted_weights, 0.0), starts, axis=1)
+    losses_ = np.add.reduceat(np.where(sign, 0.0, sorted_weights), starts, axis=1)
+    below = np.cumsum(losses_, axis=1) - losses_ / 2
+    pairs = gains.sum(1) * losses_.sum(1)
+    return np.where(pairs > 0, (gains * below).sum(1) / np.where(pairs > 0, pairs, 1.0), np.nan)
+
+
+def interval(values: Array) -> tuple[float, float] | None:
+    """The 95 % interval of resampled values, the first of which is the estimate itself; None where undefined.
+
+    Args:
+        values: [1 + DRAWS], of one model or of a difference of two.
+    """
+    if np.isnan(values[0]):
+        return None
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+    return float(low), float(high)
