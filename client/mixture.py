@@ -115,7 +115,7 @@ def choose(folder: Path, model: str) -> tuple[str, Weights]:
         raise UsageError(
             "the joining check, which trains the site's own models, was not made for this run",
             where=str(folder),
-            remedy="Make it with `gapweave site report`, or simulate with `--baselines joining`",
+            remedy="Make it with `gapweave site report`, or simulate with `--joining`",
         )
     single = {"federated": {"model": 1.0}, "finetuned": {"finetuned": 1.0}}
     if joining is None:

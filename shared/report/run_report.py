@@ -14,6 +14,8 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.files import write_atomically
 from gapweave.shared.report import events, plots, scores
 from gapweave.shared.report.guarantee import guarantee_sentence, meaning, site_budgets, worst_epsilon
+from gapweave.shared.report.joining_page import WORDS as JOINING_WORDS
+from gapweave.shared.report.joining_page import joining_sections
 from gapweave.shared.report.render import render
 from gapweave.shared.rundir import RunDirectory
 
@@ -40,6 +42,8 @@ def write_report(directory: RunDirectory) -> None:
         **_results(summary, study, found),
         **_figures(found, list(summary["sites"]), rounds, curve),
         released=_released(summary),
+        joining=joining_sections(summary["sites"]),
+        **JOINING_WORDS,
         pooled_scores=summary.get("pooled") or (summary.get("released") or {}).get("pooled"),
         looks=[line["look"] for line in rounds if "look" in line],
         groups=events.group_table(study, rounds),

@@ -37,6 +37,10 @@ def simulate(
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set seed=N.")] = None,
     continue_without: ContinueOption = False,
     baselines: BaselinesOption = "",
+    joining: Annotated[
+        bool,
+        typer.Option("--joining", help="Let each site check if joining paid: own models, blend, intervals, verdict."),
+    ] = False,
     assignments: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,
 ) -> None:
@@ -59,6 +63,7 @@ def simulate(
         baselines=commands.read_baselines(baselines),
         continue_without=continue_without,
         engine=engine,
+        joining=joining,
     )
     _show(summary, directory, as_json)
 
@@ -106,10 +111,12 @@ def _show(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from gapweave.sites.simulate.progress import result_tables
+    from gapweave.sites.simulate.progress import joining_lines, result_tables
 
     console = Console()
     console.print(*result_tables(summary), sep="\n")
+    for line in joining_lines(summary):
+        typer.echo(line)
     typer.echo(f"report: {directory / 'report.html'}")
 
 

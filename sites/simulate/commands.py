@@ -76,6 +76,7 @@ def start(
     baselines: tuple[str, ...],
     continue_without: bool,
     engine: str = "inline",
+    joining: bool = False,
 ) -> tuple[dict[str, Any], Path]:
     """Check everything, create the run directory, run, and write the report.
 
@@ -105,6 +106,7 @@ def start(
             continue_without=continue_without,
             anchored=places.state is not None,
             engine=engine,
+            joining=joining,
         )
         if demo:
             setup = _keep_demo(file.parent, out, setup)

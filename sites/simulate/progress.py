@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gapweave.shared.joining import harmed, lines
 from gapweave.shared.report.wording import rounded_up
 
 
@@ -97,6 +98,13 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
     means = [*(baselines[name]["mean"] for name in baselines), summary["mean"]]
     scores.add_row("mean", *[_auroc(metrics) for metrics in means])
     return [scores, *([facts] if facts else [])]
+
+
+def joining_lines(summary: dict[str, Any]) -> list[str]:
+    """What each site's joining check says, those first that joining harms."""
+    checks = {site: row["joining"] for site, row in summary["sites"].items() if row["joining"] is not None}
+    first = sorted(checks, key=lambda site: not harmed(checks[site]))
+    return [f"{site}: {line}" for site in first for line in lines(checks[site])]
 
 
 FACTS = ("patients train/test", "epsilon exact counted/cap", "status")

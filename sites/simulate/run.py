@@ -14,7 +14,9 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from gapweave.client import app as client_app
+from gapweave.client.joining import joining_check
 from gapweave.client.participant import Participant
+from gapweave.client.state import RunFolder
 from gapweave.server.model_card import save_model
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared.config import Site, Study, load_site
@@ -46,6 +48,7 @@ class Setup:
         continue_without: go on without sites whose data cannot be used.
         anchored: whether the state outlives the run, so that the site files' anchors of ledgers count.
         engine: of `ENGINES`.
+        joining: whether each site makes the joining check at the end.
     """
 
     sites: tuple[Path, ...]
@@ -55,6 +58,7 @@ class Setup:
     continue_without: bool = False
     anchored: bool = False
     engine: str = "inline"
+    joining: bool = False
 
     def save(self, directory: RunDirectory) -> None:
         """Write it where `load` finds it."""
@@ -87,6 +91,7 @@ class Setup:
             continue_without=content["continue_without"],
             anchored=content["anchored"],
             engine=content["engine"],
+            joining=content.get("joining", False),
         )
 
 
@@ -227,6 +232,19 @@ def _on_ray(study: Study, directory: RunDirectory, curve: Curve, configs: list[d
     return loops[0]
 
 
+def _joined(
+    study: Study, usable: Mapping[str, Participant], loop: RoundLoop, observer: Watcher
+) -> dict[str, dict[str, Any]]:
+    """Each site's joining check, as the hospital would make it; a simulation may look at all of them."""
+    result = {}
+    for name, site in usable.items():
+        folder = RunFolder(site.state, loop.state.run)
+        if (folder.path / "model.safetensors").exists():
+            observer.baseline(f"joining check of {name}")
+            result[name] = joining_check(study, site.cohort, folder)
+    return result
+
+
 def simulate(
     study: Study,
     setup: Setup,
@@ -264,6 +282,7 @@ def simulate(
     baselines = fit_baselines(
         study, {name: site.cohort for name, site in usable.items()}, list(setup.baselines), observer.baseline
     )
-    content = summarise(study, sites, loop, baselines, setup.engine)
+    joined = _joined(study, usable, loop, observer) if setup.joining else {}
+    content = summarise(study, sites, loop, baselines, setup.engine, joined)
     directory.write_json("summary.json", content)
     return content

@@ -25,7 +25,12 @@ Baselines = Mapping[str, Mapping[str, Predictor]]
 
 
 def summarise(
-    study: Study, sites: Sequence[VirtualSite], loop: RoundLoop, baselines: Baselines, engine: str
+    study: Study,
+    sites: Sequence[VirtualSite],
+    loop: RoundLoop,
+    baselines: Baselines,
+    engine: str,
+    joined: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -35,9 +40,13 @@ def summarise(
         loop: the finished round loop.
         baselines: fitted, by model and site.
         engine: that ran it.
+        joined: the joining check of each site that made it.
     """
     scores = {name: _scores(study, sites, predictors) for name, predictors in baselines.items()}
-    rows = {entry.site.name: _site(study, entry, loop, scores) for entry in sites}
+    rows = {
+        entry.site.name: {**_site(study, entry, loop, scores), "joining": joined.get(entry.site.name)}
+        for entry in sites
+    }
     bad = bad_names(study, [entry.site.name for entry in sites if entry.error is None])
     metrics = {name: row["metrics"] for name, row in rows.items() if row["metrics"] is not None and name not in bad}
     means = {name: mean_metrics(list(by_site.values())) for name, by_site in scores.items()}
