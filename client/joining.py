@@ -23,7 +23,8 @@ from gapweave.client.mixture import Weights, base_of, load_mixture, mix
 from gapweave.client.predict import load_site_model
 from gapweave.client.state import RunFolder
 from gapweave.shared.config import Study
-from gapweave.shared.joining import FEWEST, JOINING_FILE, guessing, verdict
+from gapweave.shared.joining import FEWEST, JOINED, JOINING_FILE, guessing, verdict
+from gapweave.shared.metrics import exact_metrics
 from gapweave.shared.paired import Bootstrap, Truth, interval, losses
 from gapweave.shared.report.joining_page import joining_page
 
@@ -39,7 +40,7 @@ class Choices:
 
     Attributes:
         strongest: key of its best local model.
-        used: key of the model that `predict --model best` takes: federated, finetuned or blend.
+        used: key of the model that `predict --model best` takes: federated, finetuned, blend, or the strongest local.
         mixtures: by key, kept models with their shares.
     """
 
@@ -92,7 +93,7 @@ def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any
 
 
 def _choose(study: Study, cohort: Cohort, run: RunFolder, base: str) -> Choices:
-    """The strongest local model, and its share in a blend with the federated one, by log-loss of training patients.
+    """The strongest local model by AUROC, and its share in a blend by log-loss, both on the training patients.
 
     The federated model was trained on them, among many others or under noise; the local ones, out of fold, were not.
     The blend so leans to the federated model, if at all.
@@ -106,8 +107,7 @@ def _choose(study: Study, cohort: Cohort, run: RunFolder, base: str) -> Choices:
     if (run.path / "finetuned.safetensors").exists():
         mixtures["finetuned"] = {"finetuned": 1.0}
     mixtures |= {name: {name: 1.0} for name in alone if name != SCORE}
-    mean = {name: _loss(found, truth) for name, found in alone.items()}
-    strongest = min((name for name in alone if name != SCORE), key=lambda name: mean[name])
+    strongest = max((name for name in alone if name != SCORE), key=lambda name: _strength(alone[name], truth))
     if SCORE in alone:
         share = _share(alone[strongest], alone[SCORE], truth)
         mixtures["score_local"] = {strongest: 1 - share, SCORE: share}
@@ -118,7 +118,14 @@ def _choose(study: Study, cohort: Cohort, run: RunFolder, base: str) -> Choices:
     (name,) = mixtures[base]
     local = {of: share * part for of, part in mixtures[strongest].items()}
     mixtures["blend"] = {name: 1 - share, **local}
-    return Choices(strongest=strongest, used="blend" if share > 0 else base, mixtures=mixtures)
+    used = {0.0: base, 1.0: strongest}.get(share, "blend")
+    return Choices(strongest=strongest, used=used, mixtures=mixtures)
+
+
+def _strength(probabilities: Array, truth: Truth) -> tuple[float, float]:
+    """AUROC, by which verdicts are given; then the log-loss, where no AUROC is defined."""
+    auroc = exact_metrics(probabilities, truth.target, truth.known, truth.kind)["auroc"]
+    return 0.0 if auroc is None else auroc, -_loss(probabilities, truth)
 
 
 def _loss(probabilities: Array, truth: Truth) -> float:
@@ -148,7 +155,7 @@ def _judged(scored: Mapping[str, Array], truth: Truth, choices: Choices) -> dict
             "interval": intervals[key],
             "difference": _number(difference[0]),
             "difference_interval": interval(difference),
-            "verdict": None if key == choices.strongest else verdict(interval(difference), rarer),
+            "verdict": verdict(interval(difference), rarer) if key in JOINED else None,
         }
         for key, difference in differences.items()
     }

@@ -36,6 +36,9 @@ LABELS = {
 }
 """What a reader calls a model, by its key in joining.json."""
 
+JOINED = ("federated", "finetuned", "blend")
+"""Models that hold something of other sites: each gets a verdict."""
+
 Interval = tuple[float, float] | None
 
 
@@ -80,9 +83,9 @@ def lines(joining: Mapping[str, Any]) -> list[str]:
     """
     patients, rarer = joining["patients"], joining["rarer"]
     used, models = joining["used"], joining["models"]
-    result = [f"{LABELS[used]}: {verdict_text(models[used]['verdict'], patients, rarer)}"]
-    if used != "federated" and models["federated"]["verdict"] != models[used]["verdict"]:
-        result.append(f"federated: {verdict_text(models['federated']['verdict'], patients, rarer)}")
+    joined = [key for key in dict.fromkeys((used, "federated")) if key in JOINED]
+    result = [] if used in JOINED else [f"the best model here is the site's own: {LABELS[used]}"]
+    result += [f"{LABELS[key]}: {verdict_text(models[key]['verdict'], patients, rarer)}" for key in joined]
     if joining["guessing"] and rarer >= FEWEST:
         result.append("no model here is known to be better than guessing: look at the labels and the data")
     return result

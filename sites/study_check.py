@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 from gapweave.server.aggregation import initial_groups
@@ -15,6 +16,7 @@ from gapweave.shared.errors import TooFewSites, UsageError
 from gapweave.shared.fusion import FUSIONS, chosen_fusion
 from gapweave.shared.imputers import IMPUTERS, build_imputer
 from gapweave.shared.model import MultimodalModel, groups
+from gapweave.shared.outlook import outlooks, schedule_advice
 from gapweave.shared.registry import Registry
 from gapweave.shared.schema import modalities
 from gapweave.shared.schemes import SCHEMES, build_scheme
@@ -110,3 +112,18 @@ def describe(study: Study) -> dict[str, str]:
             else "OFF: sites must allow it, and no guarantee holds"
         ),
     }
+
+
+def foretell(study: Study, sites: Sequence[Site]) -> Iterator[tuple[str, str, str]]:
+    """What can be expected of a study at its sites, from their declared sizes: (status, id, one line)."""
+    sizes = {site.name: site.patients.declared for site in sites if site.patients.declared is not None}
+    if not sizes:
+        return
+    if len(sizes) < len(sites):
+        unknown = ", ".join(sorted(site.name for site in sites if site.name not in sizes))
+        yield "ok", "outlook", f"foretold without {unknown}, who do not declare a size (patients.declared)"
+    for outlook in outlooks(study, sizes):
+        yield "ok" if outlook.helps else "warning", "outlook", str(outlook)
+    advised, why = schedule_advice(study, round(median(sizes.values())))
+    planned = study.training.schedule
+    yield "ok" if advised == planned else "warning", "schedule advice", f"{advised} ({planned} is planned): {why}"

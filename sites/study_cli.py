@@ -69,25 +69,27 @@ def check(
     from gapweave.shared.errors import UsageError
     from gapweave.sites.simulate.commands import read_assignments
     from gapweave.sites.simulate.run import find_sites
-    from gapweave.sites.study_check import check_holders, check_names, describe
+    from gapweave.sites.study_check import check_holders, check_names, describe, foretell
 
+    hospitals = []
     try:
         study = load_study(path, read_assignments(assignments or []))
         check_names(study)
         if sites is not None or (path.parent / "sites").is_dir():
-            check_holders(study, [load_site(file) for file in find_sites(path, sites)])
+            hospitals = [load_site(file) for file in find_sites(path, sites)]
+            check_holders(study, hospitals)
     except UsageError as error:
         if as_json:
             problem = {"id": "study", "status": "problem", "where": error.where or str(path)}
             _print_json([{**problem, "message": error.what, "remedy": error.remedy}])
         raise
-    lines = describe(study)
+    found = [("ok", name, text) for name, text in describe(study).items()] + list(foretell(study, hospitals))
     if as_json:
-        ok = {"status": "ok", "where": str(path), "remedy": ""}
-        _print_json([{"id": name, **ok, "message": text} for name, text in lines.items()])
+        of = {"where": str(path), "remedy": ""}
+        _print_json([{"id": name, "status": status, **of, "message": text} for status, name, text in found])
         return
-    for name, text in lines.items():
-        typer.echo(f"ok       {name}: {text}")
+    for status, name, text in found:
+        typer.echo(f"{status:<8} {name}: {text}")
 
 
 @app.command("cards")
@@ -130,4 +132,4 @@ def scores(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def _print_json(checks: list[dict[str, str]]) -> None:
-    typer.echo(json.dumps({"ok": all(check["status"] == "ok" for check in checks), "checks": checks}, indent=1))
+    typer.echo(json.dumps({"ok": all(check["status"] != "problem" for check in checks), "checks": checks}, indent=1))

@@ -11,6 +11,7 @@ from typing import Any
 from gapweave.shared.config.site import Policy
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
+from gapweave.shared.outlook import alone_warning
 from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import folded
@@ -19,12 +20,6 @@ from gapweave.shared.privacy.plan import COUNT_SHARE, Plan, longest_prefix, make
 
 DEFAULT_CAP = float(Policy.model_fields["epsilon"].default)
 """Cap of a site whose file sets none."""
-
-FEW_PATIENTS = 500
-"""Below it, sharing noised parameters did not pay in our trials."""
-FEW_AT_SMALL_EPSILON = 1300
-"""The same for an epsilon of at most `SMALL_EPSILON`."""
-SMALL_EPSILON = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +69,9 @@ class PlanReport:
                 f"A cap of {self.cap:g} has room for this study only as a site's first, by the exact figure, and then "
                 "for no other: plan more rounds with more noise each, a smaller epsilon, or a larger cap."
             )
-        small = self.study.privacy.epsilon <= SMALL_EPSILON
-        if self.plan.n_hat < FEW_PATIENTS or (small and self.plan.n_hat <= FEW_AT_SMALL_EPSILON):
-            yield (
-                f"With fewer than about {FEW_PATIENTS} patients at a site, or {FEW_AT_SMALL_EPSILON} at epsilon "
-                f"{SMALL_EPSILON:g}, sharing parameters with noise of each site's own does not pay: expect a model no "
-                "better than the site's own. Consider a public score with a local model."
-            )
+        outlook = alone_warning(self.study, self.plan)
+        if outlook is not None:
+            yield outlook
 
 
 def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP) -> PlanReport:
