@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 from gapweave.client.predict import predict
-from gapweave.client.sources.split import VALIDATION_FOLDS, validation_fold
+from gapweave.client.sources.split import validation_fold
 from gapweave.client.training import Sgd, Step, train
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.paired import Truth, losses
+from gapweave.shared.privacy.plan import VALIDATION_FOLDS
 from gapweave.shared.schema import Batch
 
 FEWEST_TO_JUDGE = 5

@@ -8,7 +8,7 @@ coordinate of the mean gradient a variance of v / n. In the mean of H sites ther
 sigma_j is the noise multiplier of the whole training as if it were one release of all patients, sigma / (q sqrt(T)) for
 T steps at sampling rate q. Joining can help where this is less than v / n. With v = C^2 / (`TYPICAL` d): the typical
 gradient is sqrt(`TYPICAL`) times shorter than the clipping bound. `TYPICAL` is calibrated on measured runs, whose
-evidence and limits are in docs/decisions/0018-joining.md. For equal sites the rule reads: the patients of the others
+evidence and limits are in docs/decisions/0019-joining.md. For equal sites the rule reads: the patients of the others
 must be more than `TYPICAL` d sigma^2.
 
 It knows nothing of how alike the sites are, and compares with a model of the same form: a warning, never a refusal.
@@ -151,7 +151,7 @@ def alone_warning(study: Study, plan: Plan) -> str | None:
     """
     parameters = shared_parameters(study)
     needed = sites_needed(plan, parameters)
-    if needed <= study.aggregation.quorum:
+    if needed <= max(2, study.aggregation.quorum):
         return None
     few = (
         f"unless at least {needed} sites of this size take part" if needed <= MOST_SITES else "with any number of sites"

@@ -42,7 +42,7 @@ def test_help_is_quick_and_says_how_to_start() -> None:
 def test_every_command_of_the_product_is_there() -> None:
     assert {
         "simulate", "compare", "resume", "report", "predict", "study init", "study check", "site init", "site check",
-        "privacy report", "privacy verify", "data list", "data fetch",
+        "site report", "privacy report", "privacy verify", "data list", "data fetch",
     } <= set(commands())  # fmt: skip
 
 

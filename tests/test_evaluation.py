@@ -20,6 +20,7 @@ from gapweave.client import participant as participant_module
 from gapweave.client import preparation
 from gapweave.client.audit_site import canaries, joined
 from gapweave.client.evaluation import ReleasedModel, score_table
+from gapweave.client.joining import joining_check
 from gapweave.client.participant import Participant
 from gapweave.client.predict import load_site_model
 from gapweave.client.preparation import noised_counts
@@ -257,7 +258,9 @@ def test_no_release_opens_what_stays_at_the_site(tmp_path: Path, monkeypatch: py
     site.finish(RUN, shared_of(site))
     folder = RunFolder(site.state, RUN).path
     assert (folder / "finetuned.safetensors").exists()
-    (folder / "baselines.json").write_text("{}")
+    joining_check(of, site.cohort, RunFolder(site.state, RUN))
+    own = {file.name for file in folder.iterdir()} - {"round.safetensors", "study.json"}
+    assert own >= {"joining.json", "report.html", "local.safetensors", "lr_local.safetensors", "gbm_local.safetensors"}
     opened: list[str] = []
     reads = Path.read_bytes, Path.read_text, Path.open
     for name, real in zip(("read_bytes", "read_text", "open"), reads, strict=True):
@@ -272,7 +275,7 @@ def test_no_release_opens_what_stays_at_the_site(tmp_path: Path, monkeypatch: py
             fresh.train(run, 1, "request 2", shared_of(fresh))
         fresh.evaluate(run, "evaluate" if run == RUN else "evaluate 2", shared_of(fresh))
     assert "round.safetensors" in opened
-    assert not {"finetuned.safetensors", "model.safetensors", "baselines.json"} & set(opened)
+    assert not own & set(opened)
 
 
 # Order, price, repetition.

@@ -201,7 +201,7 @@ def test_refusals(trained: tuple[str, Path, Path], new_patients: Path, tmp_path:
         outcome = gapweave("predict", where, "--site", site, "--out", target)
         assert outcome.code == 2
         assert text in outcome.error
-    outcome = gapweave("predict", run, "--site", new_patients, "--out", tmp_path / "q.csv", "--fine-tuned")
+    outcome = gapweave("predict", run, "--site", new_patients, "--out", tmp_path / "q.csv", "--model", "finetuned")
     assert outcome.code == 2
     assert "there is no finetuned of site 'alder'" in outcome.error
     fewer = edit(site_file(study, "cedar").rename(tmp_path / "cedar.yaml"), data={"note": None})

@@ -13,11 +13,10 @@ from gapweave.client.sources.records import Records
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Evaluation
 from gapweave.shared.errors import DataError
+from gapweave.shared.privacy.plan import VALIDATION_FOLDS
 
 BASE = 10_000
 """Resolution of `test_fraction`."""
-VALIDATION_FOLDS = 5
-"""Folds of the training patients; those of the first do not take part in fine-tuning."""
 
 
 def test_patients(evaluation: Evaluation, site: Site, records: Records) -> NDArray[np.bool_]:

@@ -14,6 +14,8 @@ from gapweave.shared.privacy.once import NO_LOOK, NOT_ALLOWED, look_events, tabl
 
 COUNT_SHARE = 0.05
 """Share of the target epsilon that the once-only noisy number of training patients may cost."""
+VALIDATION_FOLDS = 5
+"""Folds of a site's training patients, by a keyed hash; those of the first do not take part in fine-tuning."""
 SMALLEST_NOISE = 0.3
 """Noise multiplier below which less noise gains nothing."""
 LARGEST_NOISE = 1e4

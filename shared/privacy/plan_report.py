@@ -16,7 +16,7 @@ from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_eps
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import folded
 from gapweave.shared.privacy.once import preparation_events
-from gapweave.shared.privacy.plan import COUNT_SHARE, Plan, longest_prefix, make_plan
+from gapweave.shared.privacy.plan import COUNT_SHARE, VALIDATION_FOLDS, Plan, longest_prefix, make_plan
 
 DEFAULT_CAP = float(Policy.model_fields["epsilon"].default)
 """Cap of a site whose file sets none."""
@@ -171,7 +171,11 @@ def plan_lines(report: PlanReport) -> list[str]:
         "",
         f"  sigma          {plan.noise_multiplier:.4g}  (sd of the noise over the clipping bound)",
         f"  steps          {figures['steps']}  ({plan.rounds} rounds of {plan.steps}"
-        + (f", fine-tuning {plan.finetune_steps})" if plan.finetune_steps else ")"),
+        + (
+            f", fine-tuning {plan.finetune_steps} without 1 in {VALIDATION_FOLDS} patients)"
+            if plan.finetune_steps
+            else ")"
+        ),
         f"  sampling rate  {plan.sample_rate:.4g}  ({figures['batch']:.4g} patients expected in a step)",
         f"  epsilon        {figures['epsilon']:.3g}  ({share:.1%} of a cap of {report.cap:g})",
         f"  Renyi epsilon  {report.epsilon_filter:.2f}  ({report.cap - report.epsilon_filter:.2f} left of the cap)",
