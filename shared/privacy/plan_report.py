@@ -166,12 +166,13 @@ def plan_lines(report: PlanReport) -> list[str]:
     figures = _figures(plan)
     share = figures["epsilon"] / report.cap
     mean = noise(plan) / plan.max_grad_norm
-    tuned = f", fine-tuning {plan.finetune_steps} without 1 in {VALIDATION_FOLDS} patients"
+    tuning = f", fine-tuning {plan.finetune_steps} without 1 in {VALIDATION_FOLDS} patients"
+    rounds = f"{plan.rounds} rounds of {plan.steps}{tuning if plan.finetune_steps else ''}"
     return [
         f"{study.name}: {plan.n_hat} patients, target epsilon {study.privacy.epsilon:g} at delta {plan.delta:g}",
         "",
         f"  sigma          {plan.noise_multiplier:.4g}  (sd of the noise over the clipping bound)",
-        f"  steps          {figures['steps']}  ({plan.rounds} rounds of {plan.steps}{tuned if plan.finetune_steps else ''})",
+        f"  steps          {figures['steps']}  ({rounds})",
         f"  sampling rate  {plan.sample_rate:.4g}  ({figures['batch']:.4g} patients expected in a step)",
         f"  epsilon        {figures['epsilon']:.3g}  ({share:.1%} of a cap of {report.cap:g})",
         f"  Renyi epsilon  {report.epsilon_filter:.2f}  ({report.cap - report.epsilon_filter:.2f} left of the cap)",
