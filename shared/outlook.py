@@ -180,13 +180,12 @@ def schedule_advice(study: Study, patients: int) -> tuple[str, str]:
                 "Adam (aggregation.server_optimizer) for about 100 rounds, did better than local steps"
             )
         return "fedavg", f"with about {patients} patients a site, local steps save rounds and bytes"
-    steps = study.training.rounds
-    whole = study.training.model_copy(update={"batch": patients, "local_steps": 1, "passes": None})
+    now = _plan(study, patients)
+    steps = now.rounds * now.steps
+    whole = study.training.model_copy(update={"batch": patients})
     full = whole_noise(_plan(study.model_copy(update={"training": whole}), patients))
-    now = whole_noise(_plan(study, patients))
-    if full < now:
-        return "fedsgd", (
-            f"{steps} gradients of all {patients} patients carry noise of {full:.2g} over the whole training at this "
-            f"epsilon, the study's steps of {study.training.batch} carry {now:.2g}; take a server Adam with it"
-        )
-    return "fedavg", f"its steps carry no more noise ({now:.2g}) than gradients of all patients ({full:.2g})"
+    return "fedsgd", (
+        f"{steps} gradients of all {patients} patients carry noise of {full:.2g} over the whole training at this "
+        f"epsilon, {steps} steps of the study's batch carry {whole_noise(now):.2g}; with a server Adam "
+        "(aggregation.server_optimizer)"
+    )

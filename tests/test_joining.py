@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from cohorts import Hospital
+from commandline import OPEN, QUICK, done, gapweave, hospitals, site_file, summary_of
 from hospitals import Wire, build, plan_of, publish
 from sklearn.ensemble import HistGradientBoostingClassifier
 from typer.testing import CliRunner
 
-from gapweave.client import classical, cli
+from gapweave.client import classical, cli, local_models
 from gapweave.client.classical import Classical, fit_classical
 from gapweave.client.data import Cohort
 from gapweave.client.finetuning import fine_tune, judge
@@ -56,12 +57,14 @@ def cohort_of(folder: Path, of: Study, patients: int = 200, labels: list[int] | 
     return hospital.load(of)
 
 
-def kept(folder: Path, model: MultimodalModel, of: Study, cohort: Cohort) -> RunFolder:
+def kept(
+    folder: Path, model: MultimodalModel, of: Study, cohort: Cohort, held: tuple[str, ...] = ("labs",)
+) -> RunFolder:
     """The folder of a run that left this model at the site."""
     run = RunFolder(folder / "state", RUN)
     card = {
         "study": of.model_dump(mode="json"),
-        "modalities": ["labs"],
+        "modalities": list(held),
         "prior": cohort.training().prevalence(),
         "patterns": ["labs"],
         "constants": Constants().to_dict(),
@@ -321,16 +324,16 @@ def deployment(folder: Path, of: Study) -> list[Hospital]:
 def test_nothing_of_the_check_crosses_the_wire_or_gets_into_the_servers_files(tmp_path: Path) -> None:
     """A run, then the check at each site, then a second run over the same states."""
     of = plan_of(private=True, training=FINETUNE, evaluation={"test_fraction": 0.5, "epsilon": 2.0})
-    hospitals = deployment(tmp_path, of)
-    run_study(Wire(hospitals, simulation=False), of, RunDirectory.create(tmp_path / "one", of), RUN)
+    there = deployment(tmp_path, of)
+    run_study(Wire(there, simulation=False), of, RunDirectory.create(tmp_path / "one", of), RUN)
     checks = []
-    for hospital in hospitals:
+    for hospital in there:
         outcome = CliRunner().invoke(cli.site, ["report", str(hospital.site_file), "--json"])
         assert outcome.exit_code == 0, outcome.output
         checks.append(json.loads(outcome.output))
         kept_here = {file.name for file in (hospital.folder / "state" / "runs" / RUN).iterdir()}
         assert {"joining.json", "report.html", "local.safetensors", "gbm_local.safetensors"} <= kept_here
-    grid = Wire(hospitals, simulation=False)
+    grid = Wire(there, simulation=False)
     run_study(grid, of, RunDirectory.create(tmp_path / "two", of), "run-2")
     texts = [repr(wire.unpack(up)[0]) for *_, up in grid.log]
     for folder in ("one", "two"):
@@ -353,9 +356,9 @@ def test_status_and_report_tell_the_site(tmp_path: Path) -> None:
     from gapweave.client.service import finished_run, last_round
 
     of = plan_of(private=True, evaluation={"test_fraction": 0.5})
-    hospitals = deployment(tmp_path, of)
-    run_study(Wire(hospitals, simulation=False), of, RunDirectory.create(tmp_path / "one", of), RUN)
-    east = hospitals[0]
+    there = deployment(tmp_path, of)
+    run_study(Wire(there, simulation=False), of, RunDirectory.create(tmp_path / "one", of), RUN)
+    east = there[0]
     state = east.folder / "state"
     before = last_round(state)
     assert before is not None
@@ -373,3 +376,43 @@ def test_status_and_report_tell_the_site(tmp_path: Path) -> None:
         assert f"joining     {line}" in status
     with pytest.raises(UsageError, match="finished no run 'other'"):
         finished_run(state, "other")
+
+
+def test_a_public_score_with_the_best_local_model_is_an_own_model_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table stands for the score here: a score's modality is known by its kind."""
+    monkeypatch.setattr(local_models, "PUBLIC_SCORE", "table")
+    of = study_of()
+    cohort = build(tmp_path / "a", "north", ["labs", "vitals"], 120).load(of)
+    run = kept(tmp_path, MultimodalModel(of, ["labs", "vitals"]), of, cohort, ("labs", "vitals"))
+    found = joining_check(of, cohort, run)
+    shares = found["mixtures"]["score_local"]
+    assert "score" in shares
+    assert sum(shares.values()) == pytest.approx(1)
+    assert found["models"]["score_local"]["verdict"] is None, "nothing of another site is in it"
+    alone = fit_local(of, cohort.training(), "north")["score"]
+    assert isinstance(alone, Classical)
+    assert alone.read == ("labs",)
+
+
+def test_a_simulation_makes_it_and_marks_it(tmp_path: Path) -> None:
+    study = hospitals(tmp_path / "demo")
+    run = tmp_path / "run"
+    out = done("simulate", study, "--out", run, *QUICK, *OPEN, "--joining").out
+    rows = summary_of(run)["sites"]
+    for site, row in rows.items():
+        assert row["joining"]["site"] == site
+        for line in lines(row["joining"]):
+            assert f"{site}: {line}" in out
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Was it worth joining?" in page
+    assert "exact (simulation). At a hospital this page exists for the hospital alone" in page
+    before = page
+    done("report", run)
+    assert (run / "report.html").read_text(encoding="utf-8") == before
+    for model in ("best", "local", "blend", "federated"):
+        told = done("predict", run, "--site", site_file(study, "alder"), "--model", model, "--out", tmp_path / model)
+        assert "(model: " in told.out
+    refused = gapweave("predict", run, "--site", site_file(study, "alder"), "--model", "lcoal")
+    assert refused.code == 2

@@ -120,7 +120,10 @@ def test_the_schedule_that_is_advised() -> None:
     sampled = plan_of(private=True, training={"batch": 32, "rounds": 20, "local_steps": 5})
     advised, why = schedule_advice(sampled, 1000)
     assert advised == "fedsgd"
-    assert "20 gradients of all 1000 patients" in why
+    assert "100 gradients of all 1000 patients" in why
+    every = plan_of(private=True, training={"batch": 1000, "rounds": 20, "local_steps": 5})
+    noise = [float(text.split("batch carry ")[1].split(";")[0]) for text in (why, schedule_advice(every, 1000)[1])]
+    assert noise[0] > noise[1], "small batches carry more"
     assert schedule_advice(plan_of(private=False), 200)[0] == "fedsgd"
     assert schedule_advice(plan_of(private=False), 50_000)[0] == "fedavg"
 
