@@ -25,7 +25,7 @@ from gapweave.client.state import RunFolder
 from gapweave.shared.config import Study
 from gapweave.shared.joining import FEWEST, JOINED, JOINING_FILE, guessing, verdict
 from gapweave.shared.metrics import exact_metrics
-from gapweave.shared.paired import Bootstrap, Truth, interval, losses
+from gapweave.shared.paired import SMALLEST, Bootstrap, Truth, interval, losses
 from gapweave.shared.report.joining_page import joining_page
 
 Array = NDArray[np.float64]
@@ -93,7 +93,7 @@ def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any
 
 
 def _choose(study: Study, cohort: Cohort, run: RunFolder, base: str) -> Choices:
-    """The strongest local model by AUROC, and its share in a blend by log-loss, both on the training patients.
+    """The strongest local model by AUROC, and its share in a blend by log-loss, on training patients.
 
     The federated model was trained on them, among many others or under noise; the local ones, out of fold, were not.
     The blend so leans to the federated model, if at all.
@@ -136,7 +136,45 @@ def _share(ours: Array, other: Array, truth: Truth) -> float:
     """The second model's share in a blend: that of the least log-loss; none where too few patients can tell."""
     if truth.rarer() < FEWEST:
         return 0.0
+    ours, other = (at_prevalence(values, truth) for values in (ours, other))
     return min(SHARES, key=lambda share: _loss(mix([ours, other], [1 - share, share], truth.kind), truth))
+
+
+ROUNDS = 50
+"""Rounds of iterative scaling; each brings the mean prediction closer to the prevalence."""
+
+
+def at_prevalence(probabilities: Array, truth: Truth) -> Array:
+    """The probabilities with log-odds shifted, a class each, so that their means are the prevalences of the records.
+
+    That is the shift of the least log-loss. Without it a blend would be chosen for how unlike the site's prevalence is
+    to that of the others, and not for how well a model ranks.
+
+    Args:
+        probabilities: [R, classes]; for binary both classes.
+        truth: of the records.
+    """
+    if truth.kind == "multiclass":
+        return _scaled(probabilities, truth.target, truth.known[:, 0])
+    scores = probabilities[:, 1:] if truth.kind == "binary" else probabilities
+    columns = [
+        _scaled(_pair(scores[:, k]), _pair(truth.target[:, k]), truth.known[:, k])[:, 1] for k in range(scores.shape[1])
+    ]
+    positive = np.stack(columns, 1)
+    return np.concatenate([1 - positive, positive], 1) if truth.kind == "binary" else positive
+
+
+def _pair(positive: Array) -> Array:
+    return np.stack([1 - positive, positive], 1)
+
+
+def _scaled(probabilities: Array, target: Array, known: NDArray[np.bool_]) -> Array:
+    """[R, C] probabilities, each class multiplied by one number and a record's sum kept 1."""
+    found = np.clip(probabilities, SMALLEST, 1.0)
+    for _ in range(ROUNDS if known.any() else 0):
+        found = found * (target[known].mean(0) / np.maximum(found[known].mean(0), SMALLEST))
+        found = found / np.maximum(found.sum(1, keepdims=True), SMALLEST)
+    return found
 
 
 def _judged(scored: Mapping[str, Array], truth: Truth, choices: Choices) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from gapweave.client import classical, cli, local_models
 from gapweave.client.classical import Classical, fit_classical
 from gapweave.client.data import Cohort
 from gapweave.client.finetuning import fine_tune, judge
-from gapweave.client.joining import joining_check
+from gapweave.client.joining import at_prevalence, joining_check
 from gapweave.client.local_models import fit_local, out_of_fold, train_alone
 from gapweave.client.mixture import MODELS, base_of, choose, load_mixture, mix
 from gapweave.client.sources.split import validation_fold
@@ -35,7 +35,7 @@ from gapweave.shared.constants import Constants
 from gapweave.shared.errors import UsageError
 from gapweave.shared.joining import harmed, lines
 from gapweave.shared.model import MultimodalModel, groups
-from gapweave.shared.paired import Truth
+from gapweave.shared.paired import Truth, losses
 from gapweave.shared.privacy.draws import SeededDraws
 from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.report.joining_page import joining_page
@@ -118,6 +118,31 @@ def test_a_mixture_is_the_mean_of_logits() -> None:
     np.testing.assert_allclose(mix([one, other], [0.25, 0.75], "binary"), [[1 - positive, positive]])
     np.testing.assert_allclose(mix([one[:, 1:], other[:, 1:]], [0.25, 0.75], "multilabel"), [[positive]])
     np.testing.assert_allclose(mix([one, other], [0.25, 0.75], "multiclass"), [[1 - positive, positive]])
+
+
+def test_a_blend_is_chosen_at_the_sites_own_prevalence() -> None:
+    """The shift of the log-odds is the one of a logistic regression with an offset: its mean is the prevalence."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=400)
+    target = (random.random(400) < 1 / (1 + np.exp(-(logits + 1.5)))).astype(float)
+    of = Truth(
+        target=target[:, None], known=np.ones((400, 1), np.bool_), patient=np.arange(400), patients=400, kind="binary"
+    )
+    found = at_prevalence(both(1 / (1 + np.exp(-logits))), of)[:, 1]
+    assert found.mean() == pytest.approx(target.mean(), abs=1e-4)
+    shifts = np.log(found / (1 - found)) - logits
+    assert shifts.std() < 1e-6, "one shift for all"
+    other = {shift: np.mean(losses(both(1 / (1 + np.exp(-(logits + shift)))), of)) for shift in np.linspace(0, 3, 301)}
+    assert shifts[0] == pytest.approx(min(other, key=lambda shift: other[shift]), abs=0.02)
+    classes = random.integers(0, 3, 300)
+    votes = random.dirichlet([1, 2, 3], 300)
+    three = replace(of, target=np.eye(3)[classes], known=np.ones((300, 3), np.bool_), patient=np.arange(300))
+    moved = at_prevalence(votes, replace(three, patients=300, kind="multiclass"))
+    np.testing.assert_allclose(moved.mean(0), np.eye(3)[classes].mean(0), atol=1e-3)
+    again = at_prevalence(
+        votes[:, :2], replace(three, target=np.eye(3)[classes][:, :2], known=three.known[:, :2], kind="multilabel")
+    )
+    np.testing.assert_allclose(again.mean(0), np.eye(3)[classes].mean(0)[:2], atol=1e-3)
 
 
 # Fine-tuning and its gate.
