@@ -72,7 +72,7 @@ class ModelConfig(StrictModel):
     linear_path: bool = Field(
         False,
         description="add to each modality's logits a linear function of its features, which starts at 0; what a small "
-        "cohort can learn is mostly in it (docs/decisions/0018)",
+        "cohort can learn is mostly in it (docs/decisions/0021)",
     )
 
 
