@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from gapweave.shared.config.modalities import ModalitySpec, PublicScore
 from gapweave.shared.config.study import Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.encoders import TwoStage, build_encoder
@@ -56,8 +57,18 @@ class Outputs:
     penalty: Tensor | None = None
 
 
+def _head(spec: ModalitySpec, width: int, outputs: int, linear_path: bool) -> nn.Module:
+    if not linear_path:
+        return nn.Linear(width, outputs)
+    head = WideHead(width, outputs, flat_width(spec))
+    if isinstance(spec, PublicScore):
+        with torch.no_grad():
+            head.wide.weight[:, 0] = spec.start  # its features are the scaled score and the observed flag
+    return head
+
+
 class WideHead(nn.Module):
-    """A modality's head that reads its features beside their embedding: W x + V e, with W = 0 at first.
+    """A modality's head that reads its features beside their embedding: W x + V e, with W = 0 at first but for scores.
 
     What an embedding squashes or forgets a small cohort's best predictor, a linear one, still sees (Cheng et al. 2016,
     arXiv 1606.07792). It belongs to the head, so that the policy `heads` shares it.
@@ -104,11 +115,7 @@ class MultimodalModel(nn.Module):
             with _seeded(study.seed, f"encoder/{name}"):
                 self.encoders[name] = build_encoder(by_name[name], width)
             with _seeded(study.seed, f"head/{name}"):
-                self.heads[name] = (
-                    WideHead(width, outputs, flat_width(by_name[name].spec))
-                    if study.model.linear_path
-                    else nn.Linear(width, outputs)
-                )
+                self.heads[name] = _head(by_name[name].spec, width, outputs, study.model.linear_path)
         with _seeded(study.seed, "imputer"):
             self.imputer = build_imputer(study)
         with _seeded(study.seed, "fusion"):

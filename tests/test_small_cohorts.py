@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import EVERY_KIND, LINEAR, flat, four_kinds, random_batch, random_model
+from batches import EVERY_KIND, LINEAR, TASKS, flat, four_kinds, random_batch, random_model
 from cohorts import study
 from hospitals import build, participant, plan_of
 from torch import Tensor
@@ -83,6 +83,24 @@ def test_flags_and_shares_are_centred() -> None:
     # Never observed: no hours (count), a whole window since (1), no flag.
     found = flat_features(of.modalities["vitals"], nothing["vitals"])
     assert found.tolist() == [[0] * 10 + [-0.5, -0.5, 0.5, 0.5, -0.5, -0.5]]
+
+
+SCORE = {"kind": "public_score", "expression": "labs.sodium / 10", "low": 0, "high": 20, "center": 14, "scale": 2}
+
+
+def test_a_public_score_votes_before_anything_is_learned() -> None:
+    of = study(
+        {"labs": EVERY_KIND["labs"], "risk": {**SCORE, "start": 1.5}}, model={"imputer": "none", "linear_path": True}
+    )
+    head = MultimodalModel(of, of.order).heads["risk"]
+    assert head.wide.weight.tolist() == [[1.5, 0.0]]
+
+
+@pytest.mark.parametrize("but", [{"model": {"linear_path": False}}, {"task": TASKS["multilabel"]}], ids=str)
+def test_a_score_that_cannot_begin_is_refused(but: dict[str, object]) -> None:
+    keys: dict[str, object] = {"model": {"linear_path": True}, **but}
+    with pytest.raises(ValueError, match=r"risk.start needs"):
+        study({"labs": EVERY_KIND["labs"], "risk": {**SCORE, "start": 1.0}}, **keys)
 
 
 # Hidden features and the weight of votes.

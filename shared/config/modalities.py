@@ -167,6 +167,11 @@ class PublicScore(_Modality, Scaling):
         exclude=True,
         description="a published score of the library (`gapweave study scores`) instead of `expression`",
     )
+    start: float = Field(
+        0.0,
+        description="log-odds per `scale` of the score with which its head's linear path begins: public knowledge, "
+        "at no cost (needs model.linear_path and a binary task)",
+    )
     variables: dict[str, str | None] = Field(
         default_factory=dict,
         exclude=True,

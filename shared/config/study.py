@@ -335,6 +335,13 @@ class Study(StrictModel):
         assert isinstance(spec, PublicScore)
         return compile_formula(spec.expression, self.modalities)
 
+    @model_validator(mode="after")
+    def _starts_somewhere(self) -> Self:
+        begun = [name for name, spec in self.modalities.items() if isinstance(spec, PublicScore) and spec.start]
+        if begun and not (self.model.linear_path and self.task.kind == "binary"):
+            raise ValueError(f"modalities.{begun[0]}.start needs model.linear_path and a binary task")
+        return self
+
     @cached_property
     def order(self) -> tuple[str, ...]:
         """Names of the modalities in canonical (alphabetical) order, whatever the file's order."""
