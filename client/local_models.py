@@ -16,15 +16,18 @@ from numpy.typing import NDArray
 from gapweave.client.classical import CLASSICAL, Classical, fit_classical
 from gapweave.client.predict import Predictions, predict
 from gapweave.client.sources.split import validation_fold
-from gapweave.client.state import RunFolder
+from gapweave.client.state import RunFolder, to_arrays, to_tensors
 from gapweave.client.training import Sgd, Step, build_engine, train
 from gapweave.shared.config import Study
 from gapweave.shared.constants import Constants
-from gapweave.shared.model import MultimodalModel, groups
+from gapweave.shared.late import add_late, late_mean
+from gapweave.shared.model import MultimodalModel, groups, load_groups
+from gapweave.shared.optimizers import ServerOptimizer
 from gapweave.shared.privacy.draws import SeededDraws
 from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.schema import Batch
 from gapweave.shared.schemes import Moment
+from gapweave.shared.tensorfile import Arrays
 
 PUBLIC_SCORE = "public_score"
 """Kind of a modality that is a published formula over public variables."""
@@ -40,7 +43,7 @@ def without_privacy(study: Study, batch: int | None = None) -> Study:
 
 
 def train_alone(study: Study, data: Batch, held: list[str], name: str) -> MultimodalModel:
-    """Train the study's model on one body of data for as many steps as the federated run takes.
+    """Train the study's model on one body of data as a federation of one: the run's steps, optimiser and averaging.
 
     Args:
         study: privacy is switched off.
@@ -54,9 +57,18 @@ def train_alone(study: Study, data: Batch, held: list[str], name: str) -> Multim
     draws = SeededDraws(study.seed, name, "alone")
     engine, optimizer = build_engine(model, study), Sgd(study, {})
     ready = replace(data, inputs=model.features(data.inputs, data.present))
+    server, late = ServerOptimizer(study.aggregation), Arrays()
+    current = to_arrays(groups(model))
     for number in range(1, plan.rounds + 1):
         step = Step(study=study, plan=plan, engine=engine, draws=draws, at=Moment(number, plan.rounds))
         train(model, ready, step, optimizer, plan.steps)
+        trained = to_arrays(groups(model))
+        for group, part in current.items():
+            change = server.step(group, {name: trained[group][name] - value for name, value in part.items()})
+            current[group] = {name: value + change[name] for name, value in part.items()}
+        late = add_late(study, number, late, current)
+        load_groups(model, to_tensors(current))
+    load_groups(model, to_tensors(late_mean(study, late) or current))
     return model
 
 

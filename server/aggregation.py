@@ -12,7 +12,6 @@ from gapweave.server.aggregators import Sum, Update
 from gapweave.server.agreement import Agreement, against_the_others, agreements
 from gapweave.server.fednova import Normalisation, scaled
 from gapweave.server.history import History
-from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.rules import protection, rule_of, start, written
 from gapweave.server.scaffold import Variates
 from gapweave.server.screening import norm, reason_to_reject, too_long, too_quiet
@@ -20,6 +19,7 @@ from gapweave.shared.config.sharing import AnyRule
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
 from gapweave.shared.model import MultimodalModel, groups, shared_groups
+from gapweave.shared.optimizers import ServerOptimizer
 from gapweave.shared.tensorfile import Arrays, size
 
 

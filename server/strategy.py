@@ -18,9 +18,7 @@ from gapweave.server.agreement import Agreement
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.evaluation import Released, ask_tables
 from gapweave.server.history import History, decay_of
-from gapweave.server.late import add_late, late_mean
 from gapweave.server.mail import POLL_S, Answer, ask
-from gapweave.server.optimizers import ServerOptimizer
 from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
 from gapweave.server.rules import resolve, rule_for
 from gapweave.server.sampling import sampled
@@ -30,7 +28,9 @@ from gapweave.server.stopping import EarlyStop, seen_of
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable
+from gapweave.shared.late import add_late, late_mean
 from gapweave.shared.messages import as_corrections
+from gapweave.shared.optimizers import ServerOptimizer
 from gapweave.shared.rundir import RunDirectory
 from gapweave.shared.schemes import Moment, build_scheme
 from gapweave.shared.tensorfile import Arrays, size

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from gapweave.server.optimizers import ServerOptimizer
 from gapweave.shared import PROTOCOL_VERSION, tensorfile
 from gapweave.shared.config.sharing import Aggregation
 from gapweave.shared.errors import UsageError
+from gapweave.shared.optimizers import ServerOptimizer
 
 KINDS = ["none", "momentum", "adam", "yogi", "adagrad"]
 

@@ -18,7 +18,8 @@ class BlendSettings(SchemeSettings):
 
     joint: float = Field(1.0, ge=0, le=100, description="weight of the fusion's loss")
     votes: dict[str, float] = Field(
-        default_factory=dict, description="weight of the loss of a modality's own head, by modality; 1 for the others"
+        default_factory=dict,
+        description="by modality, factor of `vote_weight` for the loss of its own head; 1 for the others",
     )
 
 
@@ -51,5 +52,5 @@ class GradientBlending(Scheme):
     def total(self, lesson: Lesson) -> Tensor:
         """Weigh the losses."""
         terms = lesson.terms
-        votes = terms.votes * torch.tensor(self.weights, device=terms.votes.device)
-        return self.joint * terms.joint + mean_over(votes, lesson.outputs.used) + terms.rest
+        weights = self.vote_weight * torch.tensor(self.weights, device=terms.votes.device)
+        return self.joint * terms.joint + mean_over(weights * terms.votes, lesson.outputs.used) + terms.rest

@@ -1,5 +1,7 @@
 """Server optimisers: what is done with a round's aggregate. All of them are post-processing and cost no privacy.
 
+Also for a network that is trained alone: it is compared with the federated one, and so must be trained as well.
+
 Reference: Hsu et al. 2019 (arXiv 1909.06335) for momentum; Reddi et al. 2021 (arXiv 2003.00295), algorithm 2, for
 Adagrad, Adam and Yogi, without bias correction as there.
 """
@@ -11,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from gapweave.server.aggregators import Update
 from gapweave.shared.config.sharing import Aggregation
 from gapweave.shared.tensorfile import Arrays
 
@@ -37,7 +38,7 @@ class ServerOptimizer:
         self._settings = settings
         self.moments: dict[str, Arrays] = moments or {}
 
-    def step(self, group: str, aggregate: Update) -> Update:
+    def step(self, group: str, aggregate: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """The change of one group, whose moments move on; without an optimiser, the aggregate itself."""
         kind, rate = self._settings.server_optimizer, self._settings.server_lr
         if kind == "none":
