@@ -29,8 +29,6 @@ from gapweave.shared.schema import Batch
 from gapweave.shared.schemes import Moment
 from gapweave.shared.tensorfile import Arrays
 
-PUBLIC_SCORE = "public_score"
-"""Kind of a modality that is a published formula over public variables."""
 SCORE = "score"
 """Name of the logistic regression on public scores alone."""
 
@@ -88,11 +86,6 @@ class LocalNetwork:
 Local = LocalNetwork | Classical
 
 
-def score_modalities(study: Study, data: Batch) -> list[str]:
-    """Modalities that are a public score, which needs no training and nothing of anybody else."""
-    return [name for name in study.order if name in data.inputs and study.modalities[name].kind == PUBLIC_SCORE]
-
-
 def fit_local(study: Study, data: Batch, site: str) -> dict[str, Local]:
     """All models that a site can have alone: its network, the classical ones, and one of public scores only.
 
@@ -104,7 +97,7 @@ def fit_local(study: Study, data: Batch, site: str) -> dict[str, Local]:
     network = train_alone(study, data, list(data.inputs), site)
     fitted: dict[str, Local] = {"local": LocalNetwork(study=study, model=network, prior=data.prevalence())}
     fitted |= {f"{name}_local": fit_classical(study, data, name) for name in CLASSICAL}
-    scores = score_modalities(study, data)
+    scores = [name for name in study.scores if name in data.inputs]
     return fitted | ({SCORE: fit_classical(study, data, "lr", scores)} if scores else {})
 
 

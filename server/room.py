@@ -72,5 +72,5 @@ def keep(folder: Path) -> None:
 def _end_without(folder: Path) -> None:
     while not lacking(folder):
         time.sleep(LOOK_S)
-    print(f"ending: {lacking(folder)}", flush=True)
+    log.error("ending: %s", lacking(folder))
     os._exit(1)  # what it was writing is in the database's own log, or was refused

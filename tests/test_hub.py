@@ -83,7 +83,9 @@ def test_a_superlink_ends_when_its_disk_is_full(tmp_path: Path) -> None:
         "room.keep(place); (place / 'serves').touch(); time.sleep(60)"
     )
     (tmp_path / "full").touch()
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         time.sleep(1)
         assert process.poll() is None
         assert not (tmp_path / "serves").exists()

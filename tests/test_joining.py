@@ -18,7 +18,7 @@ from hospitals import Wire, build, plan_of, publish
 from sklearn.ensemble import HistGradientBoostingClassifier
 from typer.testing import CliRunner
 
-from gapweave.client import classical, cli, local_models
+from gapweave.client import classical, cli
 from gapweave.client.classical import Classical, fit_classical
 from gapweave.client.data import Cohort
 from gapweave.client.finetuning import fine_tune, judge
@@ -30,6 +30,7 @@ from gapweave.client.state import RunFolder, read_model
 from gapweave.client.training import Step, build_engine
 from gapweave.server.app import run_study
 from gapweave.shared import wire
+from gapweave.shared.config.base import parse
 from gapweave.shared.config.study import Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.errors import UsageError
@@ -403,14 +404,17 @@ def test_status_and_report_tell_the_site(tmp_path: Path) -> None:
         finished_run(state, "other")
 
 
-def test_a_public_score_with_the_best_local_model_is_an_own_model_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The table stands for the score here: a score's modality is known by its kind."""
-    monkeypatch.setattr(local_models, "PUBLIC_SCORE", "table")
-    of = study_of()
+def test_a_public_score_with_the_best_local_model_is_an_own_model_too(tmp_path: Path) -> None:
+    content = study_of().model_dump(mode="json")
+    content["modalities"]["risk"] = {
+        "kind": "public_score",
+        "expression": "labs.sodium - 140",
+        "low": -40,
+        "high": 40,
+    }
+    of, held = parse(Study, content, "study"), ("labs", "vitals", "risk")
     cohort = build(tmp_path / "a", "north", ["labs", "vitals"], 120).load(of)
-    run = kept(tmp_path, MultimodalModel(of, ["labs", "vitals"]), of, cohort, ("labs", "vitals"))
+    run = kept(tmp_path, MultimodalModel(of, held), of, cohort, held)
     found = joining_check(of, cohort, run)
     shares = found["mixtures"]["score_local"]
     assert "score" in shares
@@ -418,7 +422,7 @@ def test_a_public_score_with_the_best_local_model_is_an_own_model_too(
     assert found["models"]["score_local"]["verdict"] is None, "nothing of another site is in it"
     alone = fit_local(of, cohort.training(), "north")["score"]
     assert isinstance(alone, Classical)
-    assert alone.read == ("labs",)
+    assert alone.read == ("risk",)
 
 
 def test_a_simulation_makes_it_and_marks_it(tmp_path: Path) -> None:

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gapweave.shared.encoders import ENCODERS
+from gapweave.shared.features.flat import IMAGE_SIDE
 from gapweave.shared.schema import Modality
-
-THUMBNAIL = 8
-"""Side of the thumbnail that the linear path reads."""
 
 
 @ENCODERS.register("image")
@@ -26,7 +24,7 @@ class ImageEncoder(nn.Module):
         channels, side, _ = modality.shape
         stages: list[nn.Module] = []
         width = channels
-        while side > THUMBNAIL:
+        while side > IMAGE_SIDE:
             wider = min(32, 8 * (1 + len(stages) // 3))
             stages += [
                 nn.Conv2d(width, wider, kernel_size=3, stride=2, padding=1),
@@ -35,12 +33,12 @@ class ImageEncoder(nn.Module):
             ]
             width, side = wider, (side + 1) // 2
         self.stages = nn.Sequential(*stages)
-        self.wide = nn.Linear(channels * THUMBNAIL**2, embedding)
+        self.wide = nn.Linear(channels * IMAGE_SIDE**2, embedding)
         self.hidden = nn.Linear(width * 16, hidden)
         self.deep = nn.Linear(hidden, embedding)
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed an image."""
-        thumbnail = functional.adaptive_avg_pool2d(image, THUMBNAIL).flatten(1)
+        thumbnail = functional.adaptive_avg_pool2d(image, IMAGE_SIDE).flatten(1)
         grid = functional.adaptive_avg_pool2d(self.stages(image), 4).flatten(1)
         return torch.tanh(self.wide(thumbnail) + self.deep(torch.tanh(self.hidden(grid))))
