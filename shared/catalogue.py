@@ -131,10 +131,6 @@ def markdown(measured: Mapping[str, Measured]) -> str:
     )
 
 
-def _sets(preset: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{key}={value}`" for key, value in preset.items())
-
-
 def _remark(name: str, measured: Mapping[str, Measured]) -> str:
     """That a method falls behind, or nothing."""
     if name not in measured:
