@@ -93,9 +93,9 @@ def test_only_shared_groups_leave_and_the_others_are_trained_at_home(
         for name, value in part.items():
             assert not np.array_equal(value, site.initial[group][name].numpy()), f"{group} {name} was not noised"
     for group, part in state.reply.items():
-        # A single coordinate is 0 now and then: noise lies on a grid.
+        # Noise lies on a grid of 2^-12 of its deviation: one coordinate in 10,000 is 0, and the imputer has thousands.
         zeros = sum(int((value == 0).sum()) for value in part.values())
-        assert zeros <= 2, f"{group} leaves without noise"
+        assert zeros <= max(2, sum(value.size for value in part.values()) // 100), f"{group} leaves without noise"
 
 
 def test_private_groups_and_momentum_go_on_where_the_last_round_ended(tmp_path: Path) -> None:
