@@ -189,6 +189,19 @@ def _cell(drop: Drop) -> str:
     return f"**{text}**" if drop.limit is not None and not drop.bound <= drop.limit else text
 
 
+def verdict(found: list[Drop]) -> str:
+    """How many promises hold, and which do not."""
+    promised = [drop for drop in found if drop.limit is not None]
+    missed = [drop for drop in promised if not drop.bound <= drop.limit]  # type: ignore[operator]
+    names = [
+        f"{PANELS[name].title}: {', '.join(f'`{drop.attack}`' for drop in missed if drop.panel == name)}"
+        for name in PANELS
+        if any(drop.panel == name for drop in missed)
+    ]
+    kept = f"{len(promised) - len(missed)} of {len(promised)} bounds are within what is promised."
+    return f"{kept} Not within it: {'; '.join(names)}." if names else kept
+
+
 def plot(found: list[Drop], file: Path) -> None:
     """Drops by attack, a colour a panel."""
     from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
@@ -221,6 +234,8 @@ honest sites did better than without the others. **Bold: the bound is above what
 attacks / for `alie`, `min_max` and `adaptive`.
 
 {table}
+
+{verdict}
 
 ![AUROC lost by honest sites, by attack](attacks.svg)
 
@@ -256,7 +271,8 @@ def main() -> None:
         if file.exists():
             found += drops(name, json.loads(file.read_text(encoding="utf-8")))
     text, folder = table(found), out if options.smoke else DOCS
-    (folder / "attacks.md").write_text(PAGE.format(seeds=SEEDS, noised=NOISED_SEEDS, table=text), encoding="utf-8")
+    page = PAGE.format(seeds=SEEDS, noised=NOISED_SEEDS, table=text, verdict=verdict(found))
+    (folder / "attacks.md").write_text(page, encoding="utf-8")
     plot(found, folder / "attacks.svg")
     print(text)
 
