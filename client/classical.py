@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from gapweave.client.predict import Predictions
 from gapweave.shared import tensorfile
@@ -156,7 +157,7 @@ class Classical:
         """Predictions for records that hold the modalities read; there are no votes and no weights."""
         rows, kind = flat_features(self.study, batch, self.read), self.study.task.kind
         logits = np.stack([column.logits(rows) for column in self.columns], axis=1)
-        scores = 1 / (1 + np.exp(-logits))
+        scores = expit(logits)
         if kind == "binary":
             scores = np.concatenate([1 - scores, scores], axis=1)
         elif kind == "multiclass":

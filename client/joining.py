@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapweave.client.data import Cohort
-from gapweave.client.local_models import SCORE, fit_local, keep, out_of_fold
+from gapweave.client.local_models import SCORE, Own, keep, train_own
 from gapweave.client.mixture import Weights, base_of, load_mixture, mix
 from gapweave.client.predict import load_site_model
 from gapweave.client.state import RunFolder
@@ -63,12 +63,8 @@ def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any
     Raises:
         GapweaveError: when the run left no model here.
     """
-    kept = load_site_model(run.path / "model.safetensors")
+    choices = choose_models(study, cohort, run, train_own(study, cohort))
     training, test = cohort.training(), cohort.testing()
-    models = fit_local(study, training, cohort.site)
-    keep(run, models, kept.card)
-    base, gate = base_of(run.path)
-    choices = _choose(study, cohort, run, base)
     truth = Truth.of(test, study.task.kind)
     scored = {
         key: load_mixture(run.path, shares, study)(test).probabilities for key, shares in choices.mixtures.items()
@@ -84,7 +80,7 @@ def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any
         "strongest": choices.strongest,
         "used": choices.used,
         "mixtures": choices.mixtures,
-        "gate": gate,
+        "gate": base_of(run.path)[1],
         **_judged(scored, truth, choices),
     }
     run.save_own(JOINING_FILE, json.dumps(content, indent=1).encode())
@@ -92,17 +88,25 @@ def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any
     return content
 
 
-def _choose(study: Study, cohort: Cohort, run: RunFolder, base: str) -> Choices:
+def choose_models(study: Study, cohort: Cohort, run: RunFolder, own: Own) -> Choices:
     """The strongest local model by AUROC, and its share in a blend by log-loss, on training patients.
 
     The federated model was trained on them, among many others or under noise; the local ones, out of fold, were not.
     The blend so leans to the federated model, if at all.
+
+    Args:
+        study: of the run.
+        cohort: the site's records.
+        run: the folder of a run that the site finished; the site's own models are kept there.
+        own: of `train_own`.
+
+    Raises:
+        GapweaveError: when the run left no model here.
     """
+    keep(run, own.models, load_site_model(run.path / "model.safetensors").card)
+    base, _ = base_of(run.path)
     training = cohort.training()
-    truth, alone = (
-        Truth.of(training, study.task.kind),
-        out_of_fold(study, training, cohort.training_ids(), cohort.site),
-    )
+    truth, alone = Truth.of(training, study.task.kind), dict(own.out_of_fold)
     mixtures: dict[str, Weights] = {"federated": {"model": 1.0}}
     if (run.path / "finetuned.safetensors").exists():
         mixtures["finetuned"] = {"finetuned": 1.0}
@@ -133,11 +137,38 @@ def _loss(probabilities: Array, truth: Truth) -> float:
 
 
 def _share(ours: Array, other: Array, truth: Truth) -> float:
-    """The second model's share in a blend: that of the least log-loss; none where too few patients can tell."""
+    """The second model's share in a blend: that of the least log-loss; none where too few patients can tell.
+
+    Each model counts as if its logits had the slope that suits the site, and so does each blend: else a model under a
+    strong ridge, whose logits are all small, would lose its share to one that is merely louder.
+    """
     if truth.rarer() < FEWEST:
         return 0.0
-    ours, other = (at_prevalence(values, truth) for values in (ours, other))
-    return min(SHARES, key=lambda share: _loss(mix([ours, other], [1 - share, share], truth.kind), truth))
+    first, second = slope(ours, truth), slope(other, truth)
+
+    def loss(part: float) -> float:
+        blend = mix([ours, other], [(1 - part) * first, part * second], truth.kind)
+        return _loss(at_prevalence(mix([blend], [slope(blend, truth)], truth.kind), truth), truth)
+
+    part = min(SHARES, key=loss)
+    total: float = (1 - part) * first + part * second
+    return part * second / total
+
+
+SLOPES = tuple(2.0 ** (quarter / 4) for quarter in range(-12, 17))
+"""Factors of logits, from 1/8 to 16, among which the log-loss chooses."""
+
+
+def slope(probabilities: Array, truth: Truth) -> float:
+    """The factor of the logits that gives the least log-loss, each tried at the prevalence of the records.
+
+    Args:
+        probabilities: [R, classes]; for binary both classes.
+        truth: of the records.
+    """
+    return min(
+        SLOPES, key=lambda factor: _loss(at_prevalence(mix([probabilities], [factor], truth.kind), truth), truth)
+    )
 
 
 ROUNDS = 50

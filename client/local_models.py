@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from gapweave.client.classical import CLASSICAL, Classical, fit_classical
+from gapweave.client.data import Cohort
 from gapweave.client.predict import Predictions, predict
 from gapweave.client.sources.split import validation_fold
 from gapweave.client.state import RunFolder, to_arrays, to_tensors
@@ -120,6 +121,33 @@ def out_of_fold(study: Study, data: Batch, ids: Sequence[str], site: str) -> dic
             empty = np.zeros((len(data), len(study.task.class_names)))
             found.setdefault(name, empty)[rows] = model(data.of_patients(inside)).probabilities
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """What a site has alone.
+
+    Attributes:
+        models: by name, trained on all training records.
+        out_of_fold: by name, what `out_of_fold` gives.
+    """
+
+    models: Mapping[str, Local]
+    out_of_fold: Mapping[str, NDArray[np.float64]]
+
+
+def train_own(study: Study, cohort: Cohort) -> Own:
+    """Train all that a site can have alone, and judge it on its training patients.
+
+    Args:
+        study: of the run; its budget makes no difference.
+        cohort: the site's records.
+    """
+    training = cohort.training()
+    return Own(
+        models=fit_local(study, training, cohort.site),
+        out_of_fold=out_of_fold(study, training, cohort.training_ids(), cohort.site),
+    )
 
 
 def keep(folder: RunFolder, models: Mapping[str, Local], card: Mapping[str, Any]) -> None:

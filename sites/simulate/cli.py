@@ -14,6 +14,7 @@ from gapweave.sites.simulate.options import (
     ContinueOption,
     DataOption,
     EngineOption,
+    JoiningOption,
     RoundsOption,
     SetOption,
     SitesOption,
@@ -37,10 +38,7 @@ def simulate(
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set seed=N.")] = None,
     continue_without: ContinueOption = False,
     baselines: BaselinesOption = "",
-    joining: Annotated[
-        bool,
-        typer.Option("--joining", help="Let each site check if joining paid: own models, blend, intervals, verdict."),
-    ] = False,
+    joining: JoiningOption = False,
     assignments: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,
 ) -> None:

@@ -25,6 +25,7 @@ from gapweave.client.data import load_cohort
 from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, UsageError
 from gapweave.shared.files import write_atomically
 from gapweave.shared.metrics import METRICS
+from gapweave.sites.simulate.compare_intervals import Draws
 from gapweave.sites.simulate.compare_plan import Plan, Request, Trial, Unit, make_plan
 from gapweave.sites.simulate.compare_plots import plot_auroc, plot_paired
 from gapweave.sites.simulate.compare_statistics import Statistics, statistics_of
@@ -34,6 +35,7 @@ from gapweave.sites.simulate.compare_unit import (
     SCORES,
     Baselines,
     Row,
+    Scores,
     load_scores,
     pool_folds,
     rows_of,
@@ -178,7 +180,7 @@ def run_units(plan: Plan, setup: Setup, out: Path) -> list[Failure]:
     A unit that its sites refuse does not stop the others.
     """
     failures = []
-    baselines = Baselines(plan.baselines)
+    baselines = Baselines(plan.baselines, plan.joining)
     units = plan.units
     left = [unit for unit in units if not (_folder(out, unit) / ROWS).exists()]
     names = {unit.name: unit_name(trial, unit) for trial in plan.trials for unit in trial.units}
@@ -207,7 +209,7 @@ def _folder(out: Path, unit: Unit) -> Path:
 def write_results(plan: Plan, out: Path, failures: list[Failure]) -> Result:
     """Collect the rows of all finished trials and write everything that is read."""
     rows = [row for trial in plan.trials for row in trial_rows(trial, out)]
-    statistics = statistics_of(rows, plan.vary)
+    statistics = statistics_of(rows, plan.vary, _draws(plan, out))
     done = [content for unit in plan.units if (content := _content(out, unit))]
     _write_json(out, "results.json", rows)
     _write_csv(out / "results.csv", rows, list(plan.vary))
@@ -219,6 +221,27 @@ def write_results(plan: Plan, out: Path, failures: list[Failure]) -> Result:
     return Result(out=out, rows=rows, statistics=statistics, failures=failures)
 
 
+def _draws(plan: Plan, out: Path) -> Draws | None:
+    """Resamples of the patients of all finished trials whose folds are pooled."""
+    if plan.folds is None:
+        return None
+    draws = Draws(plan.trials[0].units[0].study.task.kind)
+    for trial in plan.trials:
+        if finished(trial, out):
+            draws.add(trial.cell, pooled_scores(trial, out))
+    return draws
+
+
+def finished(trial: Trial, out: Path) -> bool:
+    """Whether all units of a trial have their rows."""
+    return all((_folder(out, unit) / ROWS).exists() for unit in trial.units)
+
+
+def pooled_scores(trial: Trial, out: Path) -> dict[str, Scores]:
+    """Out-of-fold scores by site, of a finished trial of a comparison with folds."""
+    return pool_folds([load_scores(_folder(out, unit) / SCORES) for unit in trial.units])
+
+
 def trial_rows(trial: Trial, out: Path) -> list[Row]:
     """The rows of a cell and seed, folds pooled; none unless all of its units are done."""
     contents = [_content(out, unit) for unit in trial.units]
@@ -226,7 +249,7 @@ def trial_rows(trial: Trial, out: Path) -> list[Row]:
         return []
     rows = contents[0]["rows"]
     if trial.units[0].fold is not None:
-        pooled = pool_folds([load_scores(_folder(out, unit) / SCORES) for unit in trial.units])
+        pooled = pooled_scores(trial, out)
         epsilon = {site: _largest([content["epsilon"].get(site) for content in contents]) for site in pooled}
         rows = rows_of(trial.units[0].study, pooled, epsilon, trial.seed, None)
     return [{"cell": trial.cell, **row} for row in rows]

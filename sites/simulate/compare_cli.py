@@ -14,6 +14,7 @@ from gapweave.sites.simulate.options import (
     ContinueOption,
     DataOption,
     EngineOption,
+    JoiningOption,
     RoundsOption,
     SetOption,
     SitesOption,
@@ -35,6 +36,7 @@ def compare(
         int | None, typer.Option("--folds", min=2, max=100, help="Grouped K-fold by patient, pooled per site.")
     ] = None,
     baselines: BaselinesOption = "",
+    joining: JoiningOption = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="2 rounds, 1 seed, at most 2 folds, 2 values of each --vary.")
     ] = False,
@@ -71,6 +73,7 @@ def compare(
         seeds=read_seeds(seeds),
         folds=folds,
         baselines=commands.read_baselines(baselines),
+        joining=joining,
         smoke=smoke,
         sites=sites,
         data=data.resolve() if data else None,

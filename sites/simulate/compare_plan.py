@@ -37,6 +37,7 @@ class Request:
         seeds: each sets the study's seed and the seed of its split.
         folds: K of the grouped K-fold, or None to hold out what the study says.
         baselines: of `BASELINES`.
+        joining: whether sites make the choices of the joining check.
         smoke: make it small.
         sites: folder of site files, or None.
         data: folder of data sets, or None.
@@ -50,6 +51,7 @@ class Request:
     seeds: tuple[int, ...]
     folds: int | None
     baselines: tuple[str, ...]
+    joining: bool = False
     smoke: bool
     sites: Path | None
     data: Path | None
@@ -93,6 +95,7 @@ class Plan:
         seeds: of all cells.
         folds: K, or None.
         baselines: of `BASELINES`.
+        joining: whether sites make the choices of the joining check.
         trials: cell by cell, seed by seed.
     """
 
@@ -101,6 +104,7 @@ class Plan:
     seeds: tuple[int, ...]
     folds: int | None
     baselines: tuple[str, ...]
+    joining: bool = False
     trials: tuple[Trial, ...]
 
     @property
@@ -126,6 +130,7 @@ class Plan:
             "seeds": list(self.seeds),
             "folds": self.folds,
             "baselines": list(self.baselines),
+            "joining": self.joining,
             "data": None if data is None else str(data),
             "continue_without": continue_without,
             "sites": dict(sites),
@@ -220,6 +225,7 @@ def _plan(request: Request, study_file: Path) -> Plan:
         seeds=request.seeds,
         folds=request.folds,
         baselines=request.baselines,
+        joining=request.joining,
         trials=trials,
     )
 
@@ -234,7 +240,7 @@ def _unit(request: Request, study_file: Path, cell: Cell, seed: int, fold: int |
         own |= {"evaluation.folds": request.folds, "evaluation.fold": fold}
     study = load_study(study_file, _paths(request.overrides, cell, own))
     check_names(study)
-    content = json.dumps([study.canonical(), sorted(request.baselines)])
+    content = json.dumps([study.canonical(), sorted(request.baselines), request.joining])
     return Unit(study=study, seed=seed, fold=fold, name=hashlib.sha256(content.encode()).hexdigest()[:16])
 
 

@@ -11,8 +11,11 @@ from gapweave.sites.simulate.compare_statistics import Mean, Paired, Statistics
 from gapweave.sites.simulate.compare_summary import cell_name, model_name
 from gapweave.sites.simulate.compare_unit import MODELS
 
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#999999", "#000000")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart; one a model of `MODELS`."""
+COLOURS = (
+    "#0072B2", "#56B4E9", "#332288", "#44AA99", "#882255", "#AA4499",
+    "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#999999", "#000000",
+)  # fmt: skip
+"""Okabe and Ito's palette, and four of Tol's, which colour-blind readers can tell apart; one a model of `MODELS`."""
 STYLES = ("-", "--", ":", "-.")
 LOG_FROM = 8
 """Ratio of largest to smallest value from which an axis is logarithmic."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
+from gapweave.shared.joining import Interval
 from gapweave.shared.metrics import METRICS
+from gapweave.sites.simulate.compare_intervals import Draws
 from gapweave.sites.simulate.compare_plan import Cell
 from gapweave.sites.simulate.compare_unit import MODELS, Row
 
@@ -57,6 +59,7 @@ class Paired:
         pairs: number of pairs.
         mean: over pairs.
         sd: over pairs; None for one pair.
+        interval: 95 % interval of the mean over sites, patients resampled; None where folds are not pooled.
     """
 
     cell: Cell
@@ -67,6 +70,7 @@ class Paired:
     pairs: int
     mean: float
     sd: float | None
+    interval: Interval = None
 
     @property
     def better(self) -> int:
@@ -117,12 +121,13 @@ def _paired_json(entry: Paired) -> dict[str, Any]:
     return {**asdict(entry), "better": entry.better, "worse": entry.worse}
 
 
-def statistics_of(rows: list[Row], vary: Mapping[str, list[Any]]) -> Statistics:
+def statistics_of(rows: list[Row], vary: Mapping[str, list[Any]], draws: Draws | None = None) -> Statistics:
     """Statistics of the rows of results.json.
 
     Args:
         rows: as they are written.
         vary: key -> values, the first of which the others are compared with.
+        draws: of the patients, for intervals.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -133,7 +138,12 @@ def statistics_of(rows: list[Row], vary: Mapping[str, list[Any]]) -> Statistics:
 
     def pair(cell: Cell, model: str, other_cell: Cell, other_model: str) -> Paired | None:
         first, second = found.get((json.dumps(cell), model)), found.get((json.dumps(other_cell), other_model))
-        return _paired(first, second) if first and second else None
+        entry = _paired(first, second) if first and second else None
+        return (
+            replace(entry, interval=draws.difference(cell, model, other_cell, other_model))
+            if entry and draws
+            else entry
+        )
 
     ours = [pair(cell, "federated", cell, name) for cell in cells for name in names if name != "federated"]
     theirs = [

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from gapweave.client import app as client_app
 from gapweave.client.classical import CLASSICAL
 from gapweave.client.data import Cohort
+from gapweave.client.joining import choose_models
+from gapweave.client.local_models import Own, train_own
+from gapweave.client.mixture import load_mixture
 from gapweave.client.predict import load_site_model, predict
 from gapweave.client.state import RunFolder
 from gapweave.shared.config import Study
@@ -30,6 +33,10 @@ from gapweave.sites.simulate.run import Setup, VirtualSite, load_sites, simulate
 MODELS = (
     "federated",
     "federated_finetuned",
+    "blend",
+    "best",
+    "own",
+    "score_local",
     "local",
     "pooled",
     "lr_local",
@@ -37,7 +44,8 @@ MODELS = (
     "gbm_local",
     "gbm_pooled",
 )
-"""Names of models in rows, in the order of tables."""
+"""Names of models in rows, in the order of tables. Of the joining check: blend; best, what `predict` would take; own,
+the site's strongest own model; score_local."""
 
 ROWS, SCORES = "rows.json", "scores.npz"
 Row = dict[str, Any]
@@ -67,27 +75,48 @@ class Scores:
 
     Attributes:
         record: [R] positions of the records in the site's cohort.
+        patient: [R] positions of their patients in it.
         target: [R, K].
         known: [R, K], which targets are known.
         models: by name, [R, classes].
     """
 
     record: NDArray[np.int64]
+    patient: NDArray[np.int64]
     target: NDArray[np.float64]
     known: NDArray[np.bool_]
     models: Mapping[str, NDArray[np.float64]]
 
 
 class Baselines:
-    """Held-out scores of baselines, fitted once for all units that would fit the same.
+    """Held-out scores of baselines, and what sites have alone, fitted once for all units that would fit the same.
 
     Args:
         names: of `BASELINES`.
+        joining: whether sites choose between the federated model and their own.
     """
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], joining: bool = False) -> None:
         self._names = names
+        self._joining = joining
         self._known: dict[str, ByModel] = {}
+        self._own: dict[str, Own] = {}
+
+    def chosen(self, study: Study, site: VirtualSite, run: RunFolder) -> dict[str, NDArray[np.float64]]:
+        """Held-out scores of the models among which the joining check of a site chooses; none without it."""
+        if not self._joining:
+            return {}
+        cohort = site.participant.cohort
+        key = _baseline_key("own", study, [cohort.site])
+        if key not in self._own:
+            self._own[key] = train_own(study, cohort)
+        choices = choose_models(study, cohort, run, self._own[key])
+        names = {"blend": "blend", "best": choices.used, "own": choices.strongest, "score_local": "score_local"}
+        return {
+            model: load_mixture(run.path, choices.mixtures[name], study)(cohort.testing()).probabilities
+            for model, name in names.items()
+            if name in choices.mixtures
+        }
 
     def scores(self, study: Study, cohorts: Mapping[str, Cohort]) -> ByModel:
         """Scores of all baselines on the sites' held-out records."""
@@ -136,7 +165,7 @@ def run_unit(unit: Unit, setup: Setup, folder: Path, baselines: Baselines) -> No
         bad = bad_names(unit.study, [site.site.name for site in sites if site.error is None])
         usable = [site for site in sites if site.error is None and site.site.name not in bad]
         fitted = baselines.scores(unit.study, {site.site.name: site.participant.cohort for site in usable})
-        scores = {site.site.name: score_site(unit.study, site, summary["run"], fitted) for site in usable}
+        scores = {site.site.name: score_site(unit.study, site, summary["run"], fitted, baselines) for site in usable}
     finally:
         client_app.forget()
     epsilon = {name: (row["privacy"] or {}).get("epsilon") for name, row in summary["sites"].items()}
@@ -148,19 +177,22 @@ def run_unit(unit: Unit, setup: Setup, folder: Path, baselines: Baselines) -> No
     directory.write_json(ROWS, {"rows": rows, "epsilon": epsilon, "seconds": round(time.monotonic() - started, 3)})
 
 
-def score_site(study: Study, site: VirtualSite, run: str, baselines: ByModel) -> Scores:
+def score_site(study: Study, site: VirtualSite, run: str, fitted: ByModel, baselines: Baselines) -> Scores:
     """Judge every model on a site's held-out records."""
     cohort, name = site.participant.cohort, site.site.name
     test, prior = cohort.testing(), cohort.training().prevalence()
-    folder = RunFolder(site.participant.state, run).path
+    folder = RunFolder(site.participant.state, run)
     models = {}
     for model, file in (("federated", "model"), ("federated_finetuned", "finetuned")):
-        path = folder / f"{file}.safetensors"
+        path = folder.path / f"{file}.safetensors"
         if path.exists():
             models[model] = predict(load_site_model(path).model, test, study, prior).probabilities
-    models |= {model: by_site[name] for model, by_site in baselines.items()}
+    models |= {model: by_site[name] for model, by_site in fitted.items()}
+    models |= baselines.chosen(study, site, folder)
+    record = held_out_records(cohort)
     return Scores(
-        record=held_out_records(cohort),
+        record=record,
+        patient=cohort.batch.patient.numpy()[record],
         target=test.target.double().numpy(),
         known=test.label_mask.numpy(),
         models=models,
@@ -179,7 +211,8 @@ def save_scores(file: Path, scores: Mapping[str, Scores]) -> None:
     """Write scores of all sites. They are patients' values: the file stays inside the unit's folder."""
     arrays: dict[str, NDArray[Any]] = {}
     for site, of in scores.items():
-        arrays |= {f"{site}/record": of.record, f"{site}/target": of.target, f"{site}/known": of.known}
+        arrays |= {f"{site}/record": of.record, f"{site}/patient": of.patient}
+        arrays |= {f"{site}/target": of.target, f"{site}/known": of.known}
         arrays |= {f"{site}/model/{name}": values for name, values in of.models.items()}
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -191,6 +224,7 @@ def load_scores(file: Path) -> dict[str, Scores]:
         return {
             site: Scores(
                 record=arrays[f"{site}/record"],
+                patient=arrays[f"{site}/patient"],
                 target=arrays[f"{site}/target"],
                 known=arrays[f"{site}/known"],
                 models={
@@ -208,6 +242,7 @@ def pool_folds(folds: list[dict[str, Scores]]) -> dict[str, Scores]:
     return {
         site: Scores(
             record=np.concatenate([fold[site].record for fold in folds]),
+            patient=np.concatenate([fold[site].patient for fold in folds]),
             target=np.concatenate([fold[site].target for fold in folds]),
             known=np.concatenate([fold[site].known for fold in folds]),
             models={

@@ -24,6 +24,10 @@ SetOption = Annotated[
     typer.Option("--set", help=f"key=value: a dotted path of the study file, or an alias ({ALIAS_HELP})."),
 ]
 BaselinesOption = Annotated[str, typer.Option("--baselines", help="Comma list of local, pooled, lr, gbm.")]
+JoiningOption = Annotated[
+    bool,
+    typer.Option("--joining", help="Let each site check if joining paid: own models, blend, intervals, verdict."),
+]
 EngineOption = Annotated[
     str,
     typer.Option(

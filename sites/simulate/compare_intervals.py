@@ -1,0 +1,73 @@
+"""How far the patients at hand let one tell two models of a comparison apart.
+
+Each site's patients are resampled; the resamples are the same for every model, cell and seed, so that differences are
+paired by patient. Of several seeds, which split the same patients into other folds, a resample's AUROCs are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gapweave.shared.joining import FEWEST, Interval
+from gapweave.shared.objective import TaskKind
+from gapweave.shared.paired import Bootstrap, Truth, interval
+from gapweave.sites.simulate.compare_plan import Cell
+from gapweave.sites.simulate.compare_unit import Scores
+
+Array = NDArray[np.float64]
+
+
+class Draws:
+    """AUROCs of resamples of patients, by cell and model.
+
+    Args:
+        kind: of the task.
+    """
+
+    def __init__(self, kind: TaskKind) -> None:
+        self._kind = kind
+        self._bootstraps: dict[tuple[str, bytes, bytes, bytes], Bootstrap | None] = {}
+        self._found: dict[tuple[str, str], dict[str, list[Array]]] = {}
+
+    def add(self, cell: Cell, pooled: dict[str, Scores]) -> dict[str, float]:
+        """Take in a cell's scores of one seed; gives each model's mean AUROC over the sites that are judged.
+
+        Args:
+            cell: of the comparison.
+            pooled: out-of-fold scores by site. A site with fewer than 8 patients of a class is left out.
+        """
+        found: dict[str, list[float]] = {}
+        for site, of in pooled.items():
+            order = np.argsort(of.record, kind="stable")
+            bootstrap = self._of_site(site, of, order)
+            if bootstrap is not None:
+                for model, values in of.models.items():
+                    by_site = self._found.setdefault((json.dumps(cell), model), {})
+                    by_site.setdefault(site, []).append(bootstrap.aurocs(values[order]))
+                    found.setdefault(model, []).append(float(by_site[site][-1][0]))
+        return {model: fmean(values) for model, values in found.items()}
+
+    def _of_site(self, site: str, of: Scores, order: NDArray[np.int64]) -> Bootstrap | None:
+        """The resamples of a site's patients; None for one with too few to judge by."""
+        records, target, known = of.record[order], of.target[order], of.known[order]
+        key = (site, records.tobytes(), target.tobytes(), known.tobytes())
+        if key not in self._bootstraps:
+            patients, patient = np.unique(of.patient[order], return_inverse=True)
+            truth = Truth(target=target, known=known, patient=patient, patients=len(patients), kind=self._kind)
+            enough = truth.patients > 0 and truth.rarer() >= FEWEST
+            self._bootstraps[key] = Bootstrap(truth) if enough else None
+        return self._bootstraps[key]
+
+    def sites(self, cell: Cell, model: str) -> dict[str, Array]:
+        """By site, [1 + draws]: AUROC, mean over seeds; first that of the patients as they are."""
+        return {site: np.mean(arrays, 0) for site, arrays in self._found.get((json.dumps(cell), model), {}).items()}
+
+    def difference(self, cell: Cell, model: str, other_cell: Cell, other_model: str) -> Interval:
+        """The interval of the first model's mean AUROC minus the second's, over the sites that both were judged at."""
+        first, second = self.sites(cell, model), self.sites(other_cell, other_model)
+        common = [site for site in first if site in second]
+        return interval(np.mean([first[site] - second[site] for site in common], 0)) if common else None
