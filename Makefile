@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # One thread a process: small models lose more to hand-offs than they win.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-system demo federation test test-long test-docs test-all check format docs methods-measured picture bench bench-privacy bench-aggregation bench-simulation bench-attacks bench-deployment clean
+.PHONY: help setup setup-system demo federation test test-long test-docs test-all check format docs methods-measured results picture bench bench-privacy bench-aggregation bench-simulation bench-attacks bench-deployment clean
 
 help:               ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -63,6 +63,9 @@ docs: setup         ## regenerate docs/reference.md and docs/methods.md
 
 methods-measured: setup  ## docs/methods.json from RESULTS, the results.json of a comparison of methods on the demo
 	python benchmarks/methods_measured.py $(RESULTS)
+
+results: setup      ## is it worth joining? writes a section of docs/results.md (an hour and a half; resumable)
+	python benchmarks/results.py
 
 picture: setup      ## make docs/privacy-report.png again (needs chromium)
 	docs/privacy-report.sh

@@ -1,0 +1,191 @@
+"""What `results.py` runs: cohorts, recipes and budgets.
+
+How they were chosen, written down before the numbers: on the eICU stay, split seeds 0 to 2
+(`python benchmarks/results.py --seeds 0,1,2 --panels stay,stay-private`), and on the demo's generator seeds 0 to 2;
+then frozen. The page reports split seeds 10 to 12, the demo's generator seeds 100 to 102, and the diabetes patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cohorts
+
+Overrides = dict[str, Any]
+
+BUDGETS = (8.0, 3.0, 1.0)
+SEEDS = (10, 11, 12)
+WORLDS = (100, 101, 102)
+"""Generator seeds of the demo."""
+SITES = Path(__file__).parent.parent / "sites"
+
+PLAIN: Overrides = {
+    "privacy.enabled": False,
+    "model.linear_path": True,
+    "model.imputer": "none",
+    "scheme.settings.hide_features": 0.5,
+    "scheme.settings.vote_weight": 6,
+    "training.schedule": "fedsgd",
+    "training.rounds": 40,
+    "training.lr": 1,
+    "training.local_steps": 1,
+    "training.ridge": 0.45,
+    "aggregation.server_optimizer": "adam",
+    "aggregation.server_lr": 0.02,
+    "aggregation.server_floor": 1e-6,
+    "aggregation.average_last": 0.5,
+}
+"""Without privacy: all features, a network beside the linear path, a strong ridge."""
+PRIVATE: Overrides = {
+    "model.linear_path": True,
+    "model.imputer": "none",
+    "model.embedding": 2,
+    "scheme.settings.vote_weight": 0,
+    "training.schedule": "fedsgd",
+    "training.rounds": 20,
+    "training.lr": 1,
+    "training.local_steps": 1,
+    "training.ridge": 0.05,
+    "aggregation.server_optimizer": "momentum",
+    "aggregation.server_lr": 1.5,
+    "aggregation.average_last": 0.5,
+    "privacy.max_grad_norm": 0.85,
+}
+"""Under noise: a linear model. It is what sites/eicu_demo/study.yaml has by itself."""
+
+
+def linear(*modalities: str) -> Overrides:
+    """The private recipe for a study with these modalities."""
+    return {**PRIVATE, **{f"modalities.{name}.encoder": "none" for name in modalities}}
+
+
+def prevalence(share: float) -> Overrides:
+    """What is publicly known of the outcome."""
+    return {"preparation.class_balance": [share]}
+
+
+SERIES = tuple(f"ts_{name}" for name in ("bp", "resp", "io", "infusion", "exam"))
+EVERY = ["last", "mean", "min", "max", "slope", "count", "since", "observed", "hinges"]
+EICU: Overrides = {
+    "model.embedding": 16,
+    **{f"modalities.{name}.encoder": None for name in ("static", "labs", "severity", "note", *SERIES)},
+    **{f"modalities.{name}.statistics": EVERY for name in SERIES},
+    "modalities.severity.start": 0,
+    "modalities.note.buckets": 512,
+}
+"""The eICU study with all its features: its own file has the few that pay under noise."""
+DEATH: Overrides = {"task.label": "label_hosp_mortality", **prevalence(0.09)}
+FOUR = ("clinical", "vitals_labs", "exercise_ecg", "imaging")
+DEMO = ("vitals", "scan", "note", "labs")
+ALL = ("local", "pooled", "lr", "gbm")
+
+
+def example(name: str) -> Callable[[Path], Path]:
+    """The study file of an example study."""
+    return lambda folder: SITES / name / "study.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One comparison.
+
+    Attributes:
+        cohort: whose patients; panels of one cohort are judged together.
+        recipe: what the panel's models are called by, within the cohort.
+        study: writes the study into a folder, or knows where it is.
+        overrides: what the recipe changes.
+        budgets: epsilon of each cell; empty for no privacy.
+        baselines: fitted beside it.
+        sites: folder of site files beside the study file.
+        seeds: of splits; None for those of the command.
+    """
+
+    cohort: str
+    recipe: str
+    study: Callable[[Path], Path]
+    overrides: Overrides
+    budgets: tuple[float, ...] = ()
+    baselines: tuple[str, ...] = ()
+    sites: str = "sites"
+    seeds: tuple[int, ...] | None = None
+
+
+def _pair(cohort: str, study: Callable[[Path], Path], plain: Overrides, private: Overrides) -> dict[str, Panel]:
+    """A cohort without privacy and at each budget."""
+    return {
+        cohort: Panel(cohort=cohort, recipe="plain", study=study, overrides=plain, baselines=ALL),
+        f"{cohort}-private": Panel(
+            cohort=cohort, recipe="private", study=study, overrides=private, budgets=BUDGETS, baselines=("lr",)
+        ),
+    }
+
+
+def _world(seed: int) -> dict[str, Panel]:
+    """A demo of its own: everything shared or heads only without privacy, and at epsilon 3."""
+    common: Any = {"study": cohorts.demo(seed), "seeds": (seed,)}
+    plain, heads = {**PLAIN, **prevalence(0.25)}, {"sharing.policy": "heads"}
+    private = {**linear(*DEMO), **prevalence(0.25), "training.finetune": True}
+    return {
+        f"demo-{seed}": Panel(cohort="demo", recipe="plain", overrides=plain, baselines=ALL, **common),
+        f"demo-{seed}-heads": Panel(cohort="demo", recipe="heads", overrides={**plain, **heads}, **common),
+        f"demo-{seed}-private": Panel(cohort="demo", recipe="private", overrides=private, budgets=(3.0,), **common),
+    }
+
+
+PANELS: dict[str, Panel] = {
+    **_pair("stay", example("eicu_demo"), {**PLAIN, **EICU}, {}),
+    **_pair("death", example("eicu_demo"), {**PLAIN, **EICU, **DEATH}, DEATH),
+    **_pair("heart", example("heart_disease"), {**PLAIN, **prevalence(0.5)}, {**linear(*FOUR), **prevalence(0.5)}),
+    **{name: panel for seed in WORLDS for name, panel in _world(seed).items()},
+    **_pair(
+        "diabetes",
+        cohorts.diabetes,
+        {**PLAIN, **prevalence(0.5)},
+        {**linear("basics", "blood", "lipids"), **prevalence(0.5)},
+    ),
+    "planted": Panel(
+        cohort="planted", recipe="planted", study=cohorts.planted, overrides={**PLAIN, **prevalence(0.25)}, seeds=(0,)
+    ),
+    "honest": Panel(
+        cohort="planted",
+        recipe="honest",
+        study=cohorts.planted,
+        overrides={**PLAIN, **prevalence(0.25)},
+        sites="honest",
+        seeds=(0,),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """What is judged together.
+
+    Attributes:
+        title: for people.
+        note: what is known of it.
+    """
+
+    title: str
+    note: str
+
+
+COHORTS = {
+    "stay": Cohort(
+        title="eICU demo: a stay of more than three days, ten groups of hospitals",
+        note="Settings were chosen on it, with other splits of the same patients.",
+    ),
+    "death": Cohort(
+        title="eICU demo: death in hospital, the sites with 8 deaths or more",
+        note="**Seen before**: the same patients, another label; nothing was chosen on it for this page.",
+    ),
+    "heart": Cohort(title="Heart disease, four hospitals", note="**Seen before**, when earlier versions were tried."),
+    "demo": Cohort(title="Demo, six synthetic hospitals", note="Three worlds that no part was developed on."),
+    "diabetes": Cohort(
+        title="Diabetes, 442 patients at three sites", note="Not used in development: the frozen recipes as they are."
+    ),
+}
+"""In the order of the page. The planted cohort has a section of its own."""

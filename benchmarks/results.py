@@ -1,0 +1,357 @@
+"""Is it worth joining? `make results` runs it and writes that section of docs/results.md, and docs/results-joining.svg.
+
+Each panel is a comparison: a cohort, a recipe, budgets (recipes.py). Every model is judged out of fold, five folds by
+patient; differences are paired by patient, with the same resamples for all models of a cohort. Resumable: run it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from page import write_section
+from recipes import BUDGETS, COHORTS, PANELS, SEEDS, WORLDS, Panel
+
+if TYPE_CHECKING:
+    from gapweave.sites.simulate.compare_intervals import Draws
+    from gapweave.sites.simulate.compare_plan import Request
+
+DOCS = Path(__file__).parent.parent / "docs"
+FOLDS = 5
+
+
+def study_of(panel: Panel, out: Path) -> Path:
+    """The panel's study file; panels of one cohort that is written share a folder."""
+    folder = out / "cohorts" / "-".join([panel.cohort, *(map(str, panel.seeds or ()))])
+    return folder / "study.yaml" if (folder / "study.yaml").exists() else panel.study(folder)
+
+
+def request_of(name: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> Request:
+    """The panel as `gapweave compare` would be asked for it."""
+    from gapweave.sites.simulate.compare_plan import Request
+
+    panel, data = PANELS[name], os.environ.get("GAPWEAVE_DATA")
+    study = study_of(panel, out)
+    return Request(
+        study=study,
+        overrides=panel.overrides,
+        vary={"privacy.epsilon": list(panel.budgets)} if panel.budgets else {},
+        seeds=panel.seeds or seeds,
+        folds=FOLDS,
+        baselines=panel.baselines,
+        joining=True,
+        smoke=smoke,
+        sites=study.parent / panel.sites,
+        data=Path(data).resolve() if data else None,
+        out=out / name,
+        continue_without=False,
+    )
+
+
+def run_panel(name: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> str:
+    """Run what is left of one panel, in a process of its own."""
+    from gapweave.shared.errors import GapweaveError
+    from gapweave.sites.simulate.commands import one_thread
+    from gapweave.sites.simulate.compare import compare
+
+    one_thread()
+    try:
+        result = compare(request_of(name, out, seeds, smoke))
+    except GapweaveError as error:
+        return f"{name}: {error}"
+    return "\n".join([f"{name}: {failure.unit}: {failure.error}" for failure in result.failures] or [f"{name}: done"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A model of a cohort, judged.
+
+    Attributes:
+        recipe: of its panel.
+        budget: epsilon, or None.
+        model: its name in results.json.
+        auroc: mean over judged sites, by seed.
+    """
+
+    recipe: str
+    budget: float | None
+    model: str
+    auroc: tuple[float, ...]
+
+    @property
+    def cell(self) -> dict[str, Any]:
+        """Under which `Draws` knows it."""
+        return {"recipe": self.recipe, "budget": self.budget}
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return fmean(self.auroc)
+
+    @property
+    def sd(self) -> float | None:
+        """Over seeds."""
+        return stdev(self.auroc) if len(self.auroc) > 1 else None
+
+
+def judge(cohort: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> tuple[list[Judged], Draws] | None:
+    """All models of a cohort's finished panels, with the resamples of its patients; None if nothing is finished."""
+    from gapweave.sites.simulate.compare import finished, pooled_scores
+    from gapweave.sites.simulate.compare_intervals import Draws
+    from gapweave.sites.simulate.compare_plan import make_plan
+
+    found: dict[tuple[str, float | None, str], list[float]] = {}
+    draws = Draws("binary")
+    for name in [name for name, panel in PANELS.items() if panel.cohort == cohort and (out / name).exists()]:
+        panel, request = PANELS[name], request_of(name, out, seeds, smoke)
+        world = "" if panel.seeds is None else f"{panel.seeds[0]}/"  # each seed writes other patients
+        for trial in make_plan(request, study_of(panel, out)).trials:
+            if not finished(trial, out / name):
+                continue
+            budget = trial.cell.get("privacy.epsilon")
+            pooled = {f"{world}{site}": of for site, of in pooled_scores(trial, out / name).items()}
+            for model, auroc in draws.add({"recipe": panel.recipe, "budget": budget}, pooled).items():
+                found.setdefault((panel.recipe, budget, model), []).append(auroc)
+    models = [
+        Judged(recipe=recipe, budget=budget, model=model, auroc=tuple(values))
+        for (recipe, budget, model), values in found.items()
+    ]
+    return (models, draws) if models else None
+
+
+NAMES = {
+    "lr_local": "logistic regression, local only",
+    "gbm_local": "gradient boosting, local only",
+    "local": "the network, local only",
+    "score_local": "public score with the best local model",
+    "own": "what each site would choose of its own",
+    "lr_pooled": "logistic regression, all data in one place",
+    "gbm_pooled": "gradient boosting, all data in one place",
+    "pooled": "the network, all data in one place",
+    "federated": "federated",
+    "federated_finetuned": "federated, fine-tuned",
+    "blend": "federated, blended with the local model",
+    "best": "what `predict` would take at each site",
+}
+"""For people, in the order of tables."""
+ALONE = ("lr_local", "gbm_local", "local", "score_local", "own")
+OURS = ("federated", "federated_finetuned", "blend", "best")
+
+
+def strongest(models: list[Judged]) -> Judged:
+    """The local model of the highest mean AUROC on the held-out patients: hindsight, in favour of staying alone."""
+    return max((entry for entry in models if entry.model in ALONE), key=lambda entry: entry.mean)
+
+
+def find(models: list[Judged], model: str, budget: float | None = None) -> Judged | None:
+    """The model with this budget; of baselines the best of its recipes."""
+    named = [entry for entry in models if entry.model == model and (model not in OURS or entry.budget == budget)]
+    return max(named, key=lambda entry: entry.mean, default=None)
+
+
+def margin(draws: Draws, ours: Judged, other: Judged) -> tuple[float, tuple[float, float]]:
+    """Difference of mean AUROC and its 95 % interval."""
+    interval = draws.difference(ours.cell, ours.model, other.cell, other.model)
+    return ours.mean - other.mean, interval or (float("nan"), float("nan"))
+
+
+def sites_apart(draws: Draws, ours: Judged, other: Judged) -> tuple[int, int, int]:
+    """Sites where ours is ahead; where the other is better beyond the interval; all."""
+    from gapweave.shared.paired import interval
+
+    first, second = draws.sites(ours.cell, ours.model), draws.sites(other.cell, other.model)
+    differences = [first[site] - second[site] for site in first if site in second]
+    intervals = [interval(values) for values in differences]
+    harmed = sum(found is not None and found[1] < 0 for found in intervals)
+    return sum(float(values[0]) > 0 for values in differences), harmed, len(differences)
+
+
+def table(models: list[Judged], draws: Draws) -> str:
+    """A row a model: AUROC, and what it is ahead of the strongest local and of the pooled linear model."""
+    alone, linear = strongest(models), find(models, "lr_pooled")
+    heads = ["model", "epsilon", "AUROC", "minus strongest local", "minus pooled linear", "sites ahead of local"]
+    lines = [heads, ["---", *["--:"] * 5]]
+    for model, title in NAMES.items():
+        budgets = [None, *BUDGETS] if model in OURS else [None]
+        for budget in budgets:
+            entry = find(models, model, budget)
+            if entry is None:
+                continue
+            ahead, _, sites = sites_apart(draws, entry, alone)
+            spread = "" if entry.sd is None else f" ± {entry.sd:.3f}"
+            lines.append(
+                [
+                    f"**{title}**" if entry == alone else title,
+                    "-" if budget is None else f"{budget:g}",
+                    f"{entry.mean:.3f}{spread}",
+                    "" if entry == alone else _margin(draws, entry, alone),
+                    "" if linear is None or entry == linear else _margin(draws, entry, linear),
+                    "" if entry == alone else f"{ahead} of {sites}",
+                ]
+            )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _margin(draws: Draws, ours: Judged, other: Judged) -> str:
+    difference, (low, high) = margin(draws, ours, other)
+    return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def gates(models: list[Judged], draws: Draws) -> str:
+    """What was to be shown, and whether the intervals show it."""
+    alone, linear, score = strongest(models), find(models, "lr_pooled"), find(models, "score_local")
+    lines = []
+    for budget in (None, *BUDGETS):
+        ours, chosen = find(models, "federated", budget), find(models, "best", budget)
+        if ours is None or chosen is None:
+            continue
+        others = [
+            ("the strongest local model", alone),
+            ("the pooled linear model", linear),
+            ("public score + local", score),
+        ]
+        for name, entry in (("federated", ours), ("`predict`", chosen)):
+            said = [f"{_word(draws, entry, other)} {what}" for what, other in others if other is not None]
+            lines.append(f"- {_budget(budget)}: {name} is {', '.join(said)}.")
+        own = find(models, "own")
+        if own is not None:
+            _, harmed, sites = sites_apart(draws, chosen, own)
+            lines.append(
+                f"- {_budget(budget)}: at {harmed} of {sites} sites what `predict` takes is worse than their own."
+            )
+    return "\n".join(lines)
+
+
+def _budget(budget: float | None) -> str:
+    return "No privacy" if budget is None else f"Epsilon {budget:g}"
+
+
+def _word(draws: Draws, ours: Judged, other: Judged) -> str:
+    difference, (low, high) = margin(draws, ours, other)
+    if low > 0:
+        return f"better ({difference:+.3f}) than"
+    if high < 0:
+        return f"worse ({difference:+.3f}) than"
+    return f"not told apart ({difference:+.3f}) from"
+
+
+def plot(found: dict[str, tuple[list[Judged], Draws]], file: Path) -> None:
+    """What joining adds to the strongest local model, with intervals."""
+    from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
+
+    rows = []
+    for at, (cohort, (models, draws)) in enumerate(found.items()):
+        alone = strongest(models)
+        for model in ("lr_pooled", "federated", "best"):
+            for budget in (None, *BUDGETS) if model in OURS else (None,):
+                if entry := find(models, model, budget):
+                    label = f"{COHORTS[cohort].title}: {NAMES[model].replace('`', '')}"
+                    label += f", epsilon {budget:g}" if budget else ""
+                    rows.append((label, margin(draws, entry, alone), COLOURS[3 * at]))
+    with figure_axes(file, rows=len(rows)) as axes:
+        axes.axvline(0, color="black", linewidth=0.8)
+        for at, (_, (difference, (low, high)), colour) in enumerate(rows):
+            axes.plot([low, high], [at, at], color=colour)
+            axes.plot([difference], [at], "o", color=colour)
+        axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("AUROC minus that of the strongest local model (line: 95 %, patients resampled)")
+
+
+def planted(out: Path, seeds: tuple[int, ...], smoke: bool) -> str:
+    """What six hospitals lose by a useless and a tiny one beside them, and what those two are told."""
+    found = judge("planted", out, seeds, smoke)
+    models, draws = found or ([], None)
+    with_them, alone = (
+        next((entry for entry in models if (entry.recipe, entry.model) == (recipe, "federated")), None)
+        for recipe in ("planted", "honest")
+    )
+    if draws is None or with_them is None or alone is None:
+        return "Not run."
+    first, second = draws.sites(with_them.cell, "federated"), draws.sites(alone.cell, "federated")
+    lost = fmean(float(second[site][0] - first[site][0]) for site in second)
+    low, high = draws.difference(alone.cell, "federated", with_them.cell, "federated") or (0.0, 0.0)
+    told = "\n".join(f"- {line}" for line in told_lines(out))
+    return (
+        f"A hospital with shuffled labels and one with 20 patients beside six others: those six lose {lost:+.3f} AUROC "
+        f"({low:+.3f} to {high:+.3f}). The two are told:\n\n{told}"
+    )
+
+
+def told_lines(out: Path) -> list[str]:
+    """What the joining check tells the planted sites; simulated once, then kept."""
+    from cohorts import TINY, USELESS
+
+    from gapweave.shared.joining import lines
+    from gapweave.shared.rundir import RunDirectory
+    from gapweave.sites.simulate import commands
+
+    run = out / "planted-told"
+    if not (run / "summary.json").exists():
+        panel = PANELS["planted"]
+        study = study_of(panel, out)
+        places = commands.Places(sites=study.parent / "sites", data=None, state=None, out=run)
+        commands.start(study, panel.overrides, places, baselines=(), continue_without=False, joining=True)
+    sites = RunDirectory(run).read_json("summary.json")["sites"]
+    return [f"{name}: {line}" for name in (USELESS, TINY) for line in lines(sites[name]["joining"])]
+
+
+PAGE = """## Is it worth joining?
+
+By `make results` (resumable). Every figure is out of fold, five folds by patient: mean over the sites with 8 patients
+or more of each class, mean over splits with seeds {seeds} (± sd over splits; the demo: over worlds with generator seeds
+{worlds}). Differences with the 95 % interval of 1,000 resamples of each site's patients, the same for all models. Local
+and pooled models train without privacy, as nobody would spend a budget on them; federated ones at the epsilon that
+stands beside them, for each patient, delta 1e-5, noise added at each site. *Strongest local* is the one of the highest
+mean in this very table: hindsight that favours staying alone. Recipes and how they were chosen, before these numbers:
+[benchmarks/recipes.py](../benchmarks/recipes.py). A site chooses what `predict` takes on its training patients.
+
+![What joining adds](results-joining.svg)
+
+{parts}"""
+
+
+def page(found: dict[str, tuple[list[Judged], Draws]], out: Path, seeds: tuple[int, ...], smoke: bool) -> str:
+    """The section of docs/results.md."""
+    parts = []
+    for name, (models, draws) in found.items():
+        cohort = COHORTS[name]
+        parts += [f"### {cohort.title}", cohort.note, table(models, draws), gates(models, draws)]
+    parts += ["### A useless and a tiny site", planted(out, seeds, smoke)]
+    words = [", ".join(map(str, values)) for values in (seeds, WORLDS)]
+    return PAGE.format(seeds=words[0], worlds=words[1], parts="\n\n".join(parts))
+
+
+def main() -> None:
+    """Run the panels, two at a time, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--panels", default=",".join(PANELS))
+    parser.add_argument(
+        "--seeds", default=",".join(map(str, SEEDS)), help="of splits; others than the page's leave docs alone"
+    )
+    parser.add_argument("--smoke", action="store_true", help="2 rounds, 1 seed, 2 folds, 2 budgets; leaves docs alone")
+    options = parser.parse_args()
+    out, names = options.out.resolve(), options.panels.split(",")
+    seeds = tuple(int(seed) for seed in options.seeds.split(","))
+    for name in names:
+        study_of(PANELS[name], out)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:  # this process has threads already
+        for line in pool.map(run_panel, names, *([value] * len(names) for value in (out, seeds, options.smoke))):
+            print(line, flush=True)
+    found = {cohort: known for cohort in COHORTS if (known := judge(cohort, out, seeds, options.smoke))}
+    folder = DOCS if seeds == SEEDS and not options.smoke else out
+    text = page(found, out, seeds, options.smoke)
+    plot(found, folder / "results-joining.svg")
+    write_section("joining", text, folder / "results.md")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
