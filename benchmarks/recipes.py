@@ -99,6 +99,7 @@ class Panel:
         overrides: what the recipe changes.
         budgets: epsilon of each cell; empty for no privacy.
         baselines: fitted beside it.
+        joining: whether sites choose between the federated model and their own.
         sites: folder of site files beside the study file.
         seeds: of splits; None for those of the command.
     """
@@ -109,6 +110,7 @@ class Panel:
     overrides: Overrides
     budgets: tuple[float, ...] = ()
     baselines: tuple[str, ...] = ()
+    joining: bool = True
     sites: str = "sites"
     seeds: tuple[int, ...] | None = None
 
@@ -124,14 +126,16 @@ def _pair(cohort: str, study: Callable[[Path], Path], plain: Overrides, private:
 
 
 def _world(seed: int) -> dict[str, Panel]:
-    """A demo of its own: everything shared or heads only without privacy, and at epsilon 3."""
-    common: Any = {"study": cohorts.demo(seed), "seeds": (seed,)}
-    plain, heads = {**PLAIN, **prevalence(0.25)}, {"sharing.policy": "heads"}
-    private = {**linear(*DEMO), **prevalence(0.25), "training.finetune": True}
+    """A demo of its own: its own study without privacy, that with heads only shared, and the linear one at epsilon 3."""
+    common: Any = {"cohort": "demo", "study": cohorts.demo(seed), "seeds": (seed,)}
+    plain = {"privacy.enabled": False}
+    heads = {**plain, "sharing.policy": "heads"}
+    few = {"modalities.vitals.statistics": ["mean", "count"], "modalities.note.buckets": 64}
+    private = {**linear(*DEMO), **few, **prevalence(0.25), "training.finetune": True}
     return {
-        f"demo-{seed}": Panel(cohort="demo", recipe="plain", overrides=plain, baselines=ALL, **common),
-        f"demo-{seed}-heads": Panel(cohort="demo", recipe="heads", overrides={**plain, **heads}, **common),
-        f"demo-{seed}-private": Panel(cohort="demo", recipe="private", overrides=private, budgets=(3.0,), **common),
+        f"demo-{seed}": Panel(recipe="plain", overrides=plain, baselines=ALL, **common),
+        f"demo-{seed}-heads": Panel(recipe="heads", overrides=heads, joining=False, **common),
+        f"demo-{seed}-private": Panel(recipe="private", overrides=private, budgets=(3.0,), **common),
     }
 
 

@@ -45,7 +45,7 @@ def request_of(name: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> Req
         seeds=panel.seeds or seeds,
         folds=FOLDS,
         baselines=panel.baselines,
-        joining=True,
+        joining=panel.joining,
         smoke=smoke,
         sites=study.parent / panel.sites,
         data=Path(data).resolve() if data else None,

@@ -171,8 +171,8 @@ def slope(probabilities: Array, truth: Truth) -> float:
     )
 
 
-ROUNDS = 50
-"""Rounds of iterative scaling; each brings the mean prediction closer to the prevalence."""
+ROUNDS, NEAR = 50, 1e-5
+"""Rounds of iterative scaling at most; each brings the mean prediction closer to the prevalence, until it is near."""
 
 
 def at_prevalence(probabilities: Array, truth: Truth) -> Array:
@@ -203,7 +203,10 @@ def _scaled(probabilities: Array, target: Array, known: NDArray[np.bool_]) -> Ar
     """[R, C] probabilities, each class multiplied by one number and a record's sum kept 1."""
     found = np.clip(probabilities, SMALLEST, 1.0)
     for _ in range(ROUNDS if known.any() else 0):
-        found = found * (target[known].mean(0) / np.maximum(found[known].mean(0), SMALLEST))
+        wanted, mean = target[known].mean(0), found[known].mean(0)
+        if np.abs(mean - wanted).max() < NEAR:
+            break
+        found = found * (wanted / np.maximum(mean, SMALLEST))
         found = found / np.maximum(found.sum(1, keepdims=True), SMALLEST)
     return found
 
