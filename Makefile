@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # One thread a process: small models lose more to hand-offs than they win.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup setup-system demo federation test test-long test-docs test-all check format docs methods-measured results picture bench bench-privacy bench-aggregation bench-simulation bench-attacks bench-deployment clean
+.PHONY: help setup setup-system demo federation test test-long test-docs test-all check format docs methods-measured results picture bench bench-privacy bench-aggregation bench-simulation bench-attacks bench-methods bench-deployment clean
 
 help:               ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -83,6 +83,10 @@ bench-simulation: setup  ## cost of a simulated round over a plain loop
 
 bench-attacks: setup  ## what a bad site costs the honest ones: writes docs/attacks.md (about an hour; resumable)
 	python benchmarks/attacks.py
+
+bench-methods: setup  ## ways of fusing, compared: a section of docs/results.md (half an hour; resumable)
+	python benchmarks/methods.py
+	python -m gapweave.shared.catalogue docs > docs/methods.md
 
 bench-deployment: setup  ## cost of a deployed round over an inline one
 	python benchmarks/deployment.py

@@ -126,7 +126,7 @@ def _pair(cohort: str, study: Callable[[Path], Path], plain: Overrides, private:
 
 
 def _world(seed: int) -> dict[str, Panel]:
-    """A demo of its own: its own study without privacy, that with heads only shared, and the linear one at epsilon 3."""
+    """A demo of its own: its study without privacy, the same with heads only shared, and a linear one at epsilon 3."""
     common: Any = {"cohort": "demo", "study": cohorts.demo(seed), "seeds": (seed,)}
     plain = {"privacy.enabled": False}
     heads = {**plain, "sharing.policy": "heads"}

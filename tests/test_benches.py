@@ -66,3 +66,15 @@ def test_the_joining_bench_writes_its_section_and_goes_on(tmp_path: Path) -> Non
     assert len(cells) == 10, "two panels of two folds, one of two, one of two budgets"
     assert printed("results", *words) == first
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("rows.json")} == cells, "nothing was run again"
+
+
+def test_the_methods_bench_writes_its_section_its_plots_and_goes_on(tmp_path: Path) -> None:
+    words = ("--smoke", "--panels", "demo,demo-missing", "--out", str(tmp_path))
+    first = printed("methods", *words)
+    page = (tmp_path / "results.md").read_text(encoding="utf-8")
+    for title in ("<!-- methods -->", "| `concat` |", "% hidden", "| `dwfuse` | labs |"):
+        assert title in page, title
+    for plot in ("missing", "similarity", "projection", "weights"):
+        assert (tmp_path / f"results-{plot}.svg").stat().st_size > 2000, plot
+    assert json.loads((tmp_path / "methods.json").read_text(encoding="utf-8")).keys() == {"late", "concat"}
+    assert printed("methods", *words) == first

@@ -1,0 +1,249 @@
+"""What an imputer puts into a hidden modality's slot, beside what its encoder would have said: Figs 7 and 8's form.
+
+Models of the demo are trained without privacy for several numbers of rounds; each held-out record that has two
+modalities or more has one hidden at a time. Used by methods.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+ROUNDS = (1, 2, 5, 10, 20, 40)
+SEEDS = (0, 1, 2)
+METHODS = ("dwfuse", "omnifuse")
+WEIGHED = "dwfuse"
+"""Method whose weights are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Slots of one modality at one site.
+
+    Attributes:
+        true: [N, d], what the encoder says.
+        imputed: [N, d], what the imputer says without having seen it.
+    """
+
+    true: Array
+    imputed: Array
+
+    def r2(self) -> float:
+        """Explained variance over all d numbers; 0 for a constant at the mean, below it worse."""
+        return 1 - float(((self.true - self.imputed) ** 2).sum() / ((self.true - self.true.mean(0)) ** 2).sum())
+
+    def similarity(self) -> float:
+        """Mean cosine of what is left of each when the mean true embedding is taken away."""
+        true, imputed = self.true - self.true.mean(0), self.imputed - self.true.mean(0)
+        norms = np.linalg.norm(true, axis=1) * np.linalg.norm(imputed, axis=1)
+        return float(((true * imputed).sum(1) / np.maximum(norms, 1e-12)).mean())
+
+
+def hidden_slots(model: Any, batch: Any) -> dict[str, Slots]:
+    """Each held modality hidden from the records that have another one too."""
+    import torch
+
+    found = {}
+    with torch.no_grad():
+        for at, name in enumerate(model.order):
+            rows = (batch.present[:, at] & (batch.present.sum(1) > 1)).nonzero()[:, 0]
+            if name not in model.held or len(rows) < 2:
+                continue
+            part = batch.rows(rows)
+            used = part.present.clone()
+            used[:, at] = False
+            outputs = model(part.inputs, part.present, used)
+            found[name] = Slots(
+                true=outputs.embeddings[:, at].double().numpy(), imputed=outputs.imputed[:, at].double().numpy()
+            )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A trained federation.
+
+    Attributes:
+        auroc: mean over sites.
+        slots: (site, modality) -> slots.
+        weights: pattern of modalities -> [N, M] shares, NaN where a modality is absent.
+        order: names of the M modalities.
+    """
+
+    auroc: float
+    slots: dict[tuple[str, str], Slots]
+    weights: dict[tuple[str, ...], Array]
+    order: tuple[str, ...]
+
+
+def train(study: Path, out: Path, method: str, rounds: int, seed: int) -> Seen:
+    """Simulate, or read what was simulated, and look at every site's model."""
+    from gapweave.client.data import load_cohort
+    from gapweave.client.predict import load_site_model, predict
+    from gapweave.shared.config import load_site
+    from gapweave.shared.rundir import RunDirectory
+    from gapweave.sites.simulate import commands
+
+    overrides = {
+        **{"method": method, "training.rounds": rounds, "seed": seed, "evaluation.split_seed": seed},
+        "privacy.enabled": False,
+    }
+    if not (out / "summary.json").exists():
+        from gapweave.shared.config.overrides import expand
+
+        paths = {path: value for key, given in overrides.items() for path, value in expand(key, given).items()}
+        places = commands.Places(sites=None, data=None, out=out, state=None)
+        commands.start(study, paths, places, baselines=(), continue_without=False)
+    directory = RunDirectory.open(out)
+    trained, summary = directory.study(), directory.read_json("summary.json")
+    slots: dict[tuple[str, str], Slots] = {}
+    weights: dict[tuple[str, ...], list[Array]] = {}
+    for name in sorted(summary["sites"]):
+        file = study.parent / "sites" / f"{name}.yaml"
+        cohort = load_cohort(trained, load_site(file), site_file=file, data_dir=None)
+        test = cohort.testing()
+        (kept,) = (directory.sites / name / "runs").glob("*/model.safetensors")
+        model = load_site_model(kept).model
+        slots |= {(name, modality): found for modality, found in hidden_slots(model, test).items()}
+        shares = predict(model, test, trained, cohort.training().prevalence()).weights
+        if shares is not None:
+            present = test.present.numpy()
+            for pattern in np.unique(present, axis=0):
+                held = tuple(modality for modality, has in zip(trained.order, pattern, strict=True) if has)
+                rows = shares[(present == pattern).all(1)]
+                weights.setdefault(held, []).append(np.where(pattern, rows, np.nan))
+    return Seen(
+        auroc=fmean(row["metrics"]["auroc"] for row in summary["sites"].values()),
+        slots=slots,
+        weights={held: np.concatenate(rows) for held, rows in weights.items()},
+        order=tuple(trained.order),
+    )
+
+
+def look_inside(out: Path, folder: Path, *, smoke: bool) -> str:
+    """Train, draw the three plots into the folder, and say what they show.
+
+    Args:
+        out: where runs are kept.
+        folder: for the plots.
+        smoke: two numbers of rounds, one seed, one method.
+    """
+    from gapweave.sites.demo import write_demo
+
+    rounds, seeds, methods = (ROUNDS[:2], SEEDS[:1], METHODS[:1]) if smoke else (ROUNDS, SEEDS, METHODS)
+    cohort = out / "cohort"
+    study = cohort / "study.yaml" if (cohort / "study.yaml").exists() else write_demo(cohort)
+    seen = {
+        (method, number, seed): train(study, out / f"{method}-{number}-{seed}", method, number, seed)
+        for method in methods
+        for number in rounds
+        for seed in seeds
+    }
+    _draw_similarity(seen, folder / "results-similarity.svg")
+    last = seen[WEIGHED, rounds[-1], seeds[0]]
+    _draw_projection(last, folder / "results-projection.svg")
+    _draw_weights(last, folder / "results-weights.svg")
+    return _table(seen, rounds[-1])
+
+
+Found = dict[tuple[str, int, int], Seen]
+
+
+def _table(seen: Found, rounds: int) -> str:
+    """R2 and similarity by modality, at the end."""
+    names = sorted({modality for one in seen.values() for _, modality in one.slots})
+    lines = ["| method | hidden modality | R2 | similarity |", "| --- | --- | --: | --: |"]
+    for method in dict.fromkeys(method for method, _, _ in seen):
+        ends = [one for (at, number, _), one in seen.items() if at == method and number == rounds]
+        for name in names:
+            by_seed = [[slots for (_, at), slots in one.slots.items() if at == name] for one in ends]
+            measures = (Slots.r2, Slots.similarity)
+            r2, similar = ([fmean(measure(slots) for slots in one) for one in by_seed] for measure in measures)
+            lines.append(f"| `{method}` | {name} | {_spread(r2)} | {_spread(similar)} |")
+    note = (
+        f"After {rounds} rounds, held-out records, mean over sites (± sd over seeds): R2 of the imputed embedding, 0\n"
+        "for the mean embedding, and the cosine with the true one, the mean taken away."
+    )
+    return note + "\n\n" + "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{fmean(values):+.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _draw_similarity(seen: Found, file: Path) -> None:
+    """Fig 7: similarity of imputed and true embeddings over training, beside AUROC."""
+    from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
+
+    with figure_axes(file, rows=13) as axes:
+        for at, method in enumerate(dict.fromkeys(method for method, _, _ in seen)):
+            numbers = sorted({number for name, number, _ in seen if name == method})
+            for what, style in (("similarity", "-"), ("AUROC", "--")):
+                values = [
+                    [
+                        one.auroc if what == "AUROC" else fmean(slots.similarity() for slots in one.slots.values())
+                        for (name, number, _), one in seen.items()
+                        if (name, number) == (method, rounds)
+                    ]
+                    for rounds in numbers
+                ]
+                sd = [stdev(of) if len(of) > 1 else 0.0 for of in values]
+                axes.errorbar(
+                    numbers, [fmean(of) for of in values], yerr=sd, fmt=style, marker="o", capsize=3,
+                    color=COLOURS[6 * at], label=f"{method}: {what}",
+                )  # fmt: skip
+        axes.set_xscale("log")
+        ticks = sorted({number for _, number, _ in seen})
+        axes.set_xticks(ticks, [f"{number}" for number in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("rounds of training")
+        axes.set_ylabel("cosine of imputed and true embedding; AUROC")
+        axes.legend(fontsize="small")
+
+
+def _draw_projection(one: Seen, file: Path) -> None:
+    """Fig 8: true and imputed embeddings on the first two principal components of the true ones."""
+    from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
+
+    site = max({at for at, _ in one.slots}, key=lambda at: sum(name == at for name, _ in one.slots))
+    slots = {name: found for (at, name), found in one.slots.items() if at == site}
+    true = np.concatenate([found.true for found in slots.values()])
+    _, _, axes_of = np.linalg.svd(true - true.mean(0), full_matrices=False)
+    with figure_axes(file, rows=16) as axes:
+        for at, (name, found) in enumerate(slots.items()):
+            for values, marker, word in ((found.true, "o", "true"), (found.imputed, "x", "imputed")):
+                x, y = ((values - true.mean(0)) @ axes_of[:2].T).T
+                axes.scatter(x, y, s=14, marker=marker, color=COLOURS[2 * at], alpha=0.6, label=f"{name}, {word}")
+        axes.set_xlabel(f"first principal component of the true embeddings (held-out records of {site})")
+        axes.set_ylabel("second")
+        axes.legend(fontsize="small")
+
+
+def _draw_weights(one: Seen, file: Path) -> None:
+    """Mean share of each modality, by the modalities that a record has."""
+    from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
+
+    patterns = sorted(one.weights, key=lambda held: (-len(held), held))
+    with figure_axes(file, rows=len(patterns) + 2) as axes:
+        for row, held in enumerate(patterns):
+            start = 0.0
+            for at, name in enumerate(one.order):
+                if name in held:
+                    share = float(one.weights[held][:, at].mean())
+                    axes.barh(row, share, left=start, color=COLOURS[2 * at], label=name)
+                    start += share
+        axes.set_yticks(range(len(patterns)), [f"{', '.join(held)} ({len(one.weights[held])})" for held in patterns])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"mean share in the decision ({WEIGHED}; modalities that a record has, number of records)")
+        handles, labels = axes.get_legend_handles_labels()
+        first = {label: handle for handle, label in reversed(list(zip(handles, labels, strict=True)))}
+        names = [name for name in one.order if name in first]
+        axes.legend(
+            [first[name] for name in names], names, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1)
+        )
