@@ -48,6 +48,7 @@ NETWORKS: dict[str, Any] = {
     "model.embedding": 16,
     "model.linear_path": False,
     **{f"modalities.{name}.encoder": None for name in ("static", "labs", "severity", "note", *SERIES)},
+    "modalities.severity.start": 0,
     "scheme.settings": {},
     "training.schedule": "fedavg",
     "training.local_steps": 5,

@@ -52,6 +52,7 @@ PRIVATE: Overrides = {
     "aggregation.server_optimizer": "momentum",
     "aggregation.server_lr": 1.5,
     "aggregation.average_last": 0.5,
+    "aggregation.shrink": True,
     "privacy.max_grad_norm": 0.85,
 }
 """Under noise: a linear model. It is what sites/eicu_demo/study.yaml has by itself."""

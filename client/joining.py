@@ -151,8 +151,7 @@ def _share(ours: Array, other: Array, truth: Truth) -> float:
         return _loss(at_prevalence(mix([blend], [slope(blend, truth)], truth.kind), truth), truth)
 
     part = min(SHARES, key=loss)
-    total: float = (1 - part) * first + part * second
-    return part * second / total
+    return float(part * second / ((1 - part) * first + part * second))
 
 
 SLOPES = tuple(2.0 ** (quarter / 4) for quarter in range(-12, 17))
@@ -166,9 +165,8 @@ def slope(probabilities: Array, truth: Truth) -> float:
         probabilities: [R, classes]; for binary both classes.
         truth: of the records.
     """
-    return min(
-        SLOPES, key=lambda factor: _loss(at_prevalence(mix([probabilities], [factor], truth.kind), truth), truth)
-    )
+    best: float = min(SLOPES, key=lambda of: _loss(at_prevalence(mix([probabilities], [of], truth.kind), truth), truth))
+    return best
 
 
 ROUNDS, NEAR = 50, 1e-5

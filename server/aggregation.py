@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from statistics import median_low
+from statistics import fmean, median_low
 from typing import Any
 
-from gapweave.server.aggregators import Sum, Update
+import numpy as np
+
+from gapweave.server.aggregators import Accumulator, Sum, Update
 from gapweave.server.agreement import Agreement, against_the_others, agreements
 from gapweave.server.fednova import Normalisation, scaled
 from gapweave.server.history import History
@@ -21,6 +23,9 @@ from gapweave.shared.errors import TooFewSites
 from gapweave.shared.model import MultimodalModel, groups, shared_groups
 from gapweave.shared.optimizers import ServerOptimizer
 from gapweave.shared.tensorfile import Arrays, size
+
+MOST_COLUMNS, MOST_TRIALS = 1024, 32
+"""Numbers of noise on which a rule is tried at once, and how often: enough to know a variance to a few percent."""
 
 
 class GroupAggregation:
@@ -56,7 +61,10 @@ class GroupAggregation:
         self._kept: dict[str, dict[str, Update]] = {group: {} for group in current}
         self._sums = {group: Sum() for group in current if rule_of(study.aggregation, group, 0) == "mean"}
         self._norms: dict[str, dict[str, float]] = {group: {} for group in current}
-        self._noise: dict[str, list[float]] = {group: [] for group in current}
+        self._noise: dict[str, dict[str, float]] = {group: {} for group in current}
+        self._patients: dict[str, int] = {}
+        self.noise: dict[str, float] = dict.fromkeys(current, 0.0)
+        """Variance of the noise in each coordinate of a group's aggregate, for shrinkage; 0 where it is not known."""
         self._screened: dict[str, dict[str, str]] = {group: {} for group in current}
 
     def add(self, site: str, arrays: Arrays, patients: int = 1, noise_sd: float = 0.0) -> None:
@@ -78,7 +86,8 @@ class GroupAggregation:
             length, numbers = norm(update), sum(value.size for value in update.values())
             path = self._paths.path(site, patients)
             self._norms[group][site] = length / path
-            self._noise[group].append(noise_sd * math.sqrt(numbers) / path)
+            self._noise[group][site] = noise_sd * math.sqrt(numbers) / path
+            self._patients[site] = patients
             quiet = too_quiet(length, numbers, noise_sd)
             if quiet is not None:
                 self._reject(group, site, quiet)
@@ -86,7 +95,7 @@ class GroupAggregation:
             self._variates.take(site, group, update, patients)
             update = scaled(update, 1 / path)
             if group in self._sums:
-                self._sums[group].add(update, 1 if self._study.aggregation.weights == "uniform" else patients)
+                self._give(self._sums[group], update, patients)
             else:
                 self._kept[group][site] = update
 
@@ -94,7 +103,7 @@ class GroupAggregation:
         """The groups after the round, and a log line a group, also of those that nobody sent."""
         result, lines = dict(self._current), {}
         for group, noise in self._noise.items():
-            self._screen(group, too_long(self._norms[group], median_low(noise or [0.0])))
+            self._screen(group, too_long(self._norms[group], median_low(noise.values() or [0.0])))
         if self._study.privacy.enabled:
             self._compare()
         for group in sorted(self._current):
@@ -112,9 +121,36 @@ class GroupAggregation:
             except TooFewSites as error:
                 lines[group]["left_alone"] = error.what
                 continue
+            self.noise[group] = self._variance(group, rule, holders)
             change = self._optimizer.step(group, aggregate)
             result[group] = {name: value + change[name] for name, value in self._current[group].items()}
         return result, lines
+
+    def _variance(self, group: str, rule: AnyRule, holders: list[str]) -> float:
+        """What the rule leaves of the holders' noise; tried on noise alone, for rules differ in whom they heed."""
+        lengths = [self._noise[group][site] for site in holders]
+        if not self._study.aggregation.shrink or not all(lengths):
+            return 0.0
+        numbers = sum(value.size for value in self._current[group].values())
+        generator, columns = np.random.default_rng(0), min(numbers, MOST_COLUMNS)
+        squares = []
+        for _ in range(min(MOST_TRIALS, math.ceil(MOST_COLUMNS / columns))):
+            combined = Sum() if group in self._sums else start(rule, group, len(holders))
+            for site, length in zip(holders, lengths, strict=True):
+                row = length / math.sqrt(numbers) * generator.standard_normal(columns)
+                self._give(combined, {"noise": row.astype(np.float32)}, self._patients[site])
+            squares.append(float(np.mean(combined.finish()["noise"].astype(np.float64) ** 2)))
+        return self._usual(group, holders) ** 2 * fmean(squares)
+
+    def _give(self, combined: Accumulator, update: Update, patients: int) -> None:
+        """A mean may weigh by patients; robust rules weigh all alike."""
+        if isinstance(combined, Sum) and self._study.aggregation.weights == "patients":
+            combined.add(update, patients)
+        else:
+            combined.add(update)
+
+    def _usual(self, group: str, holders: list[str]) -> float:
+        return self._paths.usual(holders, self._study.aggregation.weights if group in self._sums else None)
 
     def _reject(self, group: str, site: str, reason: str) -> None:
         self._screened[group][site] = reason
@@ -141,11 +177,10 @@ class GroupAggregation:
             raise TooFewSites(f"{len(holders)} holders cannot protect each other, and the study is strict")
         accumulator = start(rule, group, len(holders))
         if group in self._sums:
-            usual = self._paths.usual(holders, self._study.aggregation.weights)
-            return scaled(self._sums[group].finish(), usual)
+            return scaled(self._sums[group].finish(), self._usual(group, holders))
         for site in holders:
             accumulator.add(self._history.take(site, group, self._kept[group].pop(site)))
-        return scaled(accumulator.finish(), self._paths.usual(holders, None))
+        return scaled(accumulator.finish(), self._usual(group, holders))
 
 
 def initial_groups(study: Study) -> Arrays:

@@ -32,6 +32,7 @@ class Checkpoint:
         history: sums of each site's updates, by site; `counts`: how many they hold, by site and group.
         variates: control variates of SCAFFOLD, by site and group; `common`: what the rules make of them.
         late: sums of the shared groups after late rounds, which are averaged; empty before.
+        noise: by group and round, the variance of the noise in each coordinate of the aggregate.
         looks: at the scores on the way, as logged.
         peers: what is known of each site, by name.
         bytes_up: bytes of updates received so far.
@@ -49,6 +50,7 @@ class Checkpoint:
     variates: dict[str, Arrays] = field(default_factory=dict)
     common: Arrays = field(default_factory=dict)
     late: Arrays = field(default_factory=dict)
+    noise: dict[str, list[float]] = field(default_factory=dict)
     looks: list[dict[str, Any]] = field(default_factory=list)
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes_up: int = 0

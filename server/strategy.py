@@ -24,6 +24,7 @@ from gapweave.server.rules import resolve, rule_for
 from gapweave.server.sampling import sampled
 from gapweave.server.scaffold import Variates
 from gapweave.server.screening import noise_sd
+from gapweave.server.shrinkage import shrunk
 from gapweave.server.stopping import EarlyStop, seen_of
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
@@ -262,6 +263,7 @@ class RoundLoop:
             variates=self.variates.kept,
             common=self.variates.common,
             late=add_late(self.study, number, self.state.late, current),
+            noise={group: [*self.state.noise.get(group, []), value] for group, value in combine.noise.items()},
             bytes_up=self.state.bytes_up + combine.bytes,
             bytes_down=self.state.bytes_down + down,
             seconds=self.state.seconds + seconds,
@@ -299,8 +301,16 @@ class RoundLoop:
 
     @property
     def final(self) -> Arrays:
-        """The shared groups that the run ends with: the last round's, or the average of late rounds."""
-        return late_mean(self.study, self.state.late) or self.state.groups
+        """The shared groups that the run ends with: the last round's, or the average of late rounds; perhaps shrunk."""
+        return self._ending[0]
+
+    @property
+    def _ending(self) -> tuple[Arrays, float]:
+        """The final groups, and the share that is kept of what was learnt."""
+        reached = late_mean(self.study, self.state.late) or self.state.groups
+        if not self.study.aggregation.shrink:
+            return reached, 1.0
+        return shrunk(self.study, initial_groups(self.study), reached, self.state.noise)
 
     def _look(self) -> None:
         """Look at the scores after the last round, where the study says so; also where a crash left that out."""
@@ -318,7 +328,10 @@ class RoundLoop:
 
     def _evaluate(self) -> None:
         """Ask how well the final groups do, before the last message: it ends the run at the sites."""
-        self.released = self._ask_tables(list(self.peers.values()), self.final, look=False)
+        final, kept = self._ending
+        if self.study.aggregation.shrink:
+            self.directory.add_to_round(self.state.round, {"kept": round(kept, 4)})
+        self.released = self._ask_tables(list(self.peers.values()), final, look=False)
 
     def _ask_tables(self, peers: list[Peer], groups: Arrays, *, look: bool) -> dict[str, Released]:
         header = {"run": self.state.run, "study": self.study.sha256, "round": self.state.round}

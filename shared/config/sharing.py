@@ -140,6 +140,11 @@ class Aggregation(StrictModel):
         description="share of the rounds, the last ones, whose shared parameters are averaged to the final ones; "
         "0: the last round's",
     )
+    shrink: bool = Field(
+        False,
+        description="shrink what was learnt towards the public start, by how much of it may be noise "
+        "(docs/decisions/0022-shrinkage.md); without noise nothing is shrunk",
+    )
     sample: int | None = Field(None, ge=1, description="sites asked in a round (default: all that can take part)")
     sampling: Literal["random", "coverage"] = Field(
         "random",
@@ -167,6 +172,8 @@ class Aggregation(StrictModel):
     def _weighed(self) -> Self:
         if self.sample is not None and self.sample < self.quorum:
             raise ValueError(f"sample={self.sample} asks fewer sites than quorum={self.quorum} needs")
+        if self.shrink and self.server_optimizer not in ("none", "momentum"):
+            raise ValueError(f"shrink needs to know what becomes of noise; {self.server_optimizer} is not linear in it")
         named = (rule if isinstance(rule, str) else rule.rule for rule in (self.default, *self.rules.values()))
         other = sorted(set(named) - {"auto", "mean"})
         if self.weights == "patients" and other:

@@ -304,6 +304,13 @@ class Study(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _knows_its_noise(self) -> Self:
+        others = [name for name in ("momentum", "scaffold") if getattr(self.training, name)]
+        if self.aggregation.shrink and others:
+            raise ValueError(f"aggregation.shrink needs to know what becomes of noise: leave out training.{others[0]}")
+        return self
+
+    @model_validator(mode="after")
     def _one_prevalence_each(self) -> Self:
         given = self.preparation.class_balance
         if isinstance(given, list) and len(given) != self.task.outputs:

@@ -1,0 +1,107 @@
+"""Noise-aware shrinkage: how much of what was learnt is kept, when much of it may be noise.
+
+The final parameters are the public start plus a change. The change holds noise whose variance is public: each site's
+plan says what its updates carry, and server momentum, histories and averages over rounds are linear in the updates. A
+change that is hardly longer than its noise says little, so the start is kept; one that is much longer is kept whole:
+
+    factor = max(0, 1 - V / |change|^2),   V the expected square of the noise's length
+
+is the positive-part James-Stein estimator (James and Stein 1961; Baranchik 1964) with one factor for all shared groups,
+towards the public start in place of 0.
+
+Guarantee: costs no privacy: it reads what was released, and public plans.
+Assumes: that a rule acts on noise beside a signal as it does on noise alone, on which it is tried; that all sites
+    answer each round; and that gradients do not undo noise (they do a little, so that too much is shrunk).
+Edge cases: without noise, or with a site whose noise is not known, nothing is shrunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from gapweave.server.history import decay_of
+from gapweave.server.rules import rule_of
+from gapweave.shared.config.study import Study
+from gapweave.shared.late import add_late, late_mean
+from gapweave.shared.optimizers import ServerOptimizer
+from gapweave.shared.tensorfile import Arrays
+
+Variances = Mapping[str, Sequence[float]]
+"""Group -> round by round, the variance of the noise in each coordinate of the aggregate; 0 for a round without."""
+
+
+def responses(study: Study, rounds: int, history: float) -> list[float]:
+    """By round, what the final parameters hold of a unit of noise in this round's aggregate.
+
+    Args:
+        study: gives optimiser, average and the pull of the ridge.
+        rounds: that were run.
+        history: decay of updates in the mean that the group's rule sees; 0 for none.
+    """
+    pull = 1 - (1 - study.training.lr * study.shrinkage) ** study.training.local_steps
+    return [_response(study, rounds, at, history, pull) for at in range(1, rounds + 1)]
+
+
+def _response(study: Study, rounds: int, at: int, history: float, pull: float) -> float:
+    optimizer = ServerOptimizer(study.aggregation)
+    current: Arrays = {"unit": {"x": np.zeros(1, np.float32)}}
+    late: Arrays = {}
+    for number in range(1, rounds + 1):
+        share = history ** (number - at) * (1 - history) / (1 - history**number) if number >= at else 0.0
+        update = share - pull * current["unit"]["x"]
+        change = optimizer.step("unit", {"x": update.astype(np.float32)})
+        current = {"unit": {"x": current["unit"]["x"] + change["x"]}}
+        late = add_late(study, number, late, current)
+    return float((late_mean(study, late) or current)["unit"]["x"][0])
+
+
+def noise_square(study: Study, variances: Variances, sizes: Mapping[str, int]) -> float:
+    """V: the expected square of the length of the noise in the final parameters.
+
+    Args:
+        study: how updates become parameters.
+        variances: by group and round.
+        sizes: numbers in each group.
+    """
+    total = 0.0
+    for group, by_round in variances.items():
+        plain = rule_of(study.aggregation, group, 0) == "mean"
+        gains = responses(study, len(by_round), 0.0 if plain else decay_of(study))
+        total += sizes[group] * sum(gain**2 * value for gain, value in zip(gains, by_round, strict=True))
+    return total
+
+
+def factor(start: Arrays, reached: Arrays, noise: float) -> float:
+    """What is kept of the change, from 0 to 1.
+
+    Args:
+        start: public initial values.
+        reached: values that the rounds led to.
+        noise: V.
+    """
+    square = sum(
+        float(((value.astype(np.float64) - start[group][name]) ** 2).sum())
+        for group, part in reached.items()
+        for name, value in part.items()
+    )
+    return max(0.0, 1 - noise / square) if square > 0 else 1.0
+
+
+def shrunk(study: Study, start: Arrays, reached: Arrays, variances: Variances) -> tuple[Arrays, float]:
+    """The start and what is kept of the change; and how much that is, from 0 to 1.
+
+    Args:
+        study: how updates became parameters.
+        start: public initial values of the shared groups.
+        reached: values that the rounds led to.
+        variances: of the rounds' noise.
+    """
+    sizes = {group: sum(value.size for value in part.values()) for group, part in reached.items()}
+    kept = factor(start, reached, noise_square(study, variances, sizes))
+    share = np.float32(kept)
+    return {
+        group: {name: start[group][name] + share * (value - start[group][name]) for name, value in part.items()}
+        for group, part in reached.items()
+    }, kept
