@@ -37,6 +37,7 @@ PLAIN: Overrides = {
     "aggregation.server_lr": 0.02,
     "aggregation.server_floor": 1e-6,
     "aggregation.average_last": 0.5,
+    "aggregation.shrink": False,
 }
 """Without privacy: all features, a network beside the linear path, a strong ridge."""
 PRIVATE: Overrides = {
