@@ -1,0 +1,144 @@
+"""Shrinkage by hand, against noise drawn through the real rounds, and over a resumed run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pretence import study_of
+
+from gapweave.server.aggregation import GroupAggregation
+from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from gapweave.server.history import History, decay_of
+from gapweave.server.shrinkage import factor, noise_square, responses, shrunk
+from gapweave.shared.config.study import Study
+from gapweave.shared.late import add_late, late_mean
+from gapweave.shared.optimizers import ServerOptimizer
+from gapweave.shared.tensorfile import Arrays
+
+
+def of(rounds: int = 4, training: dict[str, Any] | None = None, **aggregation: Any) -> Study:
+    base = study_of().model_dump(mode="json")
+    base["training"] |= {"rounds": rounds, **(training or {})}
+    base["aggregation"] |= {"shrink": True, **aggregation}
+    base["privacy"]["enabled"] = True
+    return Study.model_validate(base)
+
+
+def test_a_unit_of_each_round_by_hand() -> None:
+    assert responses(of(3), 3, 0.0) == pytest.approx([1, 1, 1])
+    momentum = of(3, server_optimizer="momentum", server_momentum=0.5, server_lr=2)
+    assert responses(momentum, 3, 0.0) == pytest.approx([2 * 1.75, 2 * 1.5, 2])
+    # Rounds 3 and 4 are averaged: what comes in round 4 is in one of the two.
+    assert responses(of(4, average_last=0.5), 4, 0.0) == pytest.approx([1, 1, 1, 0.5])
+
+
+def test_the_ridge_takes_its_part_of_each_round() -> None:
+    ridge = of(3, training={"weight_decay": 0.1, "lr": 1.0, "local_steps": 1})
+    assert responses(ridge, 3, 0.0) == pytest.approx([0.81, 0.9, 1])
+
+
+def test_a_history_brings_a_unit_in_parts() -> None:
+    decay = 0.5
+    by_hand = [0.5 ** (number - 1) * (1 - decay) / (1 - decay**number) for number in (1, 2, 3)]
+    assert responses(of(3), 3, decay)[0] == pytest.approx(sum(by_hand))
+
+
+def test_what_is_kept_by_hand() -> None:
+    start: Arrays = {"head/labs": {"w": np.array([1.0, 0.0], np.float32)}}
+    reached: Arrays = {"head/labs": {"w": np.array([4.0, 1.0], np.float32)}}
+    assert factor(start, reached, 4.0) == pytest.approx(0.6)
+    assert factor(start, reached, 20.0) == 0
+    assert factor(start, start, 1.0) == 1, "nothing was learnt, nothing is taken away"
+    # 2 numbers, 4 rounds that each bring a unit, variance .5 each
+    found, kept = shrunk(of(4, default="mean"), start, reached, {"head/labs": [0.5] * 4})
+    assert kept == pytest.approx(1 - 2 * 4 * 0.5 / 10)
+    np.testing.assert_allclose(found["head/labs"]["w"], [1 + 0.6 * 3, 0.6])
+
+
+@pytest.mark.parametrize(("rule", "within"), [("mean", 0.15), ("median", 0.3), ("trimmed_mean", 0.3)])
+@pytest.mark.parametrize("optimizer", [{}, {"server_optimizer": "momentum", "server_lr": 1.5, "average_last": 0.5}])
+def test_noise_alone_is_as_long_as_expected(rule: str, within: float, optimizer: dict[str, Any]) -> None:
+    """Sites of unlike noise, 10 rounds, 2,000 numbers: the length is known to about 5 % from the numbers alone."""
+    study = of(10, default=rule, **optimizer)
+    generator, sds = np.random.default_rng(0), {"a": 1.0, "b": 1.5, "c": 0.7, "d": 3.0, "e": 1.0}
+    start: Arrays = {"head/labs": {"w": np.zeros(2000, np.float32)}}
+    current, late, noise = start, Arrays(), []
+    server, history = ServerOptimizer(study.aggregation), History(decay_of(study))
+    for number in range(1, 11):
+        combine = GroupAggregation(study, current, server, history=history)
+        for site, sd in sds.items():
+            sent = {"head/labs": {"w": generator.normal(0, sd, 2000).astype(np.float32)}}
+            combine.add(site, sent, noise_sd=sd)
+        current, lines = combine.finish()
+        assert lines["head/labs"]["screened"] == {}
+        noise.append(combine.noise["head/labs"])
+        late = add_late(study, number, late, current)
+    reached = late_mean(study, late) or current
+    square = float((reached["head/labs"]["w"].astype(np.float64) ** 2).sum())
+    assert noise_square(study, {"head/labs": noise}, {"head/labs": 2000}) == pytest.approx(square, rel=within)
+
+
+def test_without_shrinkage_or_with_unknown_noise_nothing_is_tried() -> None:
+    start: Arrays = {"head/labs": {"w": np.zeros(3, np.float32)}}
+    for study, sd in ((of(), 0.0), (study_of(), 1.0)):
+        combine = GroupAggregation(study, start)
+        for site in "abc":
+            combine.add(site, {"head/labs": {"w": np.ones(3, np.float32)}}, noise_sd=sd)
+        combine.finish()
+        assert combine.noise == {"head/labs": 0.0}
+
+
+def test_a_checkpoint_keeps_the_noise_of_the_rounds(tmp_path: Path) -> None:
+    groups: Arrays = {"fusion": {"w": np.zeros(2, np.float32)}}
+    save_checkpoint(tmp_path, Checkpoint(run="r", study="s", round=2, groups=groups, noise={"fusion": [0.5, 0.25]}))
+    found = load_checkpoint(tmp_path, "s")
+    assert found is not None
+    assert found.noise == {"fusion": [0.5, 0.25]}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"aggregation": {"server_optimizer": "adam"}}, "adam is not linear"),
+        ({"training": {"momentum": 0.9}}, "training.momentum"),
+    ],
+)
+def test_what_hides_the_noise_is_refused(change: dict[str, dict[str, Any]], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        of(training=change.get("training"), **change.get("aggregation", {}))
+
+
+def test_a_run_whose_change_is_noise_ends_at_the_public_start(tmp_path: Path) -> None:
+    from gapweave.server.aggregation import initial_groups
+    from gapweave.shared import tensorfile
+    from gapweave.shared.rundir import RunDirectory
+    from gapweave.sites.demo import write_demo
+    from gapweave.sites.simulate import commands
+
+    study = write_demo(tmp_path / "demo", hospitals=2, patients=60)
+    overrides = {
+        "aggregation.shrink": True,
+        "privacy.epsilon": 0.5,
+        "training.rounds": 3,
+        "model.fusion": "late",
+        "model.imputer": "none",
+    }
+    places = commands.Places(sites=None, data=None, out=tmp_path / "run", state=None)
+    commands.start(study, overrides, places, baselines=(), continue_without=False)
+    directory = RunDirectory.open(tmp_path / "run")
+    last = json.loads((tmp_path / "run" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last["kept"] < 0.1
+    final, _ = tensorfile.parse((directory.model / "shared.safetensors").read_bytes())
+    start = initial_groups(directory.study())
+    checkpoint = load_checkpoint(directory.checkpoint, directory.study().sha256)
+    assert checkpoint is not None
+    for group, part in final.items():
+        for name, value in part.items():
+            change = checkpoint.groups[group][name] - start[group][name]
+            np.testing.assert_allclose(
+                value, start[group][name] + last["kept"] * change, atol=2e-4 * np.abs(change).max()
+            )
