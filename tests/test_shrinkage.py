@@ -132,6 +132,7 @@ def test_a_run_whose_change_is_noise_ends_at_the_public_start(tmp_path: Path) ->
     directory = RunDirectory.open(tmp_path / "run")
     last = json.loads((tmp_path / "run" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert last["kept"] < 0.1
+    assert "% was kept" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     final, _ = tensorfile.parse((directory.model / "shared.safetensors").read_bytes())
     start = initial_groups(directory.study())
     checkpoint = load_checkpoint(directory.checkpoint, directory.study().sha256)

@@ -45,6 +45,7 @@ def write_report(directory: RunDirectory) -> None:
         joining=joining_sections(summary["sites"]),
         **JOINING_WORDS,
         pooled_scores=summary.get("pooled") or (summary.get("released") or {}).get("pooled"),
+        kept=next((line["kept"] for line in reversed(rounds) if "kept" in line), None),
         looks=[line["look"] for line in rounds if "look" in line],
         groups=events.group_table(study, rounds),
         lazy=events.lazy_turns(rounds),
