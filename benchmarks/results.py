@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from left_out import left_out
 from page import write_section
 from recipes import BUDGETS, COHORTS, PANELS, SEEDS, WORLDS, Panel
 
@@ -32,11 +33,17 @@ def study_of(panel: Panel, out: Path) -> Path:
     return folder / "study.yaml" if (folder / "study.yaml").exists() else panel.study(folder)
 
 
+def data_folder() -> Path | None:
+    """Folder of data sets, if there is one."""
+    data = os.environ.get("GAPWEAVE_DATA")
+    return Path(data).resolve() if data else None
+
+
 def request_of(name: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> Request:
     """The panel as `gapweave compare` would be asked for it."""
     from gapweave.sites.simulate.compare_plan import Request
 
-    panel, data = PANELS[name], os.environ.get("GAPWEAVE_DATA")
+    panel = PANELS[name]
     study = study_of(panel, out)
     return Request(
         study=study,
@@ -48,7 +55,7 @@ def request_of(name: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> Req
         joining=panel.joining,
         smoke=smoke,
         sites=study.parent / panel.sites,
-        data=Path(data).resolve() if data else None,
+        data=data_folder(),
         out=out / name,
         continue_without=False,
     )
@@ -324,6 +331,9 @@ def page(found: dict[str, tuple[list[Judged], Draws]], out: Path, seeds: tuple[i
         cohort = COHORTS[name]
         parts += [f"### {cohort.title}", cohort.note, table(models, draws), gates(models, draws)]
     parts += ["### A useless and a tiny site", planted(out, seeds, smoke)]
+    if "stay" in found:
+        told = "Trained without privacy on all patients of the nine others; AUROC on all of the site that was left out."
+        parts += ["### A hospital that took no part (eICU stay)", told, left_out(out, data_folder(), smoke=smoke)]
     words = [", ".join(map(str, values)) for values in (seeds, WORLDS)]
     return PAGE.format(seeds=words[0], worlds=words[1], parts="\n\n".join(parts))
 

@@ -35,25 +35,25 @@ def pooled_network(study: Study, cohorts: Mapping[str, Cohort]) -> Predictor:
     pooled = pool(study, [cohort.training() for cohort in cohorts.values()])
     study = without_privacy(study, study.training.batch * len(cohorts))
     model = train_alone(study, pooled, list(study.order), "pooled")
-    return lambda batch: predict(model, _complete(study, batch), study, pooled.prevalence())
+    return lambda batch: predict(model, complete(study, batch), study, pooled.prevalence())
 
 
 def pool(study: Study, batches: list[Batch]) -> Batch:
     """All batches as one; a site's missing modalities are absent rows."""
-    complete = [_complete(study, batch) for batch in batches]
+    whole = [complete(study, batch) for batch in batches]
     offsets = np.cumsum([0, *[batch.patients for batch in batches]])
     return Batch(
-        inputs={name: torch.cat([batch.inputs[name] for batch in complete]) for name in study.order},
-        present=torch.cat([batch.present for batch in complete]),
-        target=torch.cat([batch.target for batch in complete]),
-        label_mask=torch.cat([batch.label_mask for batch in complete]),
-        patient=torch.cat([batch.patient + int(at) for batch, at in zip(complete, offsets[:-1], strict=True)]),
-        weight=torch.cat([batch.weight for batch in complete]),
+        inputs={name: torch.cat([batch.inputs[name] for batch in whole]) for name in study.order},
+        present=torch.cat([batch.present for batch in whole]),
+        target=torch.cat([batch.target for batch in whole]),
+        label_mask=torch.cat([batch.label_mask for batch in whole]),
+        patient=torch.cat([batch.patient + int(at) for batch, at in zip(whole, offsets[:-1], strict=True)]),
+        weight=torch.cat([batch.weight for batch in whole]),
         patients=int(offsets[-1]),
     )
 
 
-def _complete(study: Study, batch: Batch) -> Batch:
+def complete(study: Study, batch: Batch) -> Batch:
     """The batch with zero inputs for modalities that its site does not hold."""
     inputs = {
         modality.name: batch.inputs.get(modality.name, torch.zeros(len(batch), *modality.shape))
@@ -99,6 +99,6 @@ def _fit_classical_both(study: Study, cohorts: Mapping[str, Cohort], name: str) 
     together = fit_classical(study, pool(study, [cohort.training() for cohort in cohorts.values()]), name)
 
     def on_all(batch: Batch) -> Predictions:
-        return together(_complete(study, batch))
+        return together(complete(study, batch))
 
     return {f"{name}_local": local, f"{name}_pooled": dict.fromkeys(cohorts, on_all)}
