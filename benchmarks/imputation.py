@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-ROUNDS = (1, 2, 5, 10, 20, 40)
+ROUNDS = (1, 5, 20, 60)
 SEEDS = (0, 1, 2)
 METHODS = ("dwfuse", "omnifuse")
 WEIGHED = "dwfuse"

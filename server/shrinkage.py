@@ -65,11 +65,13 @@ def noise_square(study: Study, variances: Variances, sizes: Mapping[str, int]) -
         variances: by group and round.
         sizes: numbers in each group.
     """
+    gains: dict[tuple[int, float], list[float]] = {}
     total = 0.0
     for group, by_round in variances.items():
-        plain = rule_of(study.aggregation, group, 0) == "mean"
-        gains = responses(study, len(by_round), 0.0 if plain else decay_of(study))
-        total += sizes[group] * sum(gain**2 * value for gain, value in zip(gains, by_round, strict=True))
+        key = len(by_round), 0.0 if rule_of(study.aggregation, group, 0) == "mean" else decay_of(study)
+        if key not in gains:
+            gains[key] = responses(study, *key)
+        total += sizes[group] * sum(gain**2 * value for gain, value in zip(gains[key], by_round, strict=True))
     return total
 
 
