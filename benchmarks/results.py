@@ -328,8 +328,9 @@ def page(found: dict[str, tuple[list[Judged], Draws]], out: Path, seeds: tuple[i
     """The section of docs/results.md."""
     parts = []
     for name, (models, draws) in found.items():
-        cohort = COHORTS[name]
-        parts += [f"### {cohort.title}", cohort.note, table(models, draws), gates(models, draws)]
+        cohort, done = COHORTS[name], {len(entry.auroc) for entry in models}
+        left = f" **Not finished: {min(done)} of {len(seeds)} splits at least.**" if min(done) < len(seeds) else ""
+        parts += [f"### {cohort.title}", cohort.note + left, table(models, draws), gates(models, draws)]
     parts += ["### A useless and a tiny site", planted(out, seeds, smoke)]
     if "stay" in found:
         told = "Trained without privacy on all patients of the nine others; AUROC on all of the site that was left out."

@@ -40,7 +40,9 @@ def responses(study: Study, rounds: int, history: float) -> list[float]:
         rounds: that were run.
         history: decay of updates in the mean that the group's rule sees; 0 for none.
     """
-    pull = 1 - (1 - study.training.lr * study.shrinkage) ** study.training.local_steps
+    training = study.training
+    step = 1 - training.lr * (study.shrinkage + training.proximal)
+    pull = training.lr * study.shrinkage * sum(step**number for number in range(training.local_steps))
     return [_response(study, rounds, at, history, pull) for at in range(1, rounds + 1)]
 
 

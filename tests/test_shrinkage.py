@@ -41,6 +41,15 @@ def test_the_ridge_takes_its_part_of_each_round() -> None:
     assert responses(ridge, 3, 0.0) == pytest.approx([0.81, 0.9, 1])
 
 
+def test_the_proximal_term_holds_back_the_ridge() -> None:
+    study = of(2, training={"weight_decay": 0.1, "proximal": 0.2, "lr": 0.5, "local_steps": 3})
+    # From 1: the ridge takes .05; the proximal term pulls back to 1 in the steps after.
+    value = 1.0
+    for _ in range(3):
+        value -= 0.5 * (0.1 * value + 0.2 * (value - 1))
+    assert responses(study, 2, 0.0) == pytest.approx([value, 1])
+
+
 def test_a_history_brings_a_unit_in_parts() -> None:
     decay = 0.5
     by_hand = [0.5 ** (number - 1) * (1 - decay) / (1 - decay**number) for number in (1, 2, 3)]
