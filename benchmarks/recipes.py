@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cohorts
+import populations
 
 Overrides = dict[str, Any]
 
@@ -129,7 +129,7 @@ def _pair(cohort: str, study: Callable[[Path], Path], plain: Overrides, private:
 
 def _world(seed: int) -> dict[str, Panel]:
     """A demo of its own: its study without privacy, the same with heads only shared, and a linear one at epsilon 3."""
-    common: Any = {"cohort": "demo", "study": cohorts.demo(seed), "seeds": (seed,)}
+    common: Any = {"cohort": "demo", "study": populations.demo(seed), "seeds": (seed,)}
     plain = {"privacy.enabled": False}
     heads = {**plain, "sharing.policy": "heads"}
     few = {"modalities.vitals.statistics": ["mean", "count"], "modalities.note.buckets": 64}
@@ -148,17 +148,21 @@ PANELS: dict[str, Panel] = {
     **{name: panel for seed in WORLDS for name, panel in _world(seed).items()},
     **_pair(
         "diabetes",
-        cohorts.diabetes,
+        populations.diabetes,
         {**PLAIN, **prevalence(0.5)},
         {**linear("basics", "blood", "lipids"), **prevalence(0.5)},
     ),
     "planted": Panel(
-        cohort="planted", recipe="planted", study=cohorts.planted, overrides={**PLAIN, **prevalence(0.25)}, seeds=(0,)
+        cohort="planted",
+        recipe="planted",
+        study=populations.planted,
+        overrides={**PLAIN, **prevalence(0.25)},
+        seeds=(0,),
     ),
     "honest": Panel(
         cohort="planted",
         recipe="honest",
-        study=cohorts.planted,
+        study=populations.planted,
         overrides={**PLAIN, **prevalence(0.25)},
         sites="honest",
         seeds=(0,),

@@ -293,7 +293,7 @@ def planted(out: Path, seeds: tuple[int, ...], smoke: bool) -> str:
 
 def told_lines(out: Path) -> list[str]:
     """What the joining check tells the planted sites; simulated once, then kept."""
-    from cohorts import TINY, USELESS
+    from populations import TINY, USELESS
 
     from gapweave.shared.joining import lines
     from gapweave.shared.rundir import RunDirectory

@@ -22,7 +22,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The scripts import each other by name, as Python runs them."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module("results")
-    for name in ("results", "recipes", "cohorts", "page"):
+    for name in ("results", "recipes", "populations", "left_out", "page"):
         sys.modules.pop(name, None)
 
 
@@ -87,8 +87,8 @@ def test_pooled_models_are_those_of_their_best_recipe(bench: ModuleType) -> None
 
 
 def test_planted_labels_are_those_of_others(bench: ModuleType, tmp_path: Path) -> None:
-    import cohorts  # type: ignore[import-not-found]
     import polars as pl
+    import populations  # type: ignore[import-not-found]
 
     from gapweave.sites.demo import write_demo
     from gapweave.sites.demo.world import LABEL
@@ -96,7 +96,7 @@ def test_planted_labels_are_those_of_others(bench: ModuleType, tmp_path: Path) -
     write_demo(tmp_path / "demo", hospitals=1, patients=60)
     (file,) = tmp_path.rglob("records.csv")
     before = pl.read_csv(file)
-    cohorts.shuffle_labels(file)
+    populations.shuffle_labels(file)
     after = pl.read_csv(file)
     assert after.drop(LABEL).equals(before.drop(LABEL))
     assert after[LABEL].sum() == before[LABEL].sum()
