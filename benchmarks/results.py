@@ -153,13 +153,18 @@ OURS = ("federated", "federated_finetuned", "blend", "best")
 
 def strongest(models: list[Judged]) -> Judged:
     """The local model of the highest mean AUROC on the held-out patients: hindsight, in favour of staying alone."""
-    return max((entry for entry in models if entry.model in ALONE), key=lambda entry: entry.mean)
+    return max((entry for entry in models if entry.model in ALONE), key=_standing)
 
 
 def find(models: list[Judged], model: str, budget: float | None = None) -> Judged | None:
     """The model with this budget; of baselines the best of its recipes."""
     named = [entry for entry in models if entry.model == model and (model not in OURS or entry.budget == budget)]
-    return max(named, key=lambda entry: entry.mean, default=None)
+    return max(named, key=_standing, default=None)
+
+
+def _standing(entry: Judged) -> tuple[int, float]:
+    """A recipe whose splits are all done comes before one of which some are left."""
+    return len(entry.auroc), entry.mean
 
 
 def margin(draws: Draws, ours: Judged, other: Judged) -> tuple[float, tuple[float, float]]:
