@@ -289,14 +289,14 @@ def planted(out: Path, seeds: tuple[int, ...], smoke: bool) -> str:
     first, second = draws.sites(with_them.cell, "federated"), draws.sites(alone.cell, "federated")
     lost = fmean(float(second[site][0] - first[site][0]) for site in second)
     low, high = draws.difference(alone.cell, "federated", with_them.cell, "federated") or (0.0, 0.0)
-    told = "\n".join(f"- {line}" for line in told_lines(out))
+    told = "\n".join(f"- {line}" for line in told_lines(out, smoke=smoke))
     return (
         f"A hospital with shuffled labels and one with 20 patients beside six others: those six lose {lost:+.3f} AUROC "
         f"({low:+.3f} to {high:+.3f}). The two are told:\n\n{told}"
     )
 
 
-def told_lines(out: Path) -> list[str]:
+def told_lines(out: Path, *, smoke: bool) -> list[str]:
     """What the joining check tells the planted sites; simulated once, then kept."""
     from populations import TINY, USELESS
 
@@ -309,7 +309,8 @@ def told_lines(out: Path) -> list[str]:
         panel = PANELS["planted"]
         study = study_of(panel, out)
         places = commands.Places(sites=study.parent / "sites", data=None, state=None, out=run)
-        commands.start(study, panel.overrides, places, baselines=(), continue_without=False, joining=True)
+        overrides = {**panel.overrides, **({"training.rounds": 2} if smoke else {})}
+        commands.start(study, overrides, places, baselines=(), continue_without=False, joining=True)
     sites = RunDirectory(run).read_json("summary.json")["sites"]
     return [f"{name}: {line}" for name in (USELESS, TINY) for line in lines(sites[name]["joining"])]
 
