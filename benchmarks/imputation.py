@@ -168,7 +168,7 @@ def _table(seen: Found, rounds: int) -> str:
             lines.append(f"| `{method}` | {name} | {_spread(r2)} | {_spread(similar)} |")
     note = (
         f"After {rounds} rounds, held-out records, mean over sites (± sd over seeds): R2 of the imputed embedding, 0\n"
-        "for the mean embedding, and the cosine with the true one, the mean taken away."
+        "for the site's mean embedding, below 0 worse than that; and the cosine with the true one, the mean taken away."
     )
     return note + "\n\n" + "\n".join(lines)
 

@@ -293,6 +293,9 @@ The paper reports +.04 to +.06 for its parts. On the demo, without privacy, noth
 ### Modalities missing
 {missing}
 
+Where modalities are hidden more often for positives, what is missing is itself a sign of the outcome: fusions that read
+the pattern use it, `late` does not. That is no merit of an imputation.
+
 ![AUROC by share of modalities hidden](results-missing.svg)
 
 ### Inside the imputer
