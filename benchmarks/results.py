@@ -143,12 +143,11 @@ NAMES = {
     "pooled": "the network, all data in one place",
     "federated": "federated",
     "federated_finetuned": "federated, fine-tuned",
-    "blend": "federated, blended with the local model",
-    "best": "what `predict` would take at each site",
+    "best": "what `predict` would take: federated, own, or a blend",
 }
 """For people, in the order of tables."""
 ALONE = ("lr_local", "gbm_local", "local", "score_local", "own")
-OURS = ("federated", "federated_finetuned", "blend", "best")
+OURS = ("federated", "federated_finetuned", "best")
 
 
 def strongest(models: list[Judged]) -> Judged:
@@ -337,6 +336,8 @@ def page(found: dict[str, tuple[list[Judged], Draws]], out: Path, seeds: tuple[i
         cohort, done = COHORTS[name], {len(entry.auroc) for entry in models}
         left = f" **Not finished: {min(done)} of {len(seeds)} splits at least.**" if min(done) < len(seeds) else ""
         parts += [f"### {cohort.title}", cohort.note + left, table(models, draws), gates(models, draws)]
+    if left := [cohort.title for name, cohort in COHORTS.items() if name not in found]:
+        parts.append(f"**Not run for this page yet:** {'; '.join(left)}.")
     parts += ["### A useless and a tiny site", planted(out, seeds, smoke)]
     if "stay" in found:
         told = "Trained without privacy on all patients of the nine others; AUROC on all of the site that was left out."
