@@ -256,14 +256,14 @@ def plot(found: dict[str, tuple[list[Judged], Draws]], file: Path) -> None:
     """What joining adds to the strongest local model, with intervals."""
     from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
 
+    short = {"lr_pooled": "pooled linear", "federated": "federated", "best": "predict"}
     rows = []
     for at, (cohort, (models, draws)) in enumerate(found.items()):
         alone = strongest(models)
-        for model in ("lr_pooled", "federated", "best"):
+        for model, word in short.items():
             for budget in (None, *BUDGETS) if model in OURS else (None,):
                 if entry := find(models, model, budget):
-                    label = f"{COHORTS[cohort].title}: {NAMES[model].replace('`', '')}"
-                    label += f", epsilon {budget:g}" if budget else ""
+                    label = f"{cohort}: {word}" + (f", epsilon {budget:g}" if budget else "")
                     rows.append((label, margin(draws, entry, alone), COLOURS[3 * at]))
     with figure_axes(file, rows=len(rows)) as axes:
         axes.axvline(0, color="black", linewidth=0.8)
