@@ -60,7 +60,13 @@ def test_the_joining_bench_writes_its_section_and_goes_on(tmp_path: Path) -> Non
     first = printed("results", *words)
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "<!-- joining -->" in page
-    for title in ("### Diabetes", "- Epsilon 8: federated is", "useless: ", "tiny: federated: too few", "those six lose"):
+    for title in (
+        "### Diabetes",
+        "- Epsilon 8: federated is",
+        "useless: ",
+        "tiny: federated: too few",
+        "those six lose",
+    ):
         assert title in page, title
     cells = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("rows.json")}
     assert len(cells) == 10, "two panels of two folds, one of two, one of two budgets"
