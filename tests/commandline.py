@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -71,10 +72,15 @@ def _call(arguments: tuple[object, ...], *, debug: bool) -> Outcome:
 
 
 def process(*arguments: object) -> subprocess.Popen[str]:
-    """Start a command in a process of its own."""
+    """Start a command in a process of its own, to be killed or interrupted.
+
+    It is not measured: an interrupt that hits coverage's tracer while that holds its lock makes the process wait
+    for itself for ever.
+    """
     program = [sys.executable, "-c", "from gapweave.shared.cli import main; main()"]
     words = [*program, *map(str, arguments)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def hospitals(folder: Path, **options: Any) -> Path:
