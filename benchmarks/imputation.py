@@ -1,7 +1,7 @@
 """What an imputer puts into a hidden modality's slot, beside what its encoder would have said: Figs 7 and 8's form.
 
-Models of the demo are trained without privacy for several numbers of rounds; each held-out record that has two
-modalities or more has one hidden at a time. Used by methods.py.
+Models are trained without privacy for several numbers of rounds; each held-out record that has two modalities or
+more has one hidden at a time. Used by methods.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,32 @@ ROUNDS = (1, 5, 20, 60)
 SEEDS = (0, 1, 2)
 METHODS = ("dwfuse", "omnifuse")
 WEIGHED = "dwfuse"
-"""Method whose weights are drawn."""
+"""Method whose embeddings and weights are drawn."""
+PROJECTED = 4
+"""Modalities in a projection: those with the most records, for more cannot be told apart."""
+COMMONEST = 12
+"""Patterns of modalities in the plot of weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """Whose imputers are looked into.
+
+    Attributes:
+        name: in the plots' names.
+        title: for people.
+        study: its file.
+        overrides: of the study, beside the method, rounds and seed.
+        data: folder of data sets, where the site files need one.
+        seeds: of training and split.
+    """
+
+    name: str
+    title: str
+    study: Path
+    overrides: dict[str, Any]
+    data: Path | None = None
+    seeds: tuple[int, ...] = SEEDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +107,7 @@ class Seen:
     order: tuple[str, ...]
 
 
-def train(study: Path, out: Path, method: str, rounds: int, seed: int) -> Seen:
+def train(cohort: Cohort, out: Path, method: str, rounds: int, seed: int) -> Seen:
     """Simulate, or read what was simulated, and look at every site's model."""
     from gapweave.client.data import load_cohort
     from gapweave.client.predict import load_site_model, predict
@@ -91,6 +116,7 @@ def train(study: Path, out: Path, method: str, rounds: int, seed: int) -> Seen:
     from gapweave.sites.simulate import commands
 
     overrides = {
+        **cohort.overrides,
         **{"method": method, "training.rounds": rounds, "seed": seed, "evaluation.split_seed": seed},
         "privacy.enabled": False,
     }
@@ -98,20 +124,20 @@ def train(study: Path, out: Path, method: str, rounds: int, seed: int) -> Seen:
         from gapweave.shared.config.overrides import expand
 
         paths = {path: value for key, given in overrides.items() for path, value in expand(key, given).items()}
-        places = commands.Places(sites=None, data=None, out=out, state=None)
-        commands.start(study, paths, places, baselines=(), continue_without=False)
+        places = commands.Places(sites=None, data=cohort.data, out=out, state=None)
+        commands.start(cohort.study, paths, places, baselines=(), continue_without=False)
     directory = RunDirectory.open(out)
     trained, summary = directory.study(), directory.read_json("summary.json")
     slots: dict[tuple[str, str], Slots] = {}
     weights: dict[tuple[str, ...], list[Array]] = {}
     for name in sorted(summary["sites"]):
-        file = study.parent / "sites" / f"{name}.yaml"
-        cohort = load_cohort(trained, load_site(file), site_file=file, data_dir=None)
-        test = cohort.testing()
+        file = cohort.study.parent / "sites" / f"{name}.yaml"
+        records = load_cohort(trained, load_site(file), site_file=file, data_dir=cohort.data)
+        test = records.testing()
         (kept,) = (directory.sites / name / "runs").glob("*/model.safetensors")
         model = load_site_model(kept).model
         slots |= {(name, modality): found for modality, found in hidden_slots(model, test).items()}
-        shares = predict(model, test, trained, cohort.training().prevalence()).weights
+        shares = predict(model, test, trained, records.training().prevalence()).weights
         if shares is not None:
             present = test.present.numpy()
             for pattern in np.unique(present, axis=0):
@@ -126,30 +152,37 @@ def train(study: Path, out: Path, method: str, rounds: int, seed: int) -> Seen:
     )
 
 
-def look_inside(out: Path, folder: Path, *, smoke: bool) -> str:
-    """Train, draw the three plots into the folder, and say what they show.
+def look_inside(cohort: Cohort, out: Path, folder: Path, *, smoke: bool) -> str:
+    """Train, draw the plots into the folder, and say what they show.
 
     Args:
+        cohort: whose.
         out: where runs are kept.
         folder: for the plots.
         smoke: two numbers of rounds, one seed, one method.
     """
-    from gapweave.sites.demo import write_demo
-
-    rounds, seeds, methods = (ROUNDS[:2], SEEDS[:1], METHODS[:1]) if smoke else (ROUNDS, SEEDS, METHODS)
-    cohort = out / "cohort"
-    study = cohort / "study.yaml" if (cohort / "study.yaml").exists() else write_demo(cohort)
+    rounds, seeds, methods = (ROUNDS[:2], SEEDS[:1], METHODS[:1]) if smoke else (ROUNDS, cohort.seeds, METHODS)
     seen = {
-        (method, number, seed): train(study, out / f"{method}-{number}-{seed}", method, number, seed)
+        (method, number, seed): train(cohort, out / f"{method}-{number}-{seed}", method, number, seed)
         for method in methods
         for number in rounds
         for seed in seeds
     }
-    _draw_similarity(seen, folder / "results-similarity.svg")
+    _draw_similarity(seen, folder / f"results-similarity-{cohort.name}.svg")
     last = seen[WEIGHED, rounds[-1], seeds[0]]
-    _draw_projection(last, folder / "results-projection.svg")
-    _draw_weights(last, folder / "results-weights.svg")
-    return _table(seen, rounds[-1])
+    _draw_projection(last, folder / f"results-projection-{cohort.name}.svg")
+    _draw_weights(last, folder / f"results-weights-{cohort.name}.svg")
+    return f"#### {cohort.title}\n{_table(seen, rounds[-1])}\n\n{_plots(cohort.name)}"
+
+
+def _plots(name: str) -> str:
+    """The plots, as a page shows them."""
+    titles = {
+        "similarity": "Similarity of imputed and true embeddings over training",
+        "projection": "True and imputed embeddings in two dimensions",
+        "weights": "Shares of the modalities in the decision",
+    }
+    return "\n\n".join(f"![{title}](results-{plot}-{name}.svg)" for plot, title in titles.items())
 
 
 Found = dict[tuple[str, int, int], Seen]
@@ -212,7 +245,9 @@ def _draw_projection(one: Seen, file: Path) -> None:
     from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
 
     site = max({at for at, _ in one.slots}, key=lambda at: sum(name == at for name, _ in one.slots))
-    slots = {name: found for (at, name), found in one.slots.items() if at == site}
+    held = {name: found for (at, name), found in one.slots.items() if at == site}
+    commonest = sorted(held, key=lambda name: -len(held[name].true))[:PROJECTED]
+    slots = {name: found for name, found in held.items() if name in commonest}
     true = np.concatenate([found.true for found in slots.values()])
     _, _, axes_of = np.linalg.svd(true - true.mean(0), full_matrices=False)
     with figure_axes(file, rows=16) as axes:
@@ -225,11 +260,22 @@ def _draw_projection(one: Seen, file: Path) -> None:
         axes.legend(fontsize="small")
 
 
+def _pattern(held: tuple[str, ...], one: Seen) -> str:
+    """A pattern by what it has, or by what it lacks where that is shorter, and its number of records."""
+    lacks = [name for name in one.order if name not in held]
+    if len(lacks) < len(held) and len(one.order) > PROJECTED:
+        words = f"all but {', '.join(lacks)}" if lacks else "all"
+    else:
+        words = ", ".join(held)
+    return f"{words} ({len(one.weights[held])})"
+
+
 def _draw_weights(one: Seen, file: Path) -> None:
     """Mean share of each modality, by the modalities that a record has."""
     from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
 
-    patterns = sorted(one.weights, key=lambda held: (-len(held), held))
+    commonest = sorted(one.weights, key=lambda held: (-len(one.weights[held]), held))[:COMMONEST]
+    patterns = sorted(commonest, key=lambda held: (-len(held), held))
     with figure_axes(file, rows=len(patterns) + 2) as axes:
         for row, held in enumerate(patterns):
             start = 0.0
@@ -238,7 +284,7 @@ def _draw_weights(one: Seen, file: Path) -> None:
                     share = float(one.weights[held][:, at].mean())
                     axes.barh(row, share, left=start, color=COLOURS[2 * at], label=name)
                     start += share
-        axes.set_yticks(range(len(patterns)), [f"{', '.join(held)} ({len(one.weights[held])})" for held in patterns])
+        axes.set_yticks(range(len(patterns)), [_pattern(held, one) for held in patterns])
         axes.invert_yaxis()
         axes.set_xlabel(f"mean share in the decision ({WEIGHED}; modalities that a record has, number of records)")
         handles, labels = axes.get_legend_handles_labels()

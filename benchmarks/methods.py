@@ -3,7 +3,7 @@
 It writes that section of docs/results.md, its plots, and docs/methods.json, from which docs/methods.md says which
 methods fall behind `late`.
 
-Panels are comparisons, as `gapweave compare` makes them; imputation.py looks into the imputer. Resumable: run it again.
+Panels are comparisons, as `gapweave compare` makes them; imputation.py looks into imputers. Resumable: run it again.
 Nothing was chosen for this page: each method has its defaults, and each cohort the training of its own study file.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from imputation import look_inside
+from imputation import Cohort, look_inside
 from methods_measured import measured
 from page import write_section
 
@@ -104,7 +104,24 @@ PANELS = {
         overrides={"privacy.enabled": False, "simulation.missing": "mnar"},
         seeds=(0, 1),
     ),
+    "eicu-missing": Panel(
+        title="eICU stay, modalities hidden at random",
+        study=EICU,
+        vary={"method": [*CURVES], "missing_rate": [*RATES]},
+        overrides={"privacy.enabled": False, **NETWORKS},
+    ),
 }
+MISSING = {
+    "demo": {"demo-missing": "", "demo-mnar": ", more often for positives"},
+    "eicu": {"eicu-missing": ""},
+}
+"""Panel at rate 0 -> panels that hide modalities, and how."""
+
+
+def data_folder() -> Path | None:
+    """The data sets, where there are any."""
+    given = os.environ.get("GAPWEAVE_DATA")
+    return Path(given).resolve() if given else None
 
 
 def run_panel(name: str, out: Path, smoke: bool) -> str:
@@ -115,7 +132,7 @@ def run_panel(name: str, out: Path, smoke: bool) -> str:
     from gapweave.sites.simulate.compare_plan import Request
 
     one_thread()
-    panel, data = PANELS[name], os.environ.get("GAPWEAVE_DATA")
+    panel = PANELS[name]
     request = Request(
         study=panel.study,
         overrides=panel.overrides,
@@ -125,7 +142,7 @@ def run_panel(name: str, out: Path, smoke: bool) -> str:
         baselines=(),
         smoke=smoke,
         sites=None,
-        data=Path(data).resolve() if data else None,
+        data=data_folder(),
         out=out / name,
         continue_without=False,
     )
@@ -140,6 +157,8 @@ Key = tuple[str, float]
 """Method and missing rate."""
 Scores = dict[tuple[int, str], float]
 """(seed, site) -> AUROC."""
+Panels = dict[str, dict[Key, Scores]]
+"""Panel -> its scores."""
 
 
 def scores_of(rows: list[dict[str, Any]]) -> dict[Key, Scores]:
@@ -178,7 +197,7 @@ def _gain(ours: Scores, other: Scores) -> str:
     return f"{mean:+.3f} ± {half:.3f}"
 
 
-def comparison(panels: dict[str, dict[Key, Scores]]) -> str:
+def comparison(panels: Panels) -> str:
     """Table 3's form: a row a method, a column a panel; in brackets the difference to `late`."""
     names = [name for name in ("demo", "demo-private", "eicu") if name in panels]
     lines = [["method", *(PANELS[name].title for name in names)], ["---", *["--:"] * len(names)]]
@@ -235,21 +254,20 @@ def verdicts(found: dict[Key, Scores]) -> str:
     return "\n".join(lines)
 
 
-def plot_missing(panels: dict[str, dict[Key, Scores]], file: Path) -> None:
+def plot_missing(panels: Panels, start: str, file: Path) -> None:
     """Figs 4-6's form: AUROC against the share of modalities hidden, in training and test."""
     from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
 
     with figure_axes(file, rows=13) as axes:
         for at, method in enumerate(CURVES):
-            for name, style in (("demo-missing", "-"), ("demo-mnar", "--")):
-                rates = [rate for rate in (0.0, *RATES) if _at(panels, name, method, rate)]
+            for (name, how), style in zip(MISSING[start].items(), ("-", "--"), strict=False):
+                rates = [rate for rate in (0.0, *RATES) if _at(panels, start, name, method, rate)]
                 if len(rates) < 2:
                     continue
-                values = [by_seed(_at(panels, name, method, rate)) for rate in rates]
+                values = [by_seed(_at(panels, start, name, method, rate)) for rate in rates]
                 mean = [fmean(of) for of in values]
                 sd = [stdev(of) if len(of) > 1 else 0.0 for of in values]
-                label = method + (", more often for positives" if style == "--" else "")
-                axes.plot(rates, mean, style, marker="o", color=COLOURS[2 * at], label=label)
+                axes.plot(rates, mean, style, marker="o", color=COLOURS[2 * at], label=method + how)
                 low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
                 axes.fill_between(rates, low, high, color=COLOURS[2 * at], alpha=0.12, linewidth=0)
         axes.set_xlabel("share of present modalities hidden, in training and in test")
@@ -257,20 +275,38 @@ def plot_missing(panels: dict[str, dict[Key, Scores]], file: Path) -> None:
         axes.legend(fontsize="small")
 
 
-def _at(panels: dict[str, dict[Key, Scores]], name: str, method: str, rate: float) -> Scores:
+def _at(panels: Panels, start: str, name: str, method: str, rate: float) -> Scores:
     """At rate 0 nothing is hidden, by whatever mechanism."""
-    return panels.get("demo" if rate == 0 else name, {}).get((method, rate), {})
+    return panels.get(start if rate == 0 else name, {}).get((method, rate), {})
 
 
-def missing_table(panels: dict[str, dict[Key, Scores]]) -> str:
-    """The figures of the plot."""
+def missing_table(panels: Panels, start: str) -> str:
+    """The figures of the plot; in brackets the difference to `late`."""
     lines = [["method", *(f"{rate:.0%} hidden" for rate in (0.0, *RATES))], ["---", *["--:"] * (1 + len(RATES))]]
-    for name, more in (("demo-missing", ""), ("demo-mnar", ", more often for positives")):
+    for name, how in MISSING[start].items():
         for method in CURVES:
-            cells = [_at(panels, name, method, rate) for rate in (0.0, *RATES)]
+            cells = [_at(panels, start, name, method, rate) for rate in (0.0, *RATES)]
+            late = [_at(panels, start, name, "late", rate) for rate in (0.0, *RATES)]
             if any(cells[1:]):
-                lines.append([f"`{method}`{more}", *(_mean(of) if of else "-" for of in cells)])
+                lines.append([f"`{method}`{how}", *map(_beside, cells, late)])
     return _table(lines)
+
+
+def _beside(ours: Scores, late: Scores) -> str:
+    """A mean, and the difference to `late` where there is one."""
+    if not ours:
+        return "-"
+    return _mean(ours) + (f" ({_gain(ours, late)})" if late and ours != late else "")
+
+
+def missing_section(panels: Panels, start: str, folder: Path) -> str:
+    """Table and plot of one cohort; empty where it did not run."""
+    if not any(panels.get(name) for name in MISSING[start]):
+        return ""
+    plot_missing(panels, start, folder / f"results-missing-{start}.svg")
+    table = missing_table(panels, start)
+    picture = f"![AUROC by share of modalities hidden](results-missing-{start}.svg)"
+    return f"#### {PANELS[start].title}\n{table}\n\n{picture}"
 
 
 PAGE = """## Do the ways of fusing differ?
@@ -296,17 +332,20 @@ The paper reports +.04 to +.06 for its parts. On the demo, without privacy, noth
 Where modalities are hidden more often for positives, what is missing is itself a sign of the outcome: fusions that read
 the pattern use it, `late` does not. That is no merit of an imputation.
 
-![AUROC by share of modalities hidden](results-missing.svg)
-
 ### Inside the imputer
 {inside}
-
-![Similarity of imputed and true embeddings over training](results-similarity.svg)
-
-![True and imputed embeddings in two dimensions](results-projection.svg)
-
-![Shares of the modalities in the decision](results-weights.svg)
 """
+
+
+def cohorts_inside(out: Path, smoke: bool) -> list[Cohort]:
+    """Whose imputers are looked into; the real patients only where their data are."""
+    from gapweave.sites.demo import write_demo
+
+    folder, data = out / "demo" / "cohort", data_folder()
+    study = folder / "study.yaml" if (folder / "study.yaml").exists() else write_demo(folder)
+    demo = Cohort(name="demo", title="Demo", study=study, overrides={})
+    eicu = Cohort(name="eicu", title="eICU stay", study=EICU, overrides=NETWORKS, data=data, seeds=SEEDS[:2])
+    return [demo] if data is None or smoke else [demo, eicu]
 
 
 def main() -> None:
@@ -317,23 +356,26 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="2 rounds, 1 seed, 2 methods; leaves docs alone")
     options = parser.parse_args()
     out, names = options.out.resolve(), options.panels.split(",")
+    folder = out if options.smoke else DOCS
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        looks = [
+            pool.submit(look_inside, cohort, out / "inside" / cohort.name, folder, smoke=options.smoke)
+            for cohort in cohorts_inside(out / "inside", options.smoke)
+        ]
         for line in pool.map(run_panel, names, [out] * len(names), [options.smoke] * len(names)):
             print(line, flush=True)
+        inside = [look.result() for look in looks]
     files = {name: out / name / "results.json" for name in names}
     rows = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
-    panels = {name: scores_of(found) for name, found in rows.items()}
-    folder = out if options.smoke else DOCS
-    inside = look_inside(out / "inside", folder, smoke=options.smoke)
-    plot_missing(panels, folder / "results-missing.svg")
+    panels: Panels = {name: scores_of(found) for name, found in rows.items()}
     demo = panels.get("demo", {})
     text = PAGE.format(
         seeds=len(SEEDS),
         comparison=comparison(panels),
         ablation=ablation(demo),
         verdicts=verdicts(demo),
-        missing=missing_table(panels),
-        inside=inside,
+        missing="\n\n".join(filter(None, (missing_section(panels, start, folder) for start in MISSING))),
+        inside="\n\n".join(inside),
     )
     write_section("methods", text, folder / "results.md")
     if "demo" in rows:

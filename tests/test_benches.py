@@ -81,6 +81,6 @@ def test_the_methods_bench_writes_its_section_its_plots_and_goes_on(tmp_path: Pa
     for title in ("<!-- methods -->", "| `concat` |", "% hidden", "| `dwfuse` | labs |"):
         assert title in page, title
     for plot in ("missing", "similarity", "projection", "weights"):
-        assert (tmp_path / f"results-{plot}.svg").stat().st_size > 2000, plot
+        assert (tmp_path / f"results-{plot}-demo.svg").stat().st_size > 2000, plot
     assert json.loads((tmp_path / "methods.json").read_text(encoding="utf-8")).keys() == {"late", "concat"}
     assert printed("methods", *words) == first
