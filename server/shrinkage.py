@@ -50,10 +50,12 @@ def _response(study: Study, rounds: int, at: int, history: float, pull: float) -
     optimizer = ServerOptimizer(study.aggregation)
     current: Arrays = {"unit": {"x": np.zeros(1, np.float32)}}
     late: Arrays = {}
+    total = np.zeros(1, np.float32)  # of updates, earlier ones counting less: the pull comes late, too
     for number in range(1, rounds + 1):
-        share = history ** (number - at) * (1 - history) / (1 - history**number) if number >= at else 0.0
-        update = share - pull * current["unit"]["x"]
-        change = optimizer.step("unit", {"x": update.astype(np.float32)})
+        update = np.float32(number == at) - np.float32(pull) * current["unit"]["x"]
+        total = np.float32(history) * total + update
+        share = np.float32((1 - history) / (1 - history**number))
+        change = optimizer.step("unit", {"x": share * total})
         current = {"unit": {"x": current["unit"]["x"] + change["x"]}}
         late = add_late(study, number, late, current)
     return float((late_mean(study, late) or current)["unit"]["x"][0])

@@ -68,19 +68,34 @@ def test_what_is_kept_by_hand() -> None:
     np.testing.assert_allclose(found["head/labs"]["w"], [1 + 0.6 * 3, 0.6])
 
 
-@pytest.mark.parametrize(("rule", "within"), [("mean", 0.15), ("median", 0.3), ("trimmed_mean", 0.3)])
-@pytest.mark.parametrize("optimizer", [{}, {"server_optimizer": "momentum", "server_lr": 1.5, "average_last": 0.5}])
-def test_noise_alone_is_as_long_as_expected(rule: str, within: float, optimizer: dict[str, Any]) -> None:
-    """Sites of unlike noise, 10 rounds, 2,000 numbers: the length is known to about 5 % from the numbers alone."""
-    study = of(10, default=rule, **optimizer)
+def test_a_history_brings_the_ridge_late() -> None:
+    # Round 1: 1, kept in the history. Round 2: the sites send -0.5; the rule sees (0.5 * 1 - 0.5) / 1.5 = 0.
+    ridge = of(2, training={"weight_decay": 0.5, "lr": 1.0, "local_steps": 1})
+    assert responses(ridge, 2, 0.5)[0] == pytest.approx(1.0)
+    # Round 3: they send -0.5 again; (0.25 - 0.5 * 0.5 - 0.5) / 1.75.
+    ridge = of(3, training={"weight_decay": 0.5, "lr": 1.0, "local_steps": 1})
+    assert responses(ridge, 3, 0.5)[0] == pytest.approx(1 - 0.5 / 1.75)
+
+
+RULES = [("mean", 0.15), ("median", 0.5), ("trimmed_mean", 0.3), ("nnm+trimmed_mean", 0.3)]
+MOMENTUM = {"server_optimizer": "momentum", "server_lr": 1.5, "average_last": 0.5}
+
+
+@pytest.mark.parametrize(("rule", "within"), RULES)
+@pytest.mark.parametrize("ridge", [0.0, 0.05])
+@pytest.mark.parametrize("optimizer", [{}, MOMENTUM])
+def test_noise_alone_is_as_long_as_expected(rule: str, within: float, optimizer: dict[str, Any], ridge: float) -> None:
+    """Sites of unlike noise, 20 rounds, 2,000 numbers: the length is known to about 5 % from the numbers alone."""
+    study = of(20, {"weight_decay": ridge, "lr": 1.0, "local_steps": 1}, default=rule, **optimizer)
     generator, sds = np.random.default_rng(0), {"a": 1.0, "b": 1.5, "c": 0.7, "d": 3.0, "e": 1.0}
     start: Arrays = {"head/labs": {"w": np.zeros(2000, np.float32)}}
     current, late, noise = start, Arrays(), []
     server, history = ServerOptimizer(study.aggregation), History(decay_of(study))
-    for number in range(1, 11):
+    for number in range(1, 21):
         combine = GroupAggregation(study, current, server, history=history)
         for site, sd in sds.items():
-            sent = {"head/labs": {"w": generator.normal(0, sd, 2000).astype(np.float32)}}
+            noised = generator.normal(0, sd, 2000) - ridge * current["head/labs"]["w"]
+            sent = {"head/labs": {"w": noised.astype(np.float32)}}
             combine.add(site, sent, noise_sd=sd)
         current, lines = combine.finish()
         assert lines["head/labs"]["screened"] == {}
