@@ -16,6 +16,16 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.float32]
 
+LINE = 16
+"""Numbers of a line of a cache; rows that begin within one are a tenth slower to compare."""
+
+
+def aligned(m: int, b: int) -> Rows:
+    """[m, b], of any values; each row begins with a line of a cache, where b is a number of whole lines."""
+    room = np.empty(m * b + LINE, np.float32)
+    first = -room.ctypes.data // room.itemsize % LINE
+    return room[first : first + m * b].reshape(m, b)
+
 
 def mean_of_ranks(rows: Rows, low: int, high: int) -> Rows:
     """The mean of the values of ranks low to high - 1 in each column.
@@ -28,7 +38,7 @@ def mean_of_ranks(rows: Rows, low: int, high: int) -> Rows:
     Returns:
         [b]
     """
-    places, spare = list(rows), np.empty(rows.shape[1], rows.dtype)
+    places, (spare,) = list(rows), aligned(1, rows.shape[1])
     minimum, maximum = np.minimum, np.maximum
     for first, second, smaller, larger in _network(len(rows), low, high):
         a, b = places[first], places[second]

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from gapweave.server.selection import LINE, aligned
 from gapweave.shared.config.base import StrictModel
 from gapweave.shared.registry import Registry
 
@@ -259,8 +260,8 @@ def combine(rows: Rows, stages: tuple[Stage, ...], f: int) -> Rows:
 
 
 def _width(n: int) -> int:
-    """Columns of a block of n updates."""
-    return min(COLUMNS, max(1024, BLOCK // (4 * n)))
+    """Columns of a block of n updates: whole lines."""
+    return min(COLUMNS, max(1024, BLOCK // (4 * n))) // LINE * LINE
 
 
 def _blocks(rows: Rows) -> Iterator[slice]:
@@ -270,7 +271,7 @@ def _blocks(rows: Rows) -> Iterator[slice]:
 
 def _buffer(m: int, n: int) -> Rows:
     """Room for m rows of a block of n updates, for all blocks: a new one each time is fetched page by page."""
-    return np.empty((m, _width(n)), np.float32)
+    return aligned(m, _width(n))
 
 
 def _weighted(rows: Rows, weights: Floats) -> Rows:
