@@ -108,6 +108,7 @@ def main() -> None:
         "privacy.enabled": False,
         "sharing.policy": "all",
         "aggregation.deadline_s": 600,
+        "aggregation.quorum": options.sites,
     }
     study = prepare(folder / "demo", options.sites, options.megabytes, overrides)
     names = hospital_names(options.sites)
@@ -137,6 +138,8 @@ def main() -> None:
         typed("server", "stop", environment=environment)
     database = sum(file.stat().st_size for file in (folder / "hub").glob("superlink.db*"))
     deployed = list(RunDirectory(folder / "hub" / "runs" / state["run"]).rounds())
+    if absent := [name for one in deployed for name in names if one["sites"].get(name, {}).get("status") != "ok"]:
+        sys.exit(f"these took no part in a round, so the figures would be of fewer sites: {sorted(set(absent))}")
     begun = time.perf_counter()
     typed("simulate", str(study), "--out", str(folder / "inline"), environment=environment)
     inline = list(RunDirectory(folder / "inline").rounds())
