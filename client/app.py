@@ -53,9 +53,10 @@ def prepare(message: Message, context: Context) -> Message:
     def work(header: dict[str, Any], arrays: Arrays) -> Answer:
         asked = read_request(Prepare, header)
         study = _offered(asked)
-        folder = RunFolder(_state(context.node_config), asked.run)
+        site = participant(context.node_config, study)
+        folder = site.folder(asked.run)
         folder.check_study(study.canonical())
-        capability = participant(context.node_config, study).prepare(asked.run, Head.from_dict(asked.echo))
+        capability = site.prepare(asked.run, Head.from_dict(asked.echo))
         folder.keep_study(study.canonical())  # a run that was refused was never prepared
         return asdict(capability), {}
 

@@ -125,13 +125,14 @@ class Ledger:
         )
 
     def _open(self, site: Site, lost: bool) -> None:
+        # What follows writes at most empty tables; what is in a ledger is known once they are there.
+        self._connection.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'OFF'}")
         self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=FULL")
         if self._checked is None:
             self._connection.executescript(SCHEMA)
         self.view: LedgerView = view(self._connection, self._checked)
-        if not self._durable and all(event.kind == "unnoised" for event in self.view.events()):
-            self._connection.execute("PRAGMA synchronous=OFF")
+        if not self._durable and any(event.kind != "unnoised" for event in self.view.events()):
+            self._connection.execute("PRAGMA synchronous=FULL")
         if not self.view.intact:
             raise NotIntact(
                 "the ledger was changed: its hashes do not follow from its entries",

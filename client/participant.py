@@ -208,7 +208,7 @@ class Participant:
             RefusedError: for a round already done with another request, foreign groups, or an exhausted budget.
         """
         check_policy(self.study, self.site, simulation=self._simulation)
-        folder = self._folder(run)
+        folder = self.folder(run)
         with self.ledger() as ledger:
             before = folder.load()  # one message at a time: another process may just have answered this one
             ledger.require_charged(before.request)
@@ -228,7 +228,8 @@ class Participant:
             ledger.released(request)
         return after
 
-    def _folder(self, run: str) -> RunFolder:
+    def folder(self, run: str) -> RunFolder:
+        """The site's files of a run."""
         return RunFolder(self.state, run, durable=self._durable)
 
     @property
@@ -393,7 +394,7 @@ class Participant:
         """
         check_policy(self.study, self.site, simulation=self._simulation)
         self._check_groups(received)
-        folder = self._folder(run)
+        folder = self.folder(run)
         with self.ledger() as ledger:
             if folder.load().round == 0:
                 raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")

@@ -109,8 +109,7 @@ class RunFolder:
         """
         try:
             if not self.path.is_dir():
-                private_folder(self.path.parent)
-                private_folder(self.path)
+                private_folder(self.path, durable=self._durable)
             write_atomically(file, content, durable=self._durable)
         except OSError as error:
             raise GapweaveError(

@@ -76,10 +76,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def private_folder(folder: Path) -> Path:
-    """Create a folder that only its owner may enter, durably: what is synced in it must not be lost with its name."""
+def private_folder(folder: Path, *, durable: bool = True) -> Path:
+    """Create a folder that only its owner may enter.
+
+    Args:
+        folder: which, with those above it.
+        durable: sync the ones above, since what is synced in a folder must not be lost with its name.
+    """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(new):
         path.mkdir(exist_ok=True, mode=0o700)  # each of them: `parents` would leave those above open
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     return folder

@@ -74,7 +74,8 @@ def numbers(series: pl.Series) -> tuple[NDArray[np.float64], int]:
     else:
         text = series.cast(pl.String).str.strip_chars()
         values = text.cast(pl.Float64, strict=False)
-        unreadable = int((values.is_null() & ~missing(text)).sum())
+        if values.null_count():
+            unreadable = int((values.is_null() & ~missing(text)).sum())
     result: NDArray[np.float64] = values.fill_null(float("nan")).to_numpy()
     return result, unreadable
 
