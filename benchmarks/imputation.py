@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 ROUNDS = (1, 5, 20, 60)
 SEEDS = (0, 1, 2)
-METHODS = ("dwfuse", "omnifuse")
+TENFOLD = "dwfuse-x10"
+METHODS: dict[str, dict[str, Any]] = {
+    "dwfuse": {"method": "dwfuse"},
+    "omnifuse": {"method": "omnifuse"},
+    TENFOLD: {"method": "dwfuse", "model.imputer_settings.weight": 10},
+}
+"""What is trained, and how the study says so."""
 WEIGHED = "dwfuse"
 """Method whose embeddings and weights are drawn."""
 PROJECTED = 4
@@ -54,14 +60,20 @@ class Slots:
     Attributes:
         true: [N, d], what the encoder says.
         imputed: [N, d], what the imputer says without having seen it.
+        linear: [N, d], what ridge regression says that learnt from the site's own training records.
     """
 
     true: Array
     imputed: Array
+    linear: Array
 
     def r2(self) -> float:
         """Explained variance over all d numbers; 0 for a constant at the mean, below it worse."""
-        return 1 - float(((self.true - self.imputed) ** 2).sum() / ((self.true - self.true.mean(0)) ** 2).sum())
+        return _explained(self.imputed, self.true)
+
+    def linear_r2(self) -> float:
+        """The same of ridge regression: how much there is to say at all."""
+        return _explained(self.linear, self.true)
 
     def similarity(self) -> float:
         """Mean cosine of what is left of each when the mean true embedding is taken away."""
@@ -70,24 +82,44 @@ class Slots:
         return float(((true * imputed).sum(1) / np.maximum(norms, 1e-12)).mean())
 
 
-def hidden_slots(model: Any, batch: Any) -> dict[str, Slots]:
-    """Each held modality hidden from the records that have another one too."""
+def _explained(said: Array, true: Array) -> float:
+    return 1 - float(((true - said) ** 2).sum() / ((true - true.mean(0)) ** 2).sum())
+
+
+def hidden_slots(model: Any, training: Any, test: Any) -> dict[str, Slots]:
+    """Each held modality hidden from the test records that have another one too."""
     import torch
+    from sklearn.linear_model import RidgeCV
 
     found = {}
     with torch.no_grad():
         for at, name in enumerate(model.order):
-            rows = (batch.present[:, at] & (batch.present.sum(1) > 1)).nonzero()[:, 0]
-            if name not in model.held or len(rows) < 2:
+            learn, judge = (batch.rows(_both(batch, at)) for batch in (training, test))
+            if name not in model.held or min(len(learn), len(judge)) < 2:
                 continue
-            part = batch.rows(rows)
-            used = part.present.clone()
-            used[:, at] = False
-            outputs = model(part.inputs, part.present, used)
-            found[name] = Slots(
-                true=outputs.embeddings[:, at].double().numpy(), imputed=outputs.imputed[:, at].double().numpy()
-            )
+            (seen, known, _), (asked, true, imputed) = (_hidden(model, part, at) for part in (learn, judge))
+            linear = RidgeCV(alphas=(1, 10, 100, 1000)).fit(seen, known).predict(asked)
+            found[name] = Slots(true=true, imputed=imputed, linear=linear)
     return found
+
+
+def _both(batch: Any, at: int) -> Any:
+    """Rows with this modality and another one."""
+    return (batch.present[:, at] & (batch.present.sum(1) > 1)).nonzero()[:, 0]
+
+
+def _hidden(model: Any, part: Any, at: int) -> tuple[Array, Array, Array]:
+    """What is seen of the others ([N, (M - 1) d + M - 1], zero where absent), and true and imputed slots [N, d]."""
+    import torch
+
+    used = part.present.clone()
+    used[:, at] = False
+    outputs = model(part.inputs, part.present, used)
+    others = [other for other in range(used.shape[1]) if other != at]
+    slots = torch.where(used.unsqueeze(-1), outputs.embeddings, 0.0)[:, others].flatten(1)
+    seen = torch.cat([slots, used[:, others].to(slots.dtype)], 1)
+    true, imputed = outputs.embeddings[:, at], outputs.imputed[:, at]
+    return seen.double().numpy(), true.double().numpy(), imputed.double().numpy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +149,8 @@ def train(cohort: Cohort, out: Path, method: str, rounds: int, seed: int) -> See
 
     overrides = {
         **cohort.overrides,
-        **{"method": method, "training.rounds": rounds, "seed": seed, "evaluation.split_seed": seed},
+        **METHODS[method],
+        **{"training.rounds": rounds, "seed": seed, "evaluation.split_seed": seed},
         "privacy.enabled": False,
     }
     if not (out / "summary.json").exists():
@@ -133,11 +166,11 @@ def train(cohort: Cohort, out: Path, method: str, rounds: int, seed: int) -> See
     for name in sorted(summary["sites"]):
         file = cohort.study.parent / "sites" / f"{name}.yaml"
         records = load_cohort(trained, load_site(file), site_file=file, data_dir=cohort.data)
-        test = records.testing()
+        training, test = records.training(), records.testing()
         (kept,) = (directory.sites / name / "runs").glob("*/model.safetensors")
         model = load_site_model(kept).model
-        slots |= {(name, modality): found for modality, found in hidden_slots(model, test).items()}
-        shares = predict(model, test, trained, records.training().prevalence()).weights
+        slots |= {(name, modality): found for modality, found in hidden_slots(model, training, test).items()}
+        shares = predict(model, test, trained, training.prevalence()).weights
         if shares is not None:
             present = test.present.numpy()
             for pattern in np.unique(present, axis=0):
@@ -161,7 +194,7 @@ def look_inside(cohort: Cohort, out: Path, folder: Path, *, smoke: bool) -> str:
         folder: for the plots.
         smoke: two numbers of rounds, one seed, one method.
     """
-    rounds, seeds, methods = (ROUNDS[:2], SEEDS[:1], METHODS[:1]) if smoke else (ROUNDS, cohort.seeds, METHODS)
+    rounds, seeds, methods = (ROUNDS[:2], SEEDS[:1], [WEIGHED]) if smoke else (ROUNDS, cohort.seeds, [*METHODS])
     seen = {
         (method, number, seed): train(cohort, out / f"{method}-{number}-{seed}", method, number, seed)
         for method in methods
@@ -191,17 +224,22 @@ Found = dict[tuple[str, int, int], Seen]
 def _table(seen: Found, rounds: int) -> str:
     """R2 and similarity by modality, at the end."""
     names = sorted({modality for one in seen.values() for _, modality in one.slots})
-    lines = ["| method | hidden modality | R2 | similarity |", "| --- | --- | --: | --: |"]
+    lines = [
+        "| method | hidden modality | R2 | R2 of ridge regression | similarity |",
+        "| --- | --- | --: | --: | --: |",
+    ]
     for method in dict.fromkeys(method for method, _, _ in seen):
         ends = [one for (at, number, _), one in seen.items() if at == method and number == rounds]
         for name in names:
             by_seed = [[slots for (_, at), slots in one.slots.items() if at == name] for one in ends]
-            measures = (Slots.r2, Slots.similarity)
-            r2, similar = ([fmean(measure(slots) for slots in one) for one in by_seed] for measure in measures)
-            lines.append(f"| `{method}` | {name} | {_spread(r2)} | {_spread(similar)} |")
+            measures = (Slots.r2, Slots.linear_r2, Slots.similarity)
+            cells = [_spread([fmean(measure(slots) for slots in one) for one in by_seed]) for measure in measures]
+            lines.append(f"| `{method}` | {name} | {' | '.join(cells)} |")
     note = (
         f"After {rounds} rounds, held-out records, mean over sites (± sd over seeds): R2 of the imputed embedding, 0\n"
-        "for the site's mean embedding, below 0 worse than that; and the cosine with the true one, the mean taken away."
+        "for the site's mean embedding, below 0 worse than that; the same of a ridge regression that the site fits to\n"
+        "the other modalities' embeddings, which says how much they tell at all; the cosine with the true one, the\n"
+        f"mean taken away. `{TENFOLD}`: the imputation's loss counts ten times (`model.imputer_settings.weight: 10`)."
     )
     return note + "\n\n" + "\n".join(lines)
 
@@ -229,7 +267,7 @@ def _draw_similarity(seen: Found, file: Path) -> None:
                 sd = [stdev(of) if len(of) > 1 else 0.0 for of in values]
                 axes.errorbar(
                     numbers, [fmean(of) for of in values], yerr=sd, fmt=style, marker="o", capsize=3,
-                    color=COLOURS[6 * at], label=f"{method}: {what}",
+                    color=COLOURS[5 * at], label=f"{method}: {what}",
                 )  # fmt: skip
         axes.set_xscale("log")
         ticks = sorted({number for _, number, _ in seen})
@@ -240,10 +278,18 @@ def _draw_similarity(seen: Found, file: Path) -> None:
         axes.legend(fontsize="small")
 
 
+def _colours() -> tuple[str, ...]:
+    """Of modalities: those that differ most first."""
+    from gapweave.sites.simulate.compare_plots import COLOURS
+
+    return COLOURS[::2] + COLOURS[1::2]
+
+
 def _draw_projection(one: Seen, file: Path) -> None:
     """Fig 8: true and imputed embeddings on the first two principal components of the true ones."""
-    from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
+    from gapweave.sites.simulate.compare_plots import figure_axes
 
+    colours = _colours()
     site = max({at for at, _ in one.slots}, key=lambda at: sum(name == at for name, _ in one.slots))
     held = {name: found for (at, name), found in one.slots.items() if at == site}
     commonest = sorted(held, key=lambda name: -len(held[name].true))[:PROJECTED]
@@ -254,7 +300,7 @@ def _draw_projection(one: Seen, file: Path) -> None:
         for at, (name, found) in enumerate(slots.items()):
             for values, marker, word in ((found.true, "o", "true"), (found.imputed, "x", "imputed")):
                 x, y = ((values - true.mean(0)) @ axes_of[:2].T).T
-                axes.scatter(x, y, s=14, marker=marker, color=COLOURS[2 * at], alpha=0.6, label=f"{name}, {word}")
+                axes.scatter(x, y, s=14, marker=marker, color=colours[at], alpha=0.6, label=f"{name}, {word}")
         axes.set_xlabel(f"first principal component of the true embeddings (held-out records of {site})")
         axes.set_ylabel("second")
         axes.legend(fontsize="small")
@@ -272,8 +318,9 @@ def _pattern(held: tuple[str, ...], one: Seen) -> str:
 
 def _draw_weights(one: Seen, file: Path) -> None:
     """Mean share of each modality, by the modalities that a record has."""
-    from gapweave.sites.simulate.compare_plots import COLOURS, figure_axes
+    from gapweave.sites.simulate.compare_plots import figure_axes
 
+    colours = _colours()
     commonest = sorted(one.weights, key=lambda held: (-len(one.weights[held]), held))[:COMMONEST]
     patterns = sorted(commonest, key=lambda held: (-len(held), held))
     with figure_axes(file, rows=len(patterns) + 2) as axes:
@@ -282,7 +329,7 @@ def _draw_weights(one: Seen, file: Path) -> None:
             for at, name in enumerate(one.order):
                 if name in held:
                     share = float(one.weights[held][:, at].mean())
-                    axes.barh(row, share, left=start, color=COLOURS[2 * at], label=name)
+                    axes.barh(row, share, left=start, color=colours[at], label=name)
                     start += share
         axes.set_yticks(range(len(patterns)), [_pattern(held, one) for held in patterns])
         axes.invert_yaxis()
@@ -291,5 +338,9 @@ def _draw_weights(one: Seen, file: Path) -> None:
         first = {label: handle for handle, label in reversed(list(zip(handles, labels, strict=True)))}
         names = [name for name in one.order if name in first]
         axes.legend(
-            [first[name] for name in names], names, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1)
+            [first[name] for name in names],
+            names,
+            ncols=min(5, len(names)),
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1),
         )

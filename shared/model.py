@@ -43,6 +43,7 @@ class Outputs:
         joint: [B, K] that training reads in place of `logits`, or None (see `Fused`).
         vote_weights: [B, M, C] of the losses of the modalities' votes, or None (see `Fused`).
         penalty: [B] that imputer and fusion add to the record's loss, or None.
+        imputer_weight: of the loss of what was imputed.
     """
 
     logits: Tensor
@@ -55,6 +56,7 @@ class Outputs:
     joint: Tensor | None = None
     vote_weights: Tensor | None = None
     penalty: Tensor | None = None
+    imputer_weight: float = 1.0
 
 
 def _head(spec: ModalitySpec, width: int, outputs: int, linear_path: bool) -> nn.Module:
@@ -160,6 +162,7 @@ class MultimodalModel(nn.Module):
             joint=None if fused.joint is None else self.constants.logits(fused.joint),
             vote_weights=fused.vote_weights,
             penalty=_sum_of(fused.penalty, self.imputer.cycle(embeddings, imputed, used)),
+            imputer_weight=self.imputer.weight,
         )
 
     def joint(self, embeddings: Tensor, used: Tensor, votes: Tensor) -> Tensor:

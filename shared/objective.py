@@ -1,9 +1,9 @@
 """The loss of one record, as a function of that record and public parameters only.
 
-loss = CE(fused, y) + mean over used m of w CE(m's head, y) + mean over hidden m of |imputed - embedding|^2 / d
-with w = 1, or the fusion's own detached weight of m for the true class, plus what fusion and imputer add themselves
-(OmniFuse with the corrections of docs/decisions/0003: only modalities hidden on purpose supervise the imputer,
-and their embedding is a detached target).
+loss = CE(fused, y) + mean over used m of w CE(m's head, y) + c times the mean over hidden m of
+|imputed - embedding|^2 / d, with w = 1, or the fusion's own detached weight of m for the true class, and c = 1 unless
+the imputer's settings say otherwise, plus what fusion and imputer add themselves (OmniFuse with the corrections of
+docs/decisions/0003: only modalities hidden on purpose supervise the imputer, and their embedding is a detached target).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def loss_terms(outputs: Outputs, target: Tensor, label_mask: Tensor, kind: TaskK
     """The parts of what `record_losses` gives, for schemes that weigh them."""
     fused = outputs.logits if outputs.joint is None else outputs.joint
     distance = (outputs.imputed - outputs.embeddings.detach()).square().mean(-1)
-    rest = mean_over(distance, outputs.present & ~outputs.used)
+    rest = outputs.imputer_weight * mean_over(distance, outputs.present & ~outputs.used)
     return Terms(
         joint=cross_entropy(fused, target, label_mask, kind),
         votes=cross_entropy(outputs.modality_logits, target, label_mask, kind, outputs.vote_weights),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,17 @@ def test_the_imputer_pays_for_modalities_hidden_on_purpose_only() -> None:
     assert loss(whole, [1.0], "binary") == pytest.approx(base)
     lacking = outputs(logits, votes, FIRST, FIRST, miss=0.5)
     assert loss(lacking, [1.0], "binary") == pytest.approx(base)
+
+
+def test_the_imputers_loss_counts_as_its_settings_say() -> None:
+    cra = IMPUTERS["cra"]
+    assert cra(2, 4).weight == 1
+    weighed = cra(2, 4, cra.Settings(weight=3.0)).weight
+    nothing = torch.zeros(1, 1), torch.zeros(1, 2, 1), FIRST, BOTH
+    missed, exact = outputs(*nothing, miss=0.5), outputs(*nothing)
+    heavier = replace(missed, imputer_weight=weighed)
+    assert loss(heavier, [1.0], "binary") - loss(exact, [1.0], "binary") == pytest.approx(3 * 0.25)
+    assert loss(missed, [1.0], "binary") - loss(exact, [1.0], "binary") == pytest.approx(0.25)
 
 
 def test_the_imputers_target_is_detached() -> None:

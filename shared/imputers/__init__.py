@@ -30,6 +30,8 @@ class Imputer(nn.Module):
     """What `model.imputer_settings` may hold."""
     learns: ClassVar[bool] = False
     """Whether it is trained on modalities hidden on purpose."""
+    weight: float = 1.0
+    """Of the loss of what it imputes, beside the classification losses."""
 
     def __init__(self, modalities: int, embedding: int, settings: StrictModel | None = None) -> None:
         super().__init__()

@@ -16,11 +16,12 @@ from gapweave.shared.objective import mean_over
 
 
 class CascadeSettings(StrictModel):
-    """Size of the cascade."""
+    """Size of the cascade, and how much its loss counts."""
 
     stages: int = Field(3, ge=1, le=16, description="autoencoders one after the other")
     hidden: int = Field(32, ge=1, le=4096, description="tanh units of each")
     code: int = Field(16, ge=1, le=4096, description="width of each one's bottleneck")
+    weight: float = Field(1.0, gt=0, le=100, description="weight of the loss of what it imputes")
 
 
 class ResidualAutoencoder(nn.Module):
@@ -55,6 +56,7 @@ class CascadedResidualAutoencoder(Imputer):
     def __init__(self, modalities: int, embedding: int, settings: CascadeSettings | None = None) -> None:
         super().__init__(modalities, embedding)
         self.settings = settings or self.Settings()
+        self.weight = self.settings.weight
         self.stages = self.cascade(embedding)
 
     def cascade(self, embedding: int) -> nn.ModuleList:
@@ -92,14 +94,14 @@ class CycleConsistentAutoencoder(CascadedResidualAutoencoder):
 
     def __init__(self, modalities: int, embedding: int, settings: CycleSettings | None = None) -> None:
         super().__init__(modalities, embedding, settings)
-        self.weight = (settings or CycleSettings()).backward
+        self.strength = (settings or CycleSettings()).backward
         self.back = self.cascade(embedding)
 
     def cycle(self, embeddings: Tensor, imputed: Tensor, used: Tensor) -> Tensor | None:
         """The loss of the way back; 0 for a record of which nothing was imputed."""
         seen = torch.where(used.unsqueeze(-1), self.tokens(len(used)), imputed)
         distance = (_through(self.back, seen, ~used) - embeddings.detach()).square().mean(-1)
-        return self.weight * torch.where(used.all(1), 0.0, mean_over(distance, used))
+        return self.strength * torch.where(used.all(1), 0.0, mean_over(distance, used))
 
 
 def _through(stages: nn.ModuleList, slots: Tensor, known: Tensor) -> Tensor:
