@@ -82,6 +82,8 @@ EICU: Overrides = {
 DEATH: Overrides = {"task.label": "label_hosp_mortality", **prevalence(0.09)}
 FOUR = ("clinical", "vitals_labs", "exercise_ecg", "imaging")
 DEMO = ("vitals", "scan", "note", "labs")
+HEADS = "heads"
+"""Recipe that shares only heads, without privacy: shown beside the others."""
 ALL = ("local", "pooled", "lr", "gbm")
 
 
@@ -136,7 +138,7 @@ def _world(seed: int) -> dict[str, Panel]:
     private = {**linear(*DEMO), **few, **prevalence(0.25), "training.finetune": True}
     return {
         f"demo-{seed}": Panel(recipe="plain", overrides=plain, baselines=ALL, **common),
-        f"demo-{seed}-heads": Panel(recipe="heads", overrides=heads, joining=False, **common),
+        f"demo-{seed}-heads": Panel(recipe=HEADS, overrides=heads, joining=False, **common),
         f"demo-{seed}-private": Panel(recipe="private", overrides=private, budgets=(3.0,), **common),
     }
 

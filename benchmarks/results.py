@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from left_out import left_out
 from page import write_section
-from recipes import BUDGETS, COHORTS, PANELS, SEEDS, WORLDS, Panel
+from recipes import BUDGETS, COHORTS, HEADS, PANELS, SEEDS, WORLDS, Panel
 
 if TYPE_CHECKING:
     from gapweave.sites.simulate.compare_intervals import Draws
@@ -157,7 +157,11 @@ def strongest(models: list[Judged]) -> Judged:
 
 def find(models: list[Judged], model: str, budget: float | None = None) -> Judged | None:
     """The model with this budget; of baselines the best of its recipes."""
-    named = [entry for entry in models if entry.model == model and (model not in OURS or entry.budget == budget)]
+    named = [
+        entry
+        for entry in models
+        if entry.model == model and entry.recipe != HEADS and (model not in OURS or entry.budget == budget)
+    ]
     return max(named, key=_standing, default=None)
 
 
@@ -188,24 +192,27 @@ def table(models: list[Judged], draws: Draws) -> str:
     alone, linear = strongest(models), find(models, "lr_pooled")
     heads = ["model", "epsilon", "AUROC", "minus strongest local", "minus pooled linear", "sites ahead of local"]
     lines = [heads, ["---", *["--:"] * 5]]
-    for model, title in NAMES.items():
-        budgets = [None, *BUDGETS] if model in OURS else [None]
-        for budget in budgets:
-            entry = find(models, model, budget)
-            if entry is None:
-                continue
-            ahead, _, sites = sites_apart(draws, entry, alone)
-            spread = "" if entry.sd is None else f" ± {entry.sd:.3f}"
-            lines.append(
-                [
-                    f"**{title}**" if entry == alone else title,
-                    "-" if budget is None else f"{budget:g}",
-                    f"{entry.mean:.3f}{spread}",
-                    "" if entry == alone else _margin(draws, entry, alone),
-                    "" if linear is None or entry == linear else _margin(draws, entry, linear),
-                    "" if entry == alone else f"{ahead} of {sites}",
-                ]
-            )
+    rows = [
+        (title, entry)
+        for model, title in NAMES.items()
+        for budget in ([None, *BUDGETS] if model in OURS else [None])
+        if (entry := find(models, model, budget))
+    ]
+    shared_less = next((entry for entry in models if (entry.recipe, entry.model) == (HEADS, "federated")), None)
+    rows += [("federated, only the fusion's heads shared", shared_less)] if shared_less else []
+    for title, entry in rows:
+        ahead, _, sites = sites_apart(draws, entry, alone)
+        spread = "" if entry.sd is None else f" ± {entry.sd:.3f}"
+        lines.append(
+            [
+                f"**{title}**" if entry == alone else title,
+                "-" if entry.model not in OURS or entry.budget is None else f"{entry.budget:g}",
+                f"{entry.mean:.3f}{spread}",
+                "" if entry == alone else _margin(draws, entry, alone),
+                "" if linear is None or entry == linear else _margin(draws, entry, linear),
+                "" if entry == alone else f"{ahead} of {sites}",
+            ]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -264,7 +271,7 @@ def plot(found: dict[str, tuple[list[Judged], Draws]], file: Path) -> None:
             for budget in (None, *BUDGETS) if model in OURS else (None,):
                 if entry := find(models, model, budget):
                     label = f"{cohort}: {word}" + (f", epsilon {budget:g}" if budget else "")
-                    rows.append((label, margin(draws, entry, alone), COLOURS[3 * at]))
+                    rows.append((label, margin(draws, entry, alone), COLOURS[2 * at]))
     with figure_axes(file, rows=len(rows)) as axes:
         axes.axvline(0, color="black", linewidth=0.8)
         for at, (_, (difference, (low, high)), colour) in enumerate(rows):
