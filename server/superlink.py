@@ -25,6 +25,9 @@ from gapweave.shared.service import Child
 
 LOOK_S = 1.0
 """How often a running hub looks for sites that were added or removed."""
+LOCKED_S = 120
+"""Seconds in which the database may be busy with other sites' messages. Flower waits for 5, then the run ends: ten
+sites that answer 100 MB at once take longer on a small machine."""
 
 
 def children(hub: Hub, *, proxy: bool) -> list[Child]:
@@ -228,10 +231,19 @@ def _public_key(hub: Hub, name: str) -> Any:
     return load_ssh_public_key((hub.keys / f"{name}.pub").read_bytes())
 
 
+def wait_for_database() -> None:
+    """Let this process wait longer for its database."""
+    from flwr.supercore import sql_mixin
+
+    # Later settings of a connection replace earlier ones.
+    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", str(1000 * LOCKED_S)))
+
+
 def main() -> None:
     """Run the SuperLink in this process, with the arguments of Flower's own command, while its disk has room."""
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
+    wait_for_database()
     room.keep(Path(os.environ["FLWR_HOME"]))
     flower_superlink()
 

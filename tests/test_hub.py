@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from commandline import run
 from cryptography import x509
 
 from gapweave.client.keys import make_keys
-from gapweave.server import room
+from gapweave.server import room, superlink
 from gapweave.server.app import Room
 from gapweave.server.certificates import days_left, make_server_certificate
 from gapweave.server.hub import Hub
@@ -156,3 +158,14 @@ def test_run_directories_of_a_hub(hub: Hub) -> None:
     assert list(hub.noted()) == ["b", "a"]
     hub.write_registered({"north": 7})
     assert json.loads(hub.registry.read_text()) == {"north": 7}
+
+
+def test_a_hub_waits_for_a_busy_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore import sql_mixin
+
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    superlink.wait_for_database()
+    with closing(sqlite3.connect(tmp_path / "superlink.db")) as connection:
+        sql_mixin._set_sqlite_pragmas(connection, None)
+        assert connection.execute("PRAGMA busy_timeout").fetchone() == (1000 * superlink.LOCKED_S,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
