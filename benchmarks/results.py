@@ -329,9 +329,9 @@ or more of each class, mean over splits with seeds {seeds} (± sd over splits; t
 and pooled models train without privacy, as nobody would spend a budget on them; federated ones at the epsilon that
 stands beside them, for each patient, delta 1e-5, noise added at each site. *Strongest local* is the one of the highest
 mean in this very table: hindsight that favours staying alone. Recipes and how they were chosen, before these numbers:
-[benchmarks/recipes.py](../benchmarks/recipes.py). A site chooses what `predict` takes on its training patients. The private
-figures are a second measurement: after the first the noise that shrinkage expects was mended, as runs of noise alone
-had shown it ([0022](decisions/0022-shrinkage.md)); no recipe was changed.
+[benchmarks/recipes.py](../benchmarks/recipes.py). A site chooses what `predict` takes on its training patients. The
+private figures are a second measurement: after the first the noise that shrinkage expects was mended, as runs of noise
+alone had shown it ([0022](decisions/0022-shrinkage.md)); no recipe was changed.
 
 ![What joining adds](results-joining.svg)
 
