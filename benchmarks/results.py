@@ -190,16 +190,16 @@ def sites_apart(draws: Draws, ours: Judged, other: Judged) -> tuple[int, int, in
 def table(models: list[Judged], draws: Draws) -> str:
     """A row a model: AUROC, and what it is ahead of the strongest local and of the pooled linear model."""
     alone, linear = strongest(models), find(models, "lr_pooled")
-    heads = ["model", "epsilon", "AUROC", "minus strongest local", "minus pooled linear", "sites ahead of local"]
-    lines = [heads, ["---", *["--:"] * 5]]
+    titles = ["model", "epsilon", "AUROC", "minus strongest local", "minus pooled linear", "sites ahead of local"]
+    lines = [titles, ["---", *["--:"] * 5]]
     rows = [
         (title, entry)
         for model, title in NAMES.items()
         for budget in ([None, *BUDGETS] if model in OURS else [None])
         if (entry := find(models, model, budget))
     ]
-    shared_less = next((entry for entry in models if (entry.recipe, entry.model) == (HEADS, "federated")), None)
-    rows += [("federated, only the fusion's heads shared", shared_less)] if shared_less else []
+    heads = [entry for entry in models if (entry.recipe, entry.model) == (HEADS, "federated")]
+    rows += [("federated, only the fusion's heads shared", entry) for entry in heads]
     for title, entry in rows:
         ahead, _, sites = sites_apart(draws, entry, alone)
         spread = "" if entry.sd is None else f" ± {entry.sd:.3f}"
