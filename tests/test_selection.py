@@ -20,6 +20,15 @@ def test_every_range_of_ranks_equals_a_sort(n: int) -> None:
             np.testing.assert_allclose(found, ranked[low:high].mean(0, dtype=np.float64), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("b", [1, 7, 8, 9, 16, 1001])
+def test_every_column_counts_once_and_the_rows_stay(b: int) -> None:
+    whole = np.random.default_rng(b).normal(size=(9, b + 3)).astype(np.float32)
+    rows = whole[:, 3:]  # rows that do not lie one after another
+    before = whole.copy()
+    np.testing.assert_array_equal(mean_of_ranks(rows, 4, 5), np.median(rows, axis=0))
+    np.testing.assert_array_equal(whole, before)
+
+
 @given(st.integers(1, 20), st.data())
 def test_every_zero_one_input_is_sorted(n: int, data: st.DataObject) -> None:
     """The zero-one principle: a network that ranks all of these ranks everything."""

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from gapweave.server.selection import LINE, aligned
 from gapweave.shared.config.base import StrictModel
 from gapweave.shared.registry import Registry
 
@@ -112,7 +110,7 @@ class Columnwise(Stage, ABC):
 
     @abstractmethod
     def combine(self, block: Rows, f: int) -> Rows:
-        """[n, b], which may be overwritten -> [b]."""
+        """[n, b], each row in one piece -> [b]."""
 
 
 class Gram:
@@ -160,10 +158,8 @@ class Gram:
 
 AGGREGATORS: Registry[Stage] = Registry("aggregation rule", "gapweave.server.aggregators")
 
-BLOCK = 3 << 20
-"""Bytes of a block of columns of all updates: more do not fit caches, and fewer cost more calls than work."""
-COLUMNS = 1 << 14
-"""Most columns of a block."""
+BLOCK = 1 << 20
+"""Bytes of a block of columns of all updates: a few fit a cache."""
 SAMPLED = 4096
 """Coordinates on which the most central update is looked for."""
 
@@ -259,21 +255,6 @@ def combine(rows: Rows, stages: tuple[Stage, ...], f: int) -> Rows:
     return _by_column(rows, weights, last, f)
 
 
-def _width(n: int) -> int:
-    """Columns of a block of n updates: whole lines."""
-    return min(COLUMNS, max(1024, BLOCK // (4 * n))) // LINE * LINE
-
-
-def _blocks(rows: Rows) -> Iterator[slice]:
-    width = _width(len(rows))
-    return (slice(at, min(at + width, rows.shape[1])) for at in range(0, rows.shape[1], width))
-
-
-def _buffer(m: int, n: int) -> Rows:
-    """Room for m rows of a block of n updates, for all blocks: a new one each time is fetched page by page."""
-    return aligned(m, _width(n))
-
-
 def _weighted(rows: Rows, weights: Floats) -> Rows:
     """The weighted sum, by BLAS' product of a vector and a matrix: one pass, no block beside the result."""
     result: Rows = weights.astype(np.float32) @ rows
@@ -281,41 +262,31 @@ def _weighted(rows: Rows, weights: Floats) -> Rows:
 
 
 def _by_column(rows: Rows, weights: Floats | None, last: Columnwise, f: int) -> Rows:
+    n, d = rows.shape
+    width, result = max(1024, BLOCK // (4 * n)), np.empty(d, np.float32)
     mixing = None if weights is None else weights.astype(np.float32)
-    result = np.empty(rows.shape[1], np.float32)
-    buffer = _buffer(len(rows) if mixing is None else len(mixing), len(rows))
-    for at in _blocks(rows):
-        block = buffer[:, : at.stop - at.start]
-        if mixing is None:
-            np.copyto(block, rows[:, at])
-        else:
-            np.matmul(mixing, rows[:, at], out=block)
-        result[at] = last.combine(block, f)
+    # One for all blocks: a new one each time is fetched from the system page by page.
+    mixed = None if mixing is None else np.empty((len(mixing), width), np.float32)
+    for at in range(0, d, width):
+        part = rows[:, at : at + width]
+        if mixing is not None and mixed is not None:
+            part = np.matmul(mixing, part, out=mixed[:, : part.shape[1]])
+        result[at : at + width] = last.combine(part, f)
     return result
 
 
 def gram_of(rows: Rows) -> Gram:
-    """Inner products of updates and the origin, moved by the most central update, summed up in float64.
+    """Inner products of updates and the origin, moved by the most central update.
 
-    The products of one block are float32. Around the mean, one huge update would drown the distances between all
-    others; around an update in the midst of them it harms its own only. That update itself moves to zero: the origin
-    takes its row.
+    Around the mean, one huge update would drown the distances between all others; around an update in the midst of
+    them it harms its own only.
 
     Args:
         rows: [n, d].
     """
-    n, middle = len(rows), _central(rows)
-    products, buffer = np.zeros((n, n)), _buffer(n, n)
-    for at in _blocks(rows):
-        center, moved = rows[middle, at], buffer[:, : at.stop - at.start]
-        np.subtract(rows[:, at], center, out=moved)
-        np.negative(center, out=moved[middle])
-        products += moved @ moved.T
-    whole = np.zeros((n + 1, n + 1))
-    whole[:n, :n] = products
-    whole[[middle, n]] = whole[[n, middle]]
-    whole[:, [middle, n]] = whole[:, [n, middle]]
-    return Gram(whole)
+    from gapweave.server.products import products_around  # loads a compiler
+
+    return Gram(products_around(rows, _central(rows)))
 
 
 def _central(rows: Rows) -> int:
