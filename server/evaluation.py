@@ -73,7 +73,8 @@ def ask_tables(
     result = {peer.site: Released(reason=_why_none(peer, look)) for peer in peers}
     able = {peer.node: peer for peer in peers if result[peer.site].reason == NO_ANSWER and peer.node != NO_NODE}
     header = {**header, "look": True} if look else header
-    requests = {node: wire.pack(header, {group: groups[group] for group in peer.groups}) for node, peer in able.items()}
+    packed = wire.records(groups)
+    requests = {node: wire.pack(header, {group: packed[group] for group in peer.groups}) for node, peer in able.items()}
     for answer in ask(grid, wire.EVALUATE, requests, seconds) if requests else ():
         result[able[answer.node].site] = _read(study, answer, look)
     return result

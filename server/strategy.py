@@ -227,7 +227,7 @@ class RoundLoop:
         everybody, active = active, sampled(self.study, number, active)
         corrections = self.variates.corrections(active)
         header = {"run": self.state.run, "study": self.study.sha256, "round": number}
-        packed = {group: wire.record(part) for group, part in self.state.groups.items()}
+        packed = wire.records(self.state.groups)
         requests, down = {}, 0
         for peer in active:
             correction = as_corrections(corrections.get(peer.site, {}))
@@ -342,7 +342,7 @@ class RoundLoop:
         header = {"run": self.state.run, "study": self.study.sha256, "round": self.state.round}
         took_part = [peer for peer in self.peers.values() if peer.groups and peer.last_round > 0]
         by_node = {peer.node: peer for peer in took_part if peer.node != NO_NODE}
-        final = self.final
+        final = wire.records(self.final)
         requests = {
             node: wire.pack(header, {group: final[group] for group in peer.groups}) for node, peer in by_node.items()
         }

@@ -44,17 +44,22 @@ def pack(
 
     Args:
         header: anything that JSON holds.
-        arrays: by group, as they are or as `record` made them for several messages.
+        arrays: by group, as they are or as `records` made them for several messages.
     """
     records = RecordDict()
     text = json.dumps({"protocol": PROTOCOL_VERSION, **header}, sort_keys=True)
     records[HEADER] = ConfigRecord({"json": text})
     for group, tensors in arrays.items():
-        records[group] = tensors if isinstance(tensors, ArrayRecord) else record(tensors)
+        records[group] = tensors if isinstance(tensors, ArrayRecord) else _record(tensors)
     return records
 
 
-def record(tensors: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
+def records(groups: Arrays) -> dict[str, ArrayRecord]:
+    """Groups as they travel, for messages to many sites: these share the bytes."""
+    return {group: _record(tensors) for group, tensors in groups.items()}
+
+
+def _record(tensors: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
     """One group's arrays as they travel."""
     key = _dumps({name: list(value.shape) for name, value in tensors.items()})
     shape, kind = (sum(value.size for value in tensors.values()),), np.result_type(*tensors.values(), np.float32)

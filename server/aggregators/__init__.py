@@ -158,7 +158,7 @@ class Gram:
 
 AGGREGATORS: Registry[Stage] = Registry("aggregation rule", "gapweave.server.aggregators")
 
-BLOCK = 1 << 20
+BLOCK = 3 << 20
 """Bytes of a block of columns of all updates: a few fit a cache."""
 SAMPLED = 4096
 """Coordinates on which the most central update is looked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -114,9 +115,15 @@ class Site(StrictModel):
 
 
 def load_site(path: Path) -> Site:
-    """Read a site file.
+    """Read a site file; a simulation asks for it at several places, so an unchanged one is read once.
 
     Raises:
         UsageError: naming file, key and remedy.
     """
+    changed = path.stat() if path.is_file() else None
+    return _load(path, changed and (changed.st_mtime_ns, changed.st_size, changed.st_ino))
+
+
+@lru_cache(maxsize=1024)
+def _load(path: Path, version: tuple[int, int, int] | None) -> Site:
     return parse(Site, read_yaml(path, "site"), str(path))
