@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from gapweave.client.predict import Predictions
 from gapweave.shared import tensorfile
@@ -155,6 +154,8 @@ class Classical:
 
     def __call__(self, batch: Batch) -> Predictions:
         """Predictions for records that hold the modalities read; there are no votes and no weights."""
+        from scipy.special import expit  # slow to import, and simulations name these models
+
         rows, kind = flat_features(self.study, batch, self.read), self.study.task.kind
         logits = np.stack([column.logits(rows) for column in self.columns], axis=1)
         scores = expit(logits)

@@ -41,10 +41,10 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _two_class(score: NDArray[np.float64], target: NDArray[np.float64]) -> Metrics:
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
     if len(target) == 0:
         return dict.fromkeys(METRICS)
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     both = 0 < target.sum() < len(target)
     return {
         "auroc": float(roc_auc_score(target, score)) if both else None,

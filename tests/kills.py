@@ -27,6 +27,7 @@ from gapweave.client.data import Cohort, load_cohort
 from gapweave.shared import wire
 from gapweave.shared.config import load_site, load_study
 from gapweave.shared.privacy import once
+from gapweave.shared.report import run_report
 from gapweave.sites.simulate import commands
 from gapweave.sites.simulate import run as run_module
 from gapweave.sites.simulate.commands import Places
@@ -128,7 +129,7 @@ class Federation:
         run_module.InlineGrid = LoggedGrid  # type: ignore[attr-defined]
         commands.Bars = Silent  # type: ignore[assignment,misc]
         # The page is rebuilt from the run's files by `gapweave report`; its figures take longer than the run.
-        commands.write_report = lambda directory: None
+        run_report.write_report = lambda directory: None
 
     def prepare(self, job: str) -> Path:
         """The folder of a job: site files with an anchor each."""

@@ -18,23 +18,33 @@ EXACT = 2.0**53
 """Below it a float holds every whole number exactly."""
 
 
+CELL = pl.col("cell")
+"""The column of a query on one series: each step of a series by itself would be a query of its own."""
+
+
 def missing(text: pl.Series) -> pl.Series:
     """Which texts stand for an empty cell; null does."""
-    cell = pl.col("cell")  # one query: each step of a series by itself would be one
-    query = cell.is_null() | cell.str.strip_chars().str.to_lowercase().is_in(MISSING)
-    return text.alias("cell").to_frame().select(query)["cell"].alias(text.name)
+    return _ask(text, _is_missing(CELL))
+
+
+def _is_missing(text: pl.Expr) -> pl.Expr:
+    return text.is_null() | text.str.strip_chars().str.to_lowercase().is_in(MISSING)
+
+
+def _ask(series: pl.Series, query: pl.Expr) -> pl.Series:
+    return series.alias("cell").to_frame().select(cell=query)["cell"].alias(series.name)
 
 
 def id_text(series: pl.Series) -> pl.Series:
     """Ids as text, null where empty. 12 and 12.0 become "12" as in a text file; "001" stays "001"."""
     if series.dtype.is_float():
-        whole = (series == series.round()) & (series.abs() < EXACT)
-        integer = series.set(~whole.fill_null(False), None).cast(pl.Int64, strict=False).cast(pl.String)
-        text = integer.zip_with(integer.is_not_null(), series.cast(pl.String))
+        whole = (CELL.round() == CELL) & (CELL.abs() < EXACT)
+        integer = pl.when(whole).then(CELL).cast(pl.Int64, strict=False).cast(pl.String)
+        text = pl.coalesce(integer, CELL.cast(pl.String))
     else:
-        text = series.cast(pl.String).str.strip_chars()
+        text = CELL.cast(pl.String).str.strip_chars()
     text = text.str.replace(r"^(-?\d+)\.0+$", "$1")
-    return text.set(missing(text), None)
+    return _ask(series, pl.when(~_is_missing(text)).then(text))
 
 
 def code_text(series: pl.Series) -> pl.Series:
@@ -72,11 +82,10 @@ def numbers(series: pl.Series) -> tuple[NDArray[np.float64], int]:
     if series.dtype.is_numeric() or series.dtype == pl.Boolean:
         values = series.cast(pl.Float64)
     else:
-        text = series.cast(pl.String).str.strip_chars()
-        values = text.cast(pl.Float64, strict=False)
+        values = _ask(series, CELL.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False))
         if values.null_count():
-            unreadable = int((values.is_null() & ~missing(text)).sum())
-    result: NDArray[np.float64] = values.fill_null(float("nan")).to_numpy()
+            unreadable = int((values.is_null() & ~missing(series.cast(pl.String))).sum())
+    result: NDArray[np.float64] = values.to_numpy()  # null becomes NaN
     return result, unreadable
 
 

@@ -197,12 +197,12 @@ def note_presence(cells: dict[str, Cells], seen: dict[str, NDArray[np.bool_]], r
     having = {name: np.unique(cells[name].rows.record[seen[name]]) for name in cells}
     anything = len(np.unique(np.concatenate(list(having.values()))))
     for name, records in having.items():
-        filled = int((~missing(cells[name].raw.cast(pl.String))).sum())
-        if not filled and len(cells[name].raw):
+        raw = cells[name].raw
+        if not len(records) and len(raw) and missing(raw.cast(pl.String)).all():
             reading.warn(
                 "empty",
                 cells[name].where,
-                f"{name!r} is empty in all {len(cells[name].raw)} rows of the site's records",
+                f"{name!r} is empty in all {len(raw)} rows of the site's records",
                 "Correct the column, or remove the variable if the site does not have it",
             )
         elif 0 < len(records) < RARE * anything:

@@ -16,7 +16,6 @@ from gapweave.client.sources.findings import warnings_of
 from gapweave.shared.config import Study, load_study
 from gapweave.shared.config.overrides import parse_assignment
 from gapweave.shared.errors import RefusedError, UsageError
-from gapweave.shared.report.run_report import write_report
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.baselines import BASELINES
 from gapweave.sites.simulate.progress import Bars
@@ -168,6 +167,8 @@ def _warn(sites: list[VirtualSite]) -> None:
 def _finish(
     study: Study, setup: Setup, directory: RunDirectory, bars: Bars, sites: list[VirtualSite] | None
 ) -> tuple[dict[str, Any], Path]:
+    from gapweave.shared.report.run_report import write_report  # nothing before the end waits for it
+
     summary = simulate(study, setup, directory, bars, sites)
     write_report(directory)
     return summary, directory.path
