@@ -2,12 +2,12 @@
 
 The final parameters are the public start plus a change. The change holds noise whose variance is public: each site's
 plan says what its updates carry, and server momentum, histories and averages over rounds are linear in the updates. A
-change that is hardly longer than its noise says little, so the start is kept; one that is much longer is kept whole:
-
-    factor = max(0, 1 - V / |change|^2),   V the expected square of the noise's length
-
-is the positive-part James-Stein estimator (James and Stein 1961; Baranchik 1964) with one factor for all shared groups,
-towards the public start in place of 0.
+change that is hardly longer than its noise says little, so the start is kept; one that is much longer is kept whole.
+One factor k serves all shared groups: a signal of length s and noise of expected square V make a change whose square
+is V / (1 - k) on average, where k = s^2 / (s^2 + V) is the best share to keep. The factor is the mean of k given the
+square that came out, all k equally likely beforehand. Where that square is sure it is the positive-part estimator of
+James and Stein (1961) and Baranchik (1964), max(0, 1 - V / |change|^2); but it is never quite 0, so that a model
+without a public start still ranks its patients.
 
 Guarantee: costs no privacy: it reads what was released, and public plans.
 Assumes: that a rule acts on noise beside a signal as it does on noise alone, on which it is tried; that all sites
@@ -17,6 +17,7 @@ Edge cases: without noise, or with a site whose noise is not known, nothing is s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,6 +28,9 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.late import add_late, late_mean
 from gapweave.shared.optimizers import ServerOptimizer
 from gapweave.shared.tensorfile import Arrays
+
+SHARES = (np.arange(10_000) + 0.5) / 10_000
+"""That may be kept of a change."""
 
 Variances = Mapping[str, Sequence[float]]
 """Group -> round by round, the variance of the noise in each coordinate of the aggregate; 0 for a round without."""
@@ -61,38 +65,49 @@ def _response(study: Study, rounds: int, at: int, history: float, pull: float) -
     return float((late_mean(study, late) or current)["unit"]["x"][0])
 
 
-def noise_square(study: Study, variances: Variances, sizes: Mapping[str, int]) -> float:
-    """V: the expected square of the length of the noise in the final parameters.
+def noise_square(study: Study, variances: Variances, sizes: Mapping[str, int]) -> tuple[float, float]:
+    """The expected square of the length of the noise in the final parameters, and its degrees of freedom.
 
     Args:
         study: how updates become parameters.
         variances: by group and round.
         sizes: numbers in each group.
+
+    Returns:
+        V, and the number of equally noisy parameters that would make it vary as much (Satterthwaite 1946).
     """
     gains: dict[tuple[int, float], list[float]] = {}
-    total = 0.0
+    square, spread = 0.0, 0.0
     for group, by_round in variances.items():
         key = len(by_round), 0.0 if rule_of(study.aggregation, group, 0) == "mean" else decay_of(study)
         if key not in gains:
             gains[key] = responses(study, *key)
-        total += sizes[group] * sum(gain**2 * value for gain, value in zip(gains[key], by_round, strict=True))
-    return total
+        variance = sum(gain**2 * value for gain, value in zip(gains[key], by_round, strict=True))
+        square += sizes[group] * variance
+        spread += sizes[group] * variance**2
+    return square, square**2 / spread if spread else math.inf
 
 
-def factor(start: Arrays, reached: Arrays, noise: float) -> float:
+def factor(start: Arrays, reached: Arrays, noise: float, freedom: float) -> float:
     """What is kept of the change, from 0 to 1.
 
     Args:
         start: public initial values.
         reached: values that the rounds led to.
         noise: V.
+        freedom: its degrees of freedom.
     """
     square = sum(
         float(((value.astype(np.float64) - start[group][name]) ** 2).sum())
         for group, part in reached.items()
         for name, value in part.items()
     )
-    return max(0.0, 1 - noise / square) if square > 0 else 1.0
+    if square == 0 or noise == 0:
+        return 1.0
+    expected = 1 / (1 - SHARES)  # of square / noise, a noncentral chi-squared over its degrees of freedom, about normal
+    variance = (4 * expected - 2) / freedom
+    likely = -((square / noise - expected) ** 2) / (2 * variance) - np.log(variance) / 2
+    return float(np.average(SHARES, weights=np.exp(likely - likely.max())))
 
 
 def shrunk(study: Study, start: Arrays, reached: Arrays, variances: Variances) -> tuple[Arrays, float]:
@@ -105,7 +120,7 @@ def shrunk(study: Study, start: Arrays, reached: Arrays, variances: Variances) -
         variances: of the rounds' noise.
     """
     sizes = {group: sum(value.size for value in part.values()) for group, part in reached.items()}
-    kept = factor(start, reached, noise_square(study, variances, sizes))
+    kept = factor(start, reached, *noise_square(study, variances, sizes))
     share = np.float32(kept)
     return {
         group: {name: start[group][name] + share * (value - start[group][name]) for name, value in part.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,54 @@ def test_a_history_brings_a_unit_in_parts() -> None:
     assert responses(of(3), 3, decay)[0] == pytest.approx(sum(by_hand))
 
 
-def test_what_is_kept_by_hand() -> None:
+def change(square: float) -> tuple[Arrays, Arrays]:
+    start: Arrays = {"head/labs": {"w": np.zeros(1, np.float32)}}
+    return start, {"head/labs": {"w": np.array([square**0.5], np.float32)}}
+
+
+def test_what_is_kept_where_the_square_is_sure() -> None:
+    for square in (1.5, 2.5, 10.0, 1e4, 1e12):
+        assert factor(*change(square), 1.0, 1e6) == pytest.approx(1 - 1 / square, abs=2e-3)
+    start, _ = change(1.0)
+    assert factor(start, start, 1.0, 100.0) == 1, "nothing was learnt, nothing is taken away"
+    assert factor(*change(1.0), 0.0, math.inf) == 1, "no noise"
+
+
+@pytest.mark.parametrize("freedom", [2.0, 60.0, 777.0])
+@pytest.mark.parametrize("square", [1e-6, 0.5, 1.0])
+def test_something_is_kept_of_what_may_all_be_noise(freedom: float, square: float) -> None:
+    kept = factor(*change(square), 1.0, freedom)
+    assert 0 < kept < 1.5 / math.sqrt(freedom), "half a normal with the sd of the estimate, sqrt(2 / freedom)"
+
+
+def test_it_errs_less_than_the_positive_part_where_any_share_may_be_signal() -> None:
+    generator, n = np.random.default_rng(0), 60
+    errors: dict[str, list[float]] = {"mean": [], "positive part": []}
+    for share in generator.uniform(size=2000):
+        signal = generator.normal(size=n)
+        signal *= math.sqrt(share / (1 - share) * n / float(signal @ signal))
+        learnt = signal + generator.normal(size=n)
+        square = float(learnt @ learnt)
+        for name, kept in (("mean", factor(*change(square), n, n)), ("positive part", max(0.0, 1 - n / square))):
+            errors[name].append(float(((kept * learnt - signal) ** 2).sum()))
+    gained = np.subtract(errors["positive part"], errors["mean"])
+    assert gained.mean() > 3 * gained.std() / math.sqrt(len(gained))
+
+
+def test_degrees_of_freedom_by_hand() -> None:
+    study = of(2, default="mean")
+    square, freedom = noise_square(study, {"a": [1.0, 1.0], "b": [0.0, 3.0]}, {"a": 4, "b": 6})
+    assert square == pytest.approx(4 * 2 + 6 * 3)
+    assert freedom == pytest.approx(26**2 / (4 * 4 + 6 * 9))
+
+
+def test_the_start_and_the_share_that_is_kept() -> None:
     start: Arrays = {"head/labs": {"w": np.array([1.0, 0.0], np.float32)}}
     reached: Arrays = {"head/labs": {"w": np.array([4.0, 1.0], np.float32)}}
-    assert factor(start, reached, 4.0) == pytest.approx(0.6)
-    assert factor(start, reached, 20.0) == 0
-    assert factor(start, start, 1.0) == 1, "nothing was learnt, nothing is taken away"
     # 2 numbers, 4 rounds that each bring a unit, variance .5 each
     found, kept = shrunk(of(4, default="mean"), start, reached, {"head/labs": [0.5] * 4})
-    assert kept == pytest.approx(1 - 2 * 4 * 0.5 / 10)
-    np.testing.assert_allclose(found["head/labs"]["w"], [1 + 0.6 * 3, 0.6])
+    assert kept == pytest.approx(factor(start, reached, 2 * 4 * 0.5, 2.0))
+    np.testing.assert_allclose(found["head/labs"]["w"], [1 + 3 * kept, kept], rtol=1e-6)
 
 
 def test_a_history_brings_the_ridge_late() -> None:
@@ -103,7 +142,8 @@ def test_noise_alone_is_as_long_as_expected(rule: str, within: float, optimizer:
         late = add_late(study, number, late, current)
     reached = late_mean(study, late) or current
     square = float((reached["head/labs"]["w"].astype(np.float64) ** 2).sum())
-    assert noise_square(study, {"head/labs": noise}, {"head/labs": 2000}) == pytest.approx(square, rel=within)
+    expected, _ = noise_square(study, {"head/labs": noise}, {"head/labs": 2000})
+    assert expected == pytest.approx(square, rel=within)
 
 
 def test_without_shrinkage_or_with_unknown_noise_nothing_is_tried() -> None:
