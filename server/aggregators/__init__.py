@@ -183,7 +183,11 @@ class Sum:
 
     def finish(self) -> Update:
         """Divide by the weight of all."""
-        return {name: (total / self._weight).astype(np.float32) for name, total in self._sum.items()}
+        # Block by block into float32: no second copy of the sums.
+        return {
+            name: np.divide(total, self._weight, out=np.empty(total.shape, np.float32), casting="same_kind")
+            for name, total in self._sum.items()
+        }
 
 
 class Gathered:
