@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+)
 
 from gapweave.shared.errors import UsageError
 from gapweave.shared.files import write_atomically
@@ -36,12 +43,20 @@ def make_keys(key: Path) -> Path:
 
 
 def check_key(key: Path) -> None:
-    """Refuse a private key that is missing or that others can read.
+    """Refuse a private key that is missing, that is something else, or that others can read.
 
     Raises:
         UsageError: with what to do.
     """
     if not key.exists():
         raise UsageError("there is no private key", where=str(key), remedy="`gapweave site init` makes one")
+    try:
+        load_ssh_private_key(key.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        raise UsageError(
+            "this cannot be read as a private key without a password",
+            where=str(key),
+            remedy="Name the file without `.pub` that `gapweave site init` wrote",
+        ) from None
     if key.stat().st_mode & 0o077:
         raise UsageError("others can read the private key", where=str(key), remedy=f"chmod 600 {key}")

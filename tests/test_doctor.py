@@ -195,6 +195,11 @@ PROBLEMS: dict[str, tuple[Callable[[Place], Any], str, int]] = {
     "no connection file": (lambda p: p.connection.clear(), "connection", 5),
     "a broken connection file": (lambda p: p.connection.update(ca="nothing"), "connection", 5),
     "no key": (lambda p: p.key.unlink(), "key", 2),
+    "the public part in place of the key": (
+        lambda p: p.key.write_bytes(p.key.with_suffix(".pub").read_bytes()),
+        "key",
+        2,
+    ),
     "a key that others read": (lambda p: p.key.chmod(0o644), "key", 2),
     "an unknown name": (lambda p: p.connection.update(host="no-such-host.invalid"), "name", 5),
     "no hub": (no_hub, "server", 5),
