@@ -76,6 +76,8 @@ def start(
         typer.echo(
             f"find out why: gapweave site check {path}, and {deployment.service.log_file('supernode')}", err=True
         )
+    if not deployment.site.policy.studies:
+        typer.echo(f"it takes part in nothing yet: gapweave site approve {path} --study STUDY", err=True)
 
 
 def status(path: SiteArgument, as_json: JsonOption = False) -> None:
