@@ -56,7 +56,7 @@ def check_key(key: Path) -> None:
         raise UsageError(
             "this cannot be read as a private key without a password",
             where=str(key),
-            remedy="Name the file without `.pub` that `gapweave site init` wrote",
+            remedy="Name the file without `.pub` that `gapweave site init` wrote, and run as its owner",
         ) from None
     if key.stat().st_mode & 0o077:
         raise UsageError("others can read the private key", where=str(key), remedy=f"chmod 600 {key}")

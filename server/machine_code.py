@@ -16,8 +16,8 @@ from llvmlite import binding, ir
 LANES = 8
 """Numbers of a vector; a processor with other registers takes two for one, or one for two."""
 
-FLOAT, DOUBLE, INTEGER = ir.FloatType(), ir.DoubleType(), ir.IntType(64)
-FLOATS, DOUBLES = ir.VectorType(FLOAT, LANES), ir.VectorType(DOUBLE, LANES)
+FLOAT, INTEGER = ir.FloatType(), ir.IntType(64)
+FLOATS, DOUBLES = ir.VectorType(FLOAT, LANES), ir.VectorType(ir.DoubleType(), LANES)
 _BYTE, _WORD = ir.IntType(8), ir.IntType(32)
 
 Value = Any
@@ -28,7 +28,7 @@ class Code:
     """One function, without result, being built.
 
     Args:
-        arguments: what it is called with: `FLOAT`, `DOUBLE` or `INTEGER` arrays by a pointer type, or `INTEGER`.
+        arguments: what it is called with: arrays by a pointer to `FLOAT` or `INTEGER`, or an `INTEGER`.
 
     Attributes:
         arguments: their values.
@@ -73,21 +73,21 @@ class Code:
         """One number of an array."""
         return self.builder.load(self.builder.gep(array, [at]))
 
-    def load(self, array: Value, at: Value, kind: Any = FLOATS) -> Value:
+    def load(self, array: Value, at: Value) -> Value:
         """A vector, from any place."""
-        return self.builder.load(self._vector(array, at, kind), align=4)
+        return self.builder.load(self._vector(array, at), align=4)
 
     def store(self, value: Value, array: Value, at: Value) -> None:
         """A vector, to any place."""
-        self.builder.store(value, self._vector(array, at, value.type), align=4)
+        self.builder.store(value, self._vector(array, at), align=4)
 
     def fetch(self, array: Value, at: Value) -> None:
         """Have a place brought to the caches, for later; one outside the array does no harm."""
         address = self.builder.bitcast(self.builder.gep(array, [at]), _BYTE.as_pointer())
         self.builder.call(self._fetch, [address, *(ir.Constant(_WORD, flag) for flag in (0, 3, 1))])  # read, keep, data
 
-    def _vector(self, array: Value, at: Value, kind: Any) -> Value:
-        return self.builder.bitcast(self.builder.gep(array, [at]), kind.as_pointer())
+    def _vector(self, array: Value, at: Value) -> Value:
+        return self.builder.bitcast(self.builder.gep(array, [at]), FLOATS.as_pointer())
 
     def compiled(self) -> Callable[..., None]:
         """The function, to be called with addresses and numbers."""

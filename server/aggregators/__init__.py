@@ -159,7 +159,7 @@ class Gram:
 AGGREGATORS: Registry[Stage] = Registry("aggregation rule", "gapweave.server.aggregators")
 
 BLOCK = 3 << 20
-"""Bytes of a block of columns of all updates: a few fit a cache."""
+"""Bytes of a block of columns of all updates: more do not fit caches, and fewer cost more calls than work."""
 SAMPLED = 4096
 """Coordinates on which the most central update is looked for."""
 
