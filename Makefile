@@ -34,10 +34,11 @@ test: setup         ## fast tests with branch coverage
 	python -m pytest -n 2 -m "not long and not docs" --cov --cov-report=term
 
 test-long: setup    ## kills, deployments, packaging
-	python -m pytest -m long
+	python -m pytest -n 2 --dist worksteal -m "long and not alone"
+	python -m pytest -m "long and alone"
 
 test-docs: setup    ## every command of the documentation
-	python -m pytest -m docs
+	python -m pytest -n 2 --dist loadgroup -m docs
 
 test-all: check test test-docs test-long  ## everything
 

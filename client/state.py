@@ -10,17 +10,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gapweave.shared import tensorfile
 from gapweave.shared.errors import GapweaveError, RefusedError
 from gapweave.shared.files import private_folder, write_atomically
 from gapweave.shared.tensorfile import Arrays
 
-Groups = dict[str, dict[str, Tensor]]
+if TYPE_CHECKING:  # who asks a site for its status need not wait for torch
+    from torch import Tensor
+
+Groups = dict[str, dict[str, "Tensor"]]
 """Parameter groups: group -> name -> tensor."""
 
 
@@ -34,6 +34,8 @@ def to_arrays(groups: Mapping[str, Mapping[str, Tensor]]) -> Arrays:
 
 def to_tensors(arrays: Mapping[str, Mapping[str, Any]]) -> Groups:
     """Copy arrays to tensors."""
+    import torch
+
     return {
         group: {name: torch.from_numpy(value.copy()) for name, value in part.items()} for group, part in arrays.items()
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -37,6 +39,15 @@ def test_help_is_quick_and_says_how_to_start() -> None:
         assert text in " ".join(out.split())
     for name in COMMANDS:
         assert f"  {name} " in out
+
+
+def test_who_asks_for_a_status_or_a_budget_does_not_wait_for_torch() -> None:
+    modules = ("client.service", "client.state", "shared.privacy.loss", "shared.report.ledger_report")
+    code = (
+        f"import sys, {', '.join('gapweave.' + name for name in modules)}\n"
+        "print([name for name in ('torch', 'polars', 'scipy.signal', 'scipy.stats') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_every_command_of_the_product_is_there() -> None:

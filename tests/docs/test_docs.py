@@ -33,8 +33,16 @@ def end_services(folder: Path) -> list[str]:
     return [service.what for service in services if service.stop()]
 
 
+def marks(page: Path) -> list[pytest.MarkDecorator]:
+    """Pages that start a hub take the same port: one process runs them in turn."""
+    return [pytest.mark.xdist_group("hub")] if "server start" in script(page) else []
+
+
+PARAMETERS = [pytest.param(page, marks=marks(page), id=page.name) for page in PAGES if blocks(page)]
+
+
 @pytest.mark.docs
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PARAMETERS)
 def test_commands_run(page: Path, tmp_path: Path) -> None:
     text = script(page)
     if "GAPWEAVE_DATA" in text and not os.environ.get("GAPWEAVE_DATA"):
