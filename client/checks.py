@@ -152,7 +152,7 @@ class _Check:
 
     def _openable(self, name: str, source: Source, records: Records | None) -> str:
         if isinstance(source, ImageSource):
-            self.files.find_folder(source.folder)
+            self.files.find_folder(source.folder, self.files.key(f"data.{name}"))
             if records is not None:
                 records.table.column(source.column)
             return "the folder is there"

@@ -14,6 +14,7 @@ import yaml
 
 from gapweave.shared.config import Site, Study, load_site, load_study
 from gapweave.shared.config.base import parse, read_yaml
+from gapweave.shared.config.connection import load_connection
 from gapweave.shared.config.overrides import ALIASES, METHODS, apply, expand, parse_assignment, parse_variation
 from gapweave.shared.config.study import study_from_json
 from gapweave.shared.errors import UsageError
@@ -241,6 +242,20 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(UsageError, match="not UTF-8"):
         load_site(tmp_path / "site.yaml")
+
+
+def test_files_of_two_kinds_that_were_mixed_up(tmp_path: Path) -> None:
+    study, site = tmp_path / "study.yaml", tmp_path / "site.yaml"
+    study.write_text("version: 1\nname: a\ntask: {}\nmodalities: {}\n", encoding="utf-8")
+    site.write_text("version: 1\nname: a\ndata: {}\n", encoding="utf-8")
+    with pytest.raises(
+        UsageError, match=r"site\.yaml: this is a site file, not a study file\. Give the study file here"
+    ):
+        load_study(site)
+    with pytest.raises(UsageError, match="this is a study file, not a site file"):
+        load_site(study)
+    with pytest.raises(UsageError, match="this is a site file, not a connection file"):
+        load_connection(site)
 
 
 def test_a_merge_key_is_no_key_given_twice(tmp_path: Path) -> None:

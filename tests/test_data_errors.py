@@ -96,7 +96,7 @@ def parquet_of_lists(hospital: Hospital) -> None:
 
 HEADER = b"id,patient,y,image,when,bp\n"
 BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
-    "no records file": (part("records", file="nothing.csv"), DataError, "there is no nothing.csv"),
+    "no records file": (part("records", file="nothing.csv"), DataError, "site.yaml:data.records: there is no nothing.csv"),
     "records file is a folder": (
         part("records", file="images"),
         DataError,
@@ -173,6 +173,11 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
     "no id column": (part("records", id="idd"), DataError, "no column 'idd'. Did you mean 'id'?"),
     "no patient column": (without("patient"), DataError, "no column 'patient'"),
     "no label column": (without("y"), DataError, "records.csv:y"),
+    "no columns": (
+        part("records", id="idd", patient="pat"),
+        DataError,
+        "no column 'idd' (nor 'pat'). Did you mean 'id'?",
+    ),
     "no split column": (part("split", column="whn"), DataError, "Did you mean 'when'?"),
     "no filter column": (part("records", where={"site": 1}), DataError, "records.csv:site"),
     "no subgroup column": (part("subgroups", sex="sex"), DataError, "records.csv:sex"),

@@ -128,9 +128,9 @@ def test_the_text_says_the_same_in_eighty_columns(study: Path) -> None:
     [
         (["--patients", 0], "--patients"),
         ([], "--patients"),
-        (["--patients", 300, "--epsilon", -1], "privacy.epsilon"),
-        (["--patients", 300, "--rounds", 0], "training.rounds"),
-        (["--patients", 300, "--delta", 1], "privacy.delta"),
+        (["--patients", 300, "--epsilon", -1], "'--epsilon'"),
+        (["--patients", 300, "--rounds", 0], "'--rounds'"),
+        (["--patients", 300, "--delta", 1], "'--delta'"),
         (["--patients", 300, "--cap", 0], "has room for nothing"),
         (["--patients", 64, "--epsilon", "1e-6"], "cannot be reached with 150 steps"),
     ],

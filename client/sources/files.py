@@ -41,8 +41,12 @@ class Files:
     data_dir: Path | None = None
     database: Database | None = None
 
-    def find(self, path: str) -> Path:
+    def find(self, path: str, key: str | None = None) -> Path:
         """The first existing candidate.
+
+        Args:
+            path: as the site file has it.
+            key: the entry that names it, for messages; None: the site file.
 
         Raises:
             DataError: when there is none.
@@ -60,17 +64,17 @@ class Files:
         folders = " and ".join(os.path.normpath(candidate.parent) for candidate in candidates)
         raise DataError(
             f"there is no {path}; looked in {folders}",
-            where=str(self.site_file),
+            where=key or str(self.site_file),
             remedy="Correct the path in the site file, or say with --data where the data sets are",
         )
 
-    def find_folder(self, path: str) -> Path:
+    def find_folder(self, path: str, key: str) -> Path:
         """As `find`, for a folder.
 
         Raises:
             DataError: when there is none, or it is a file.
         """
-        found = self.find(path)
+        found = self.find(path, key)
         if not found.is_dir():
             raise DataError("this is a file, not a folder", where=str(found), remedy="Name the folder of the images")
         return found
@@ -111,7 +115,9 @@ class Table:
             DataError: when the file lacks it or has it twice, or it holds neither text, numbers nor times.
         """
         if name not in self.names:
-            raise DataError(f"there is no column {name!r}", where=self.where(name), remedy=self._instead_of(name))
+            others = sorted(self.wanted.difference(self.names, [name])) if self._headed() else []
+            also = f" (nor {', '.join(map(repr, others))})" if others else ""
+            raise DataError(f"there is no column {name!r}{also}", where=self.where(name), remedy=self._instead_of(name))
         if self.names.count(name) > 1:
             times = "twice" if self.names.count(name) == 2 else f"{self.names.count(name)} times"
             raise DataError(
@@ -132,20 +138,24 @@ class Table:
         """The given rows (positions), in the given order."""
         return replace(self, frame=self.frame[rows])
 
+    def _headed(self) -> bool:
+        """Whether the names are names, so that showing them shows no patient's row."""
+        return self.named or _trusted(self.names, self.wanted)
+
     def _instead_of(self, name: str) -> str:
         """What to do about a column that is not there."""
-        if not self.named and not _trusted(self.names, self.wanted):
+        if not self._headed():
             count = "1 column" if len(self.names) == 1 else f"{len(self.names)} columns"
             return f"It has {count}; has the file a header line?"
         known = [one for one in self.names if one.strip() and len(one) <= LONGEST_NAME]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name, known, n=1)
         if close:
             return f"Did you mean {close[0]!r}?"
         return f"Its columns are: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
 
 
 def _trusted(names: Iterable[str], wanted: frozenset[str]) -> bool:
-    """Whether a file's first line is a header, so that showing it shows no patient's row."""
+    """Whether a file's first line is a header."""
     filled = [name.strip() for name in names if name.strip()]
     return any(name in wanted for name in filled) and not any(_VALUE.search(name) for name in filled)
 

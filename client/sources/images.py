@@ -30,7 +30,7 @@ def read(spec: ImageModality, source: ImageSource, reading: Reading) -> tuple[ND
             the row of the first. File names are not told: they often hold a patient's id.
         UsageError: for DICOM files without what reads them.
     """
-    folder = reading.files.find_folder(source.folder)
+    folder = reading.files.find_folder(source.folder, reading.key())
     records = reading.records
     names = records.table.column(source.column).cast(str)
     present: NDArray[np.bool_] = ~missing(names).to_numpy()

@@ -28,7 +28,7 @@ def read_source(
         UsageError: for a database whose address or driver is wrong.
     """
     if source.file is not None:
-        return read_table(files.find(source.file), wanted)
+        return read_table(files.find(source.file, key), wanted)
     from gapweave.client.sources import sql
 
     return sql.read(source, wanted, files, key, keep)

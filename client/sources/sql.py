@@ -169,7 +169,7 @@ def _sqlite(url: URL, files: Files, where: str) -> Callable[[], sqlite3.Connecti
     """Opens a file that exists, for reading only; a plain connection would create it."""
     if not url.database or url.database == ":memory:":
         raise UsageError("the URL names no file", where=where, remedy="Write it as in sqlite:///file.db")
-    path = files.find(url.database)
+    path = files.find(url.database, where)
     return lambda: sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
 
 

@@ -46,7 +46,8 @@ def encode(
         UsageError: for a transformer that is not the study's, or one without what reads it.
         DataError: for a folder that is missing or holds none.
     """
-    path, key = reading.files.find_folder(folder), reading.key(".encoder")
+    key = reading.key(".encoder")
+    path = reading.files.find_folder(folder, key)
     _refuse_others(path, spec, key)
     tokenizer, model = _load(path, key)
     width = int(model.config.hidden_size)

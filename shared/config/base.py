@@ -87,6 +87,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+KINDS = {"study": {"task", "modalities"}, "site": {"name", "data"}, "connection": {"host", "ca"}}
+"""Files that are taken for each other, and keys that tell which one it is."""
+
+
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -118,6 +122,11 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
             where=str(path),
             remedy=f"See `gapweave {what} init`",
         )
+    for kind, keys in KINDS.items():
+        if what in KINDS and kind != what and keys <= content.keys() and not KINDS[what] <= content.keys():
+            raise UsageError(
+                f"this is a {kind} file, not a {what} file", where=str(path), remedy=f"Give the {what} file here"
+            )
     return content
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from click import FloatRange
 
 from gapweave.shared.commands import command_group
 
@@ -23,9 +24,15 @@ NOT_INTACT = 3
 def plan(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")],
     patients: Annotated[int, typer.Option("--patients", min=1, help="Training patients of a site.")],
-    epsilon: Annotated[float | None, typer.Option("--epsilon", help="Target in place of the study's.")] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", help="Rounds in place of the study's.")] = None,
-    delta: Annotated[float | None, typer.Option("--delta", help="Delta in place of the study's.")] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option("--epsilon", help="Target in place of the study's.", click_type=FloatRange(0, min_open=True)),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds in place of the study's.")] = None,
+    delta: Annotated[
+        float | None,
+        typer.Option("--delta", help="Delta in place of the study's.", click_type=FloatRange(0, 1, True, True)),
+    ] = None,
     cap: Annotated[float | None, typer.Option("--cap", help="The site's cap (default: a site file's, 10).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
