@@ -96,7 +96,11 @@ def parquet_of_lists(hospital: Hospital) -> None:
 
 HEADER = b"id,patient,y,image,when,bp\n"
 BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
-    "no records file": (part("records", file="nothing.csv"), DataError, "site.yaml:data.records: there is no nothing.csv"),
+    "no records file": (
+        part("records", file="nothing.csv"),
+        DataError,
+        "site.yaml:data.records: there is no nothing.csv",
+    ),
     "records file is a folder": (
         part("records", file="images"),
         DataError,
