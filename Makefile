@@ -33,9 +33,16 @@ federation: setup    ## a hub and four hospitals on hosts of their own (root: ne
 test: setup         ## fast tests with branch coverage
 	python -m pytest -n 2 -m "not long and not docs" --cov --cov-report=term
 
-test-long: setup    ## kills, deployments, packaging
-	python -m pytest -n 2 --dist worksteal -m "long and not alone"
-	python -m pytest -m "long and alone"
+test-long: setup    ## kills, deployments, packaging, on a sample of their cases; EVERY=1 for all
+	python -m pytest -m "long and measures"
+	$(MAKE) -j 2 --output-sync=line test-federations test-rest
+
+# Federations wait more than they work, so the rest runs beside them, and gives way.
+.PHONY: test-federations test-rest
+test-federations: setup
+	python -m pytest -m "long and federation"
+test-rest: setup
+	nice python -m pytest -m "long and not measures and not federation"
 
 test-docs: setup    ## every command of the documentation
 	python -m pytest -n 2 --dist loadgroup -m docs

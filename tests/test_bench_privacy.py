@@ -37,7 +37,7 @@ def test_each_cell_is_a_line_with_every_engine() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.alone
+@pytest.mark.measures
 @pytest.mark.parametrize(
     ("cell", "fast", "complete"),
     [("gru:32", 1.45, 1.9), ("gru:256", 1.35, 1.5), ("attention:128", 1.35, 1.5), ("cnn:8", 1.45, 1.9)],

@@ -103,7 +103,7 @@ def on_ray(study: Path, out: Path) -> Arrays:
 
 
 @pytest.mark.long
-@pytest.mark.alone
+@pytest.mark.federation
 def test_inline_ray_and_deployed_give_one_model(tmp_path: Path) -> None:
     study = federation(tmp_path, 5, LONG)
     first = inline(study, tmp_path / "inline", LONG)
@@ -127,7 +127,7 @@ def rounds_in(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.long
-@pytest.mark.alone
+@pytest.mark.federation
 def test_sites_that_are_killed_stalled_and_slow_do_not_hold_up_a_run(tmp_path: Path) -> None:
     study = federation(tmp_path, 4, TROUBLED)
     plan, out = load_study(study, TROUBLED), tmp_path / "run"

@@ -21,7 +21,7 @@ from networks import available
 
 from gapweave.shared.privacy.ledger import read_ledger
 
-pytestmark = [pytest.mark.long, pytest.mark.alone]
+pytestmark = [pytest.mark.long, pytest.mark.federation]
 DEADLINE_S = 45
 SETTINGS: dict[str, Any] = {
     "training.rounds": 3,

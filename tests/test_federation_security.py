@@ -28,7 +28,7 @@ from gapweave.server.hub import Hub
 from gapweave.shared.card import CARD
 from gapweave.shared.privacy.ledger import read_ledger
 
-pytestmark = [pytest.mark.long, pytest.mark.alone]
+pytestmark = [pytest.mark.long, pytest.mark.federation]
 SETTINGS: dict[str, Any] = {
     "training.rounds": 1,
     "training.local_steps": 2,

@@ -17,6 +17,7 @@ from commandline import rounds_of, summary_of
 from forks import Server
 from kills import CALLS, COUNTED, ROUNDS, SITES
 from ledgers import by_dp_accounting
+from sampling import EVERY
 
 from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
@@ -215,7 +216,7 @@ def test_a_run_killed_where_it_matters_goes_on(server: Server, undisturbed: list
 
 # Kills everywhere.
 
-NUMBER = 100
+NUMBER = 100 if EVERY else 35
 """Runs that are killed at a call, and as many that are killed at a time."""
 
 
@@ -253,7 +254,7 @@ def test_runs_killed_at_random_times_go_on(server: Server, undisturbed: list[str
 
 ADAM = {"privacy.enabled": False, "training.rounds": 20, "aggregation.server_optimizer": "adam",
         "aggregation.server_lr": 0.05, "training.finetune": False}  # fmt: skip
-POINTS_OF_A_LONG_RUN = 50
+POINTS_OF_A_LONG_RUN = 50 if EVERY else 18
 
 
 def model_of(folder: Path) -> bytes:
