@@ -40,7 +40,8 @@ def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
     if study.privacy.enabled:
         yield f"  privacy       at most epsilon {study.privacy.epsilon:g} at delta {study.privacy.delta:g}; {cap}"
         if site.patients.declared is None:
-            yield "                the number of training patients is not declared: it is released once, with noise"
+            yield "                the number of training patients is not declared: it is released once, with noise;"
+            yield "                `gapweave site check` with this study says what the noise means for your patients"
         else:
             report = plan_report(study, site.patients.declared, site.policy.epsilon)
             yield from ("", *(f"  {line}" if line else "" for line in plan_lines(report)))
