@@ -42,7 +42,13 @@ def test_help_is_quick_and_says_how_to_start() -> None:
 
 
 def test_who_asks_for_a_status_or_a_budget_does_not_wait_for_torch() -> None:
-    modules = ("client.service", "client.state", "shared.privacy.loss", "shared.report.ledger_report")
+    modules = (
+        "client.service",
+        "client.state",
+        "shared.privacy.loss",
+        "shared.privacy.precision",
+        "shared.report.ledger_report",
+    )
     code = (
         f"import sys, {', '.join('gapweave.' + name for name in modules)}\n"
         "print([name for name in ('torch', 'polars', 'scipy.signal', 'scipy.stats') if name in sys.modules])"

@@ -19,7 +19,8 @@ from normals import Z, sd_is
 from scipy import stats
 
 from gapweave.shared.privacy.draws import SecretDraws, SeededDraws, discrete_laplace
-from gapweave.shared.privacy.noise import BLOCK, grid_of, normals, numerical_epsilon, on_grid
+from gapweave.shared.privacy.noise import BLOCK, grid_of, normals, on_grid
+from gapweave.shared.privacy.precision import numerical_epsilon
 
 # The law of single draws.
 

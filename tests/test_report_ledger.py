@@ -20,7 +20,7 @@ from gapweave.shared.config.site import Site
 from gapweave.shared.privacy.accountant import epsilon, renyi_epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import LedgerView, read_ledger
-from gapweave.shared.privacy.noise import numerical_epsilon
+from gapweave.shared.privacy.precision import numerical_epsilon
 from gapweave.shared.privacy.room import further_epsilon
 from gapweave.shared.report.ledger_page import ledger_page
 from gapweave.shared.report.ledger_report import UNKNOWN_PARAMETERS, ledger_facts

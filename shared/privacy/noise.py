@@ -2,8 +2,8 @@
 
 Guarantee: with a standard normal Z, a release is round((sum + sd Z) / g) g. Rounding is post-processing, so it
 costs no privacy; and because g is thousands of times coarser than the resolution of the float64 sampler, every
-grid point gets its probability up to a relative `CELL_ERROR`, which `numerical_epsilon` turns into what a report
-adds to epsilon and delta. Bits come from AES-256 in counter mode under a key from the operating system, made for
+grid point gets its probability up to a relative error, which precision.py turns into what a report adds to epsilon
+and delta. Bits come from AES-256 in counter mode under a key from the operating system, made for
 one block of one call and dropped after it: neither a fork, a restart nor a restored snapshot can repeat a release.
 
 Assumes: the operating system's random numbers are secret, and AES is a pseudo-random function. Sampling time does
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,21 +28,10 @@ from torch import Tensor
 
 FINENESS = 2.0**-12
 """Grid width as a share of the noise's standard deviation, before it is rounded down to a power of two."""
-CELL_ERROR = 2.0**-32
-"""Bound of the relative error of any grid point's probability, for radii below 10.8 (docs/decisions/0007)."""
-FAR = 2.0**-84
-"""Probability of a radius of 10.8 or more, where `CELL_ERROR` is not claimed."""
 WORDS = 3
 """64-bit words for two normal numbers: 128 bits of radius and 53 bits of angle."""
 BLOCK = 2**13
 """Pairs of numbers worked on at a time: they stay in the cache, and no large memory is asked for."""
-
-
-class Numerics(NamedTuple):
-    """What finite precision adds to a guarantee."""
-
-    epsilon: float
-    delta: float
 
 
 def secret_normals(size: int) -> NDArray[np.float64]:
@@ -129,25 +117,3 @@ def on_grid(total: Tensor, noise: Tensor, sd: float) -> Tensor:
         whole = cells.floor().add_(0.0)
         result.mul_(sd / grid).add_(cells.sub_(whole)).round_().add_(whole).mul_(grid)
     return noise
-
-
-def numerical_epsilon(coordinates: int, steps: int, slack: float = 1e-10) -> Numerics:
-    """What the sampler's finite precision adds to epsilon and delta, for reports.
-
-    Each released coordinate's law differs from the ideal one by a factor within exp(+-CELL_ERROR); by advanced
-    composition over all of them, on both sides of the comparison, epsilon grows by
-    2 (eta sqrt(2 d T ln(1/slack)) + d T eta^2).
-
-    Args:
-        coordinates: d, numbers in one release.
-        steps: T, releases.
-        slack: delta of the composition.
-
-    Returns:
-        Both terms; delta is the slack and the probability that some radius lies in the far tail, on both sides.
-
-    Reference: Dwork and Roth 2014, theorem 3.20.
-    """
-    count = coordinates * steps
-    spread = CELL_ERROR * math.sqrt(2.0 * count * math.log(1.0 / slack))
-    return Numerics(epsilon=2.0 * (spread + count * CELL_ERROR**2), delta=2.0 * (slack + count * FAR))

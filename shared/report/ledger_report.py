@@ -158,7 +158,7 @@ def _curve(view: LedgerView, figure: Callable[[LedgerView], float]) -> Curve:
 
 def _precision(view: LedgerView) -> Precision:
     """Over all numbers that Gaussian noise was added to."""
-    from gapweave.shared.privacy.noise import numerical_epsilon
+    from gapweave.shared.privacy.precision import numerical_epsilon
 
     settings, numbers, assumed = run_settings(view), 0, False
     for entry in view.entries:
