@@ -45,7 +45,7 @@ test-rest: setup
 	nice python -m pytest -m "long and not measures and not federation"
 
 test-docs: setup    ## every command of the documentation
-	python -m pytest -n 2 --dist loadgroup -m docs
+	python -m pytest -n 2 --dist loadscope -m docs
 
 test-all: check test test-docs test-long  ## everything
 

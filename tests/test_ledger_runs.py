@@ -18,7 +18,7 @@ from gapweave.shared.privacy.ledger import read_ledger
 SITES = ("alder", "birch")
 ROUNDS = 3
 STUDY = ("--rounds", str(ROUNDS), "--set", "training.local_steps=1")
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds in which two runs at once must end."""
 
 

@@ -24,7 +24,7 @@ from gapweave.shared.privacy.ledger import LedgerView, read_ledger
 SITES = ("alder", "birch", "cedar")
 ROUNDS = 4
 STUDY = ("--rounds", str(ROUNDS), "--set", "training.local_steps=8", "--set", "training.momentum=0.9")
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds in which a run must reach a point."""
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,17 +34,7 @@ def end_services(folder: Path) -> list[str]:
     return [service.what for service in services if service.stop()]
 
 
-def marks(page: Path) -> list[pytest.MarkDecorator]:
-    """Pages that start a hub take the same port: one process runs them in turn."""
-    return [pytest.mark.xdist_group("hub")] if "server start" in script(page) else []
-
-
-PARAMETERS = [pytest.param(page, marks=marks(page), id=page.name) for page in PAGES if blocks(page)]
-
-
-@pytest.mark.docs
-@pytest.mark.parametrize("page", PARAMETERS)
-def test_commands_run(page: Path, tmp_path: Path) -> None:
+def commands_run(page: Path, tmp_path: Path) -> None:
     text = script(page)
     if "GAPWEAVE_DATA" in text and not os.environ.get("GAPWEAVE_DATA"):
         assert not os.environ.get("CI"), "CI must set GAPWEAVE_DATA"
@@ -64,6 +55,27 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
             left = end_services(tmp_path)
     assert done.returncode == 0, output.read_text()
     assert not left, f"the page leaves running: {left}"
+
+
+def parameters(*, hub: bool) -> list[Any]:
+    return [
+        pytest.param(page, id=page.name) for page in PAGES if blocks(page) and ("server start" in script(page)) == hub
+    ]
+
+
+@pytest.mark.docs
+class TestPagesThatStartAHub:
+    """A class of their own, so that one process runs them in turn: all take the same port."""
+
+    @pytest.mark.parametrize("page", parameters(hub=True))
+    def test_commands_run(self, page: Path, tmp_path: Path) -> None:
+        commands_run(page, tmp_path)
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", parameters(hub=False))
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    commands_run(page, tmp_path)
 
 
 def test_the_reference_page_is_current() -> None:
