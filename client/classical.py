@@ -62,7 +62,8 @@ def _strength(features: Array, target: NDArray[np.bool_], patient: NDArray[np.in
     """The one of `STRENGTHS` with the smallest log loss on the patients left out, mean over up to five folds.
 
     Each fold goes on from the stronger penalty's solution. `GridSearchCV` finds the same, and on some hundred patients
-    takes three times as long, most of it to check its inputs again.
+    takes three times as long, most of it to check its inputs again; `LogisticRegressionCV` takes no fold's own scaler,
+    and its attributes differ from version to version.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold

@@ -27,8 +27,14 @@ def test_the_strength_is_that_of_a_search_by_scikit_learn(rows: int, width: int,
     np.testing.assert_allclose(found.decision_function(features), searched.decision_function(features), atol=1e-9)
 
 
-def test_a_class_that_one_patient_holds_is_learnt_from() -> None:
-    features = np.random.default_rng(0).normal(size=(12, 3))
-    target = np.array([True] * 2 + [False] * 10)
-    for patient in (np.repeat([0, 1, 2], 4), np.array([0, 1, 1, *range(2, 11)])):
-        assert np.isfinite(logistic_regression(features, target, patient).decision_function(features)).all()
+@pytest.mark.parametrize(
+    ("patient", "target"),
+    [
+        ([0, 0, 0, 0, 1, 1, 2, 2], [1, 1, 0, 0, 0, 0, 0, 0]),  # one patient holds a class: no folds
+        ([0, 0, 0, 1, 1, 2, 3, 4, 4], [0, 1, 1, 0, 0, 1, 1, 1, 1]),  # a fold that leaves one class to learn from
+    ],
+)
+def test_few_patients_of_a_class_are_learnt_from(patient: list[int], target: list[int]) -> None:
+    features = np.random.default_rng(0).normal(size=(len(patient), 3))
+    found = logistic_regression(features, np.array(target) > 0, np.array(patient))
+    assert np.isfinite(found.decision_function(features)).all()
