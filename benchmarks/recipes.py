@@ -3,6 +3,11 @@
 How they were chosen, written down before the numbers: on the eICU stay, split seeds 0 to 2
 (`python benchmarks/results.py --seeds 0,1,2 --panels stay,stay-private`), and on the demo's generator seeds 0 to 2;
 then frozen. The page reports split seeds 10 to 12, the demo's generator seeds 100 to 102, and the diabetes patients.
+
+One number is a second choice, made after the page had reported the first: the ridge without privacy was 0.45, and the
+stay with split seeds 0 to 2 had not been asked about less. All patients in one place, AUROC of the stay by ridge: 0.45
+.692, 0.05 .709, 0.02 .709, 0.01 .707, 0.005 .706. In the federation 0.05 gives .707 by the default rule, and .711 by
+the plain mean. Nothing but the stay decided.
 """
 
 from __future__ import annotations
@@ -32,14 +37,14 @@ PLAIN: Overrides = {
     "training.rounds": 40,
     "training.lr": 1,
     "training.local_steps": 1,
-    "training.ridge": 0.45,
+    "training.ridge": 0.05,
     "aggregation.server_optimizer": "adam",
     "aggregation.server_lr": 0.02,
     "aggregation.server_floor": 1e-6,
     "aggregation.average_last": 0.5,
     "aggregation.shrink": False,
 }
-"""Without privacy: all features, a network beside the linear path, a strong ridge."""
+"""Without privacy: all features, a network beside the linear path."""
 PRIVATE: Overrides = {
     "model.linear_path": True,
     "model.imputer": "none",
@@ -82,8 +87,13 @@ EICU: Overrides = {
 DEATH: Overrides = {"task.label": "label_hosp_mortality", **prevalence(0.09)}
 FOUR = ("clinical", "vitals_labs", "exercise_ecg", "imaging")
 DEMO = ("vitals", "scan", "note", "labs")
-HEADS = "heads"
-"""Recipe that shares only heads, without privacy: shown beside the others."""
+HEADS, TRUSTING = "heads", "trusting"
+ASIDE = {
+    HEADS: "federated, only the fusion's heads shared",
+    TRUSTING: "federated by the plain mean, weighted by patients: no protection from a hostile site",
+}
+"""Recipes without privacy that are shown beside the others, and how the page calls them."""
+MEAN: Overrides = {"aggregation.default": "mean", "aggregation.weights": "patients"}
 ALL = ("local", "pooled", "lr", "gbm")
 
 
@@ -120,9 +130,11 @@ class Panel:
 
 
 def _pair(cohort: str, study: Callable[[Path], Path], plain: Overrides, private: Overrides) -> dict[str, Panel]:
-    """A cohort without privacy and at each budget."""
+    """A cohort without privacy, the same with sites that trust each other, and at each budget."""
+    trusting = {**plain, **MEAN}
     return {
         cohort: Panel(cohort=cohort, recipe="plain", study=study, overrides=plain, baselines=ALL),
+        f"{cohort}-trusting": Panel(cohort=cohort, recipe=TRUSTING, study=study, overrides=trusting, joining=False),
         f"{cohort}-private": Panel(
             cohort=cohort, recipe="private", study=study, overrides=private, budgets=BUDGETS, baselines=("lr",)
         ),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from left_out import left_out
 from page import write_section
-from recipes import BUDGETS, COHORTS, HEADS, PANELS, SEEDS, WORLDS, Panel
+from recipes import ASIDE, BUDGETS, COHORTS, PANELS, SEEDS, WORLDS, Panel
 
 if TYPE_CHECKING:
     from gapweave.sites.simulate.compare_intervals import Draws
@@ -160,7 +160,7 @@ def find(models: list[Judged], model: str, budget: float | None = None) -> Judge
     named = [
         entry
         for entry in models
-        if entry.model == model and entry.recipe != HEADS and (model not in OURS or entry.budget == budget)
+        if entry.model == model and entry.recipe not in ASIDE and (model not in OURS or entry.budget == budget)
     ]
     return max(named, key=_standing, default=None)
 
@@ -198,8 +198,7 @@ def table(models: list[Judged], draws: Draws) -> str:
         for budget in ([None, *BUDGETS] if model in OURS else [None])
         if (entry := find(models, model, budget))
     ]
-    heads = [entry for entry in models if (entry.recipe, entry.model) == (HEADS, "federated")]
-    rows += [("federated, only the fusion's heads shared", entry) for entry in heads]
+    rows += [(ASIDE[entry.recipe], entry) for entry in models if entry.recipe in ASIDE and entry.model == "federated"]
     for title, entry in rows:
         ahead, _, sites = sites_apart(draws, entry, alone)
         spread = "" if entry.sd is None else f" ± {entry.sd:.3f}"

@@ -103,6 +103,7 @@ def test_the_examples_of_this_file_are_right() -> None:
         (put("modalities.labs.columns.sex.kategories", [1]), ["sex", "did you mean 'categories'"]),
         (put("aggregation.quorom", 2), ["did you mean 'quorum'"]),
         (put("aggregation.encoders/*", "mean"), ["unknown key 'encoders/*'"]),
+        (put("aggregation.rules", "mean"), ["aggregation.rules", "valid dictionary"]),
         (put("qqqqqq", 1), ["unknown key 'qqqqqq'", "known keys: version, name, task"]),
     ],
     ids=lambda value: "",

@@ -166,7 +166,8 @@ class Aggregation(StrictModel):
             return data
         rules = {key: value for key, value in data.items() if _is_group_pattern(str(key))}
         rest = {key: value for key, value in data.items() if key not in rules}
-        return {**rest, "rules": {**rest.get("rules", {}), **rules}}
+        nested = rest.get("rules", {})
+        return {**rest, "rules": {**nested, **rules}} if isinstance(nested, dict) else rest
 
     @model_validator(mode="after")
     def _weighed(self) -> Self:
