@@ -267,7 +267,8 @@ def read_ledger(path: Path) -> LedgerView:
     """
     file = path / LEDGER_FILE if path.is_dir() else path
     if not file.exists():
-        raise UsageError("there is no ledger", where=str(path), remedy="Give a site's state folder")
+        remedy = "Give a site's state folder; its ledger begins with the site's first run"
+        raise UsageError("there is no ledger", where=str(path), remedy=remedy)
     try:
         with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
             return view(connection)

@@ -19,7 +19,8 @@ CHAIN = {
     False: "NOT INTACT: a copy of its head that is kept elsewhere shows entries which are missing here",
     "unanchored": (
         "unanchored: every entry follows from the one before, but no copy of the ledger's head is kept elsewhere, "
-        "so a ledger whose last entries were removed, or an older copy of it, would look the same"
+        "so a ledger whose last entries were removed, or an older copy of it, would look the same; name a place for "
+        "the copy as policy.anchor in the site file"
     ),
 }
 """What `intact` means."""
