@@ -150,7 +150,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         typer.echo(f"error: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; `gapweave resume` continues a run", err=True)
+        typer.echo("interrupted", err=True)
         return INTERRUPTED
     except OSError as error:
         if debug or not error.filename:

@@ -75,7 +75,7 @@ def check(
     try:
         study = load_study(path, read_assignments(assignments or []))
         check_names(study)
-        if sites is not None or (path.parent / "sites").is_dir():
+        if sites is not None or any((path.parent / "sites").glob("*.yaml")):
             hospitals = [load_site(file) for file in find_sites(path, sites)]
             check_holders(study, hospitals)
     except UsageError as error:

@@ -441,6 +441,31 @@ def test_an_override_that_leads_nowhere_is_refused(tmp_path: Path, overrides: di
         load_study(file, overrides)
 
 
+def test_an_option_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(STUDY), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"command line:privacy\.epsilon.*Correct that option"):
+        load_study(file, {"epsilon": -3})
+    file.write_text(yaml.safe_dump(STUDY | {"seed": "x"}), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"study\.yaml:seed.*Correct that key"):
+        load_study(file, {"training.rounds": 3})
+
+
+def test_a_key_is_named_as_the_file_has_it(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    content = copy.deepcopy(STUDY)
+    content["modalities"]["labs"]["columns"]["sodium"]["low"] = "x"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"study\.yaml:modalities\.labs\.columns\.sodium\.low: "):
+        load_study(file)
+    del content["modalities"]["vitals"]["hours"], content["modalities"]["labs"]["columns"]["sodium"]["low"]
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(
+        UsageError, match=r"study\.yaml:modalities\.(vitals\.hours|labs\.columns\.sodium\.low): this key is"
+    ):
+        load_study(file)
+
+
 def test_assignments_are_read_as_yaml() -> None:
     assert parse_assignment("privacy.enabled=false") == ("privacy.enabled", False)
     assert parse_assignment(" seed = 3") == ("seed", 3)

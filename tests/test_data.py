@@ -83,6 +83,10 @@ def test_binary_codes(hospital: Hospital) -> None:
     hospital.records(y=["no", "yes"] * 4)
     hospital.update("records", label={"y": {"column": "y", "codes": {"no": 0, "yes": 1}}})
     assert_same(hospital.load(study({"labs": LABS})), plain)
+    hospital.update("records", label={"y": {"column": "y", "codes": {False: 0, True: 1}}})
+    for no, yes in (("False", "True"), ("false", "true"), ("FALSE", "TRUE"), (0, 1)):
+        hospital.records(y=[no, yes] * 4)
+        assert_same(hospital.load(study({"labs": LABS})), plain)
     hospital.update("records", label={"y": "y"})
     hospital.records(y=[0.0, 1.0] * 4)
     assert_same(hospital.load(study({"labs": LABS})), plain)

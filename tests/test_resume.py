@@ -215,7 +215,7 @@ def test_interrupting_says_how_to_go_on(study: Path, tmp_path: Path, monkeypatch
         patch.setattr(Participant, "train", interrupted)
         outcome = gapweave("simulate", study, "--out", run, *STUDY, *OPEN)
     assert outcome.code == 130
-    assert "gapweave resume" in outcome.err
+    assert f"`gapweave resume {run}` goes on" in outcome.err
     assert "Traceback" not in outcome.err
     moved = tmp_path / "elsewhere"
     run.rename(moved)

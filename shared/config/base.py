@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,14 +142,14 @@ def parse(model: type[Model], content: dict[str, Any], where: str) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise explain(error, where) from None
+        raise explain(error, content, where) from None
 
 
-def explain(error: ValidationError, where: str) -> UsageError:
+def explain(error: ValidationError, content: dict[str, Any], where: str) -> UsageError:
     """One line for the first problem of a pydantic report, with the number of further ones."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    key = ".".join(_written(first["loc"], content, absent=first["type"] == "missing"))
     text = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         text = "this key is required"
@@ -157,3 +157,20 @@ def explain(error: ValidationError, where: str) -> UsageError:
         text = f"{text}, found {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return UsageError(f"{text}{more}", where=f"{where}:{key}" if key else where, remedy="Correct that key")
+
+
+def _written(loc: tuple[int | str, ...], content: Any, *, absent: bool) -> Iterator[str]:
+    """The parts of a pydantic location that stand in the file: tags of unions and keys of our own do not.
+
+    Args:
+        loc: the location.
+        content: what was read from the file.
+        absent: whether the last part is a key that the file lacks.
+    """
+    for at, part in enumerate(loc):
+        inside = part in content if isinstance(content, dict) else isinstance(content, list) and isinstance(part, int)
+        if inside:
+            content = content[part]
+            yield str(part)
+        elif absent and at == len(loc) - 1:
+            yield str(part)

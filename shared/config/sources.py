@@ -74,9 +74,16 @@ class ValueColumn(StrictModel):
         return self
 
 
+def _local_codes(key: Any) -> tuple[str, ...]:
+    """The text forms of a local code; `true` without quotes is what a file may spell in capitals, or as 1."""
+    text = str(key)
+    return (category_code(key), *((text, text.lower(), text.upper()) if isinstance(key, bool) else ()))
+
+
 def _with_text_codes(data: Any) -> Any:
     if isinstance(data, dict) and isinstance(data.get("codes"), dict):
-        codes = {category_code(key): category_code(value) for key, value in data["codes"].items()}
+        written = data["codes"].items()
+        codes = {local: category_code(value) for key, value in written for local in _local_codes(key)}
         data = {**data, "codes": codes}
     if isinstance(data, dict) and isinstance(data.get("missing"), list):
         data = {**data, "missing": [category_code(value) for value in data["missing"]]}

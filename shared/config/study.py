@@ -15,6 +15,7 @@ from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml
 from gapweave.shared.config.formula import Formula, compile_formula
 from gapweave.shared.config.modalities import ModalitySpec, PublicScore, category_code
 from gapweave.shared.config.sharing import Aggregation, Sharing
+from gapweave.shared.errors import UsageError
 
 TaskKind = Literal["binary", "multiclass", "multilabel"]
 
@@ -390,9 +391,16 @@ def load_study(path: Path, overrides: dict[str, Any] | None = None) -> Study:
     Raises:
         UsageError: naming file, key and remedy.
     """
-    from gapweave.shared.config.overrides import apply
+    from gapweave.shared.config.overrides import apply, expand
 
-    return parse(Study, apply(read_yaml(path, "study"), overrides or {}), str(path))
+    given = overrides or {}
+    try:
+        return parse(Study, apply(read_yaml(path, "study"), given), str(path))
+    except UsageError as error:
+        key = error.where.removeprefix(f"{path}:")
+        if any(f"{key}.".startswith(f"{part}.") for option in given.items() for part in expand(*option)):
+            raise UsageError(error.what, where=f"command line:{key}", remedy="Correct that option") from None
+        raise
 
 
 @lru_cache(maxsize=64)

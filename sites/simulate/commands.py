@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -143,13 +145,24 @@ def one_thread() -> None:
 
 def _run(study: Study, setup: Setup, out: Path) -> tuple[dict[str, Any], Path]:
     one_thread()
+    with _resumable(RunDirectory(out)), Bars(Console(stderr=True)) as bars:
+        sites = load_sites(study, setup, bars.reading)
+        _warn(sites)
+        directory = RunDirectory.create(out, study)
+        setup.save(directory)
+        return _finish(study, setup, directory, bars, sites)
+
+
+@contextmanager
+def _resumable(directory: RunDirectory) -> Iterator[None]:
+    """Say how an interrupted run goes on, once there is something to go on with."""
     try:
-        with Bars(Console(stderr=True)) as bars:
-            sites = load_sites(study, setup, bars.reading)
-            _warn(sites)
-            directory = RunDirectory.create(out, study)
-            setup.save(directory)
-            return _finish(study, setup, directory, bars, sites)
+        yield
+    except KeyboardInterrupt:
+        if directory.checkpoint.exists():
+            said = f"`gapweave resume {directory.path}` goes on with this run"
+            Console(stderr=True, highlight=False, soft_wrap=True).print(said, markup=False)
+        raise
     finally:
         client_app.forget()
 
@@ -185,12 +198,9 @@ def resume(path: Path) -> tuple[dict[str, Any], Path]:
         raise UsageError("this run is done", where=str(path), remedy="Start another with `gapweave simulate`")
     study, setup = directory.study(), Setup.load(directory)
     one_thread()
-    try:
-        with Bars(Console(stderr=True)) as bars:
-            sites = load_sites(study, setup, bars.reading)
-            return _finish(study, setup, directory, bars, sites)
-    finally:
-        client_app.forget()
+    with _resumable(directory), Bars(Console(stderr=True)) as bars:
+        sites = load_sites(study, setup, bars.reading)
+        return _finish(study, setup, directory, bars, sites)
 
 
 __all__ = ["Places", "RefusedError", "check_engine", "read_assignments", "read_baselines", "resume", "start"]
