@@ -25,6 +25,7 @@ from batches import (
 )
 from cohorts import Hospital, study
 from hospitals import build, participant, plan_of
+from numpy.typing import NDArray
 from torch import nn
 
 from gapweave.client.data import Cohort
@@ -353,6 +354,11 @@ def two_hospitals(tmp_path_factory: pytest.TempPathFactory) -> list[Hospital]:
     return [build(folder / "a", "north", ["labs", "note"]), build(folder / "b", "south", ["labs", "vitals"])]
 
 
+def noised(value: NDArray[np.float32]) -> bool:
+    """Whether numbers can be a noised release; on the coarse grid a single one is 0 once in some ten thousand draws."""
+    return bool(np.isfinite(value).all() and (value.any() or value.size == 1))
+
+
 @pytest.mark.parametrize(("fusion", "imputer"), PAIRS)
 def test_two_hospitals_train_one_private_round(
     fusion: str, imputer: str, two_hospitals: list[Hospital], tmp_path: Path
@@ -367,7 +373,7 @@ def test_two_hospitals_train_one_private_round(
         sent = wire.unpack(wire.pack({"round": 1}, site.train("run-1", 1, "0" * 64, down).reply))[1]
         for group, part in sent.items():
             assert all(part[name].shape == value.shape for name, value in begin[group].items())
-            assert all(np.isfinite(value).all() and value.any() for value in part.values()), "noise is on every tensor"
+            assert all(noised(value) for value in part.values()), "noise is on every tensor"
             updates_of.setdefault(group, []).append(part)
     assert updates_of.keys() == begin.keys()
     model, result = MultimodalModel(of, of.order), {}
@@ -563,7 +569,7 @@ def test_a_scheme_trains_one_private_round(name: str, two_hospitals: list[Hospit
         site.prepare("run-1")
         down = {group: begin[group] for group in site.shared}
         reply = site.train("run-1", 1, "0" * 64, down).reply
-        assert all(np.isfinite(value).all() and value.any() for part in reply.values() for value in part.values())
+        assert all(noised(value) for part in reply.values() for value in part.values())
 
 
 @pytest.mark.parametrize("name", list(SCHEMES))
