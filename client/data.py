@@ -16,7 +16,7 @@ from torch import Tensor
 from gapweave.client.sources import images, score, series, table, text
 from gapweave.client.sources.cells import code_text, missing
 from gapweave.client.sources.files import Files
-from gapweave.client.sources.findings import Finding
+from gapweave.client.sources.findings import Finding, refuse_problems
 from gapweave.client.sources.labels import Targets, check_classes, read_targets, unlabelled
 from gapweave.client.sources.oddities import declared, unused, without_label
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
@@ -96,8 +96,8 @@ def load_cohort(
         data_dir: folder of data sets, searched first.
         labels: False for prediction: no label or split column is needed, every record counts, and nothing is
             hidden.
-        findings: what does not stop training is appended here, and is what `site check` says of it
-            (`findings.warnings_of`).
+        findings: what `site check` says of the data is appended here (`findings.warnings_of`); its problems stop
+            training, as it promises, and not prediction: a few new patients may look like one.
 
     Raises:
         DataError: for a problem in the site's data.
@@ -121,6 +121,7 @@ def load_cohort(
         rows[~present[:, study.order.index(name)]] = 0
     usable = np.ones(len(records), np.bool_)
     if labels:
+        refuse_problems(findings)
         usable = np.logical_and(targets.known.any(axis=1), present.any(axis=1))
         training = usable & ~held_out[records.patient]
         check_classes(study.task, targets, training, label_where(study, site, records))

@@ -1,4 +1,4 @@
-"""What `site check` calls a problem is said wherever people train or predict, not only to those who asked."""
+"""What `site check` calls a problem stops training, and is said wherever people predict."""
 
 from __future__ import annotations
 
@@ -6,28 +6,42 @@ import json
 from pathlib import Path
 
 import pytest
-from commandline import OPEN, QUICK, done, hospitals
+from commandline import OPEN, QUICK, done, hospitals, run
 
 
 @pytest.fixture
-def mistyped(tmp_path: Path) -> Path:
-    """Birch keeps its labs in long form; one item code is misspelt, so its variable is never there."""
-    study = hospitals(tmp_path / "demo", patients=60)
+def study(tmp_path: Path) -> Path:
+    """Little hospitals."""
+    return hospitals(tmp_path / "demo", patients=60)
+
+
+def mistype(study: Path) -> Path:
+    """Birch keeps its labs in long form: misspell one item code, so that its variable is never there."""
     birch = study.parent / "sites" / "birch.yaml"
     text = birch.read_text(encoding="utf-8")
     assert "column: CREA\n" in text
     birch.write_text(text.replace("column: CREA\n", "column: CREATI\n"), encoding="utf-8")
-    return study
+    return birch
 
 
-def test_training_and_predicting_say_that_an_item_is_nowhere(mistyped: Path, tmp_path: Path) -> None:
-    run, birch = tmp_path / "run", mistyped.parent / "sites" / "birch.yaml"
-    trained = done("simulate", mistyped, "--out", run, *QUICK, *OPEN)
-    said = [line for line in trained.err.splitlines() if "CREATI" in line]
-    assert len(said) == 1
-    assert said[0].startswith("problem: birch: ")
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    assert any("CREATI" in text for text in summary["sites"]["birch"]["warnings"])
-    assert not any("CREATI" in text for text in summary["sites"]["alder"]["warnings"])
-    predicted = done("predict", run, "--site", birch, "--out", tmp_path / "birch.csv")
+def test_a_problem_stops_training_before_anything_is_written(study: Path, tmp_path: Path) -> None:
+    mistype(study)
+    refused = run("simulate", study, "--out", tmp_path / "run", *QUICK, *OPEN, code=6)
+    assert "birch" in refused.error
+    assert "CREATI" in refused.error
+    assert "--continue-without" in refused.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_others_go_on_without_a_site_that_has_one(study: Path, tmp_path: Path) -> None:
+    mistype(study)
+    done("simulate", study, "--out", tmp_path / "run", *QUICK, *OPEN, "--continue-without")
+    sites = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["sites"]
+    assert sites["birch"]["status"] == "failed"
+    assert {site["status"] for name, site in sites.items() if name != "birch"} == {"ok"}
+
+
+def test_predicting_goes_on_and_says_it(study: Path, tmp_path: Path) -> None:
+    done("simulate", study, "--out", tmp_path / "run", *QUICK, *OPEN)
+    predicted = done("predict", tmp_path / "run", "--site", mistype(study), "--out", tmp_path / "birch.csv")
     assert any(line.startswith("problem: ") and "CREATI" in line for line in predicted.err.splitlines())

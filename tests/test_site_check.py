@@ -13,6 +13,7 @@ from cohorts import LABS, NOTE, VITALS, Hospital, study
 from gapweave.client.checks import Finding, as_json, check_site
 from gapweave.client.sources.findings import warnings_of
 from gapweave.shared.config.study import Study
+from gapweave.shared.errors import DataError
 
 
 @pytest.fixture
@@ -140,7 +141,8 @@ def test_an_item_that_no_row_has_is_a_problem(hospital: Hospital) -> None:
     assert finding.status == "problem"
     assert finding.message == "no row has item 'GLU'"
     assert finding.where.endswith("site.yaml:data.labs.columns.glucose")
-    assert finding in hospital.findings(study({"labs": LABS}))
+    with pytest.raises(DataError, match="no row has item 'GLU'"):
+        hospital.load(study({"labs": LABS}))
 
 
 def test_an_item_that_only_others_have_is_none(hospital: Hospital) -> None:

@@ -80,7 +80,7 @@ class Reading:
         self.findings.append(Finding(id=check, status="warning", where=where, message=message, remedy=remedy))
 
     def problem(self, check: str, where: str, message: str, remedy: str) -> None:
-        """Note that the site file is very probably wrong; reading goes on: a few new patients may look like it."""
+        """Note that the site file is very probably wrong: training is refused, prediction of a few patients goes on."""
         self.findings.append(Finding(id=check, status="problem", where=where, message=message, remedy=remedy))
 
 
