@@ -54,14 +54,14 @@ class Budget:
         exact = longest_prefix(events, lambda part: self._allows_fixed(run, study, part))
         return (exact, "fixed") if exact > count else (count, "renyi")
 
-    def affords(self, run: str, study: str, event: PrivacyEvent) -> bool:
-        """Whether the cap has room for an event that nobody reserved."""
-        return self.allows([event]) or self._allows_fixed(run, study, [*self._view.outstanding(), event])
+    def affords(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> bool:
+        """Whether the cap has room for events that nobody reserved."""
+        return self.allows(events) or self._allows_fixed(run, study, [*self._view.outstanding(), *events])
 
     def covers(self, run: str, study: str, event: PrivacyEvent) -> bool:
         """Whether the run's reservation pays for an event, or the cap has room for it."""
         if not self._reserved(run, event):
-            return self.affords(run, study, event)
+            return self.affords(run, study, [event])
         if not self._less_room(run):
             return True
         return self.allows([event], run) or self._allows_fixed(run, study, [event])

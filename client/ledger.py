@@ -239,9 +239,9 @@ class Ledger:
         if not self._has("approve", study=study):
             self._append("approve", {"study": study, "name": name, "by": by})
 
-    def allows(self, events: Sequence[PrivacyEvent]) -> bool:
-        """Whether the cap leaves room for further events, beside what is spent and reserved."""
-        return Budget(self.view).allows(events)
+    def affords(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> bool:
+        """Whether the cap leaves a run room for further events, beside what is spent and reserved."""
+        return Budget(self.view).affords(run, study, events)
 
     def reserve(
         self, run: str, study: str, events: Sequence[PrivacyEvent], setting: Mapping[str, Any] | None = None
@@ -268,16 +268,21 @@ class Ledger:
         budget = Budget(self.view)
         count, figure = budget.prefix(run, study, events)
         if count == 0:
-            raise BudgetExhausted(
-                f"not one round fits: epsilon {self.view.bound():.2f} is spent, {budget.with_more(events, run):.2f} "
-                f"would be after the study, the cap is {budget.cap:g}",
-                where=self._where,
-                remedy="Lower the study's epsilon or its rounds, or raise policy.epsilon",
-            )
+            raise self.no_room(run, events)
         planned = [event.to_dict() for event in events[:count]]
         body = {"run": run, "study": study, "figure": figure, "events": planned}
         self._append("reserve", body if setting is None else {**body, "setting": dict(setting)})
         return count
+
+    def no_room(self, run: str, events: Sequence[PrivacyEvent]) -> BudgetExhausted:
+        """The refusal of a run of whose events not even one round's fit."""
+        budget = Budget(self.view)
+        return BudgetExhausted(
+            f"not one round fits: epsilon {self.view.bound():.2f} is spent, {budget.with_more(events, run):.2f} "
+            f"would be after the study, the cap is {budget.cap:g}",
+            where=self._where,
+            remedy="Lower the study's epsilon or its rounds, or raise policy.epsilon",
+        )
 
     def charge(self, run: str, study: str, request: str, event: PrivacyEvent) -> None:
         """Write an event before the work that it covers.
@@ -302,7 +307,7 @@ class Ledger:
         if not again:
             self._refuse_another(run, request, event)
         budget = Budget(self.view)
-        if not (budget.affords if again else budget.covers)(run, study, event):
+        if not (budget.affords(run, study, [event]) if again else budget.covers(run, study, event)):
             raise BudgetExhausted(
                 f"the site's cap leaves no room for this release: {event.released}",
                 where=self._where,

@@ -23,7 +23,7 @@ from gapweave.client.gradients import GradientEngine
 from gapweave.client.gradients.probe import probe_independence
 from gapweave.client.ledger import Ledger
 from gapweave.client.network import Network, Networks
-from gapweave.client.policy import check_counts, check_guarantee, check_policy, check_size
+from gapweave.client.policy import check_guarantee, check_policy, check_size
 from gapweave.client.preparation import Preparation, noised_counts
 from gapweave.client.requests import check_groups, check_open, check_round, check_same_model
 from gapweave.client.setting import run_setting
@@ -39,7 +39,7 @@ from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.privacy.ledger import LedgerView
-from gapweave.shared.privacy.plan import Plan, count_event, make_plan
+from gapweave.shared.privacy.plan import Plan, make_plan
 from gapweave.shared.schema import Batch
 from gapweave.shared.schemes import Moment
 from gapweave.shared.tensorfile import Arrays
@@ -173,24 +173,13 @@ class Participant:
             self.model.constants = self._constants
             return self._plans[run]
         delta = min(self.study.privacy.delta, ledger.view.delta)
-        n_hat, counted = self._n_hat(ledger, run)
         preparation = Preparation(self.study, self.site, self.held, delta)
+        n_hat, counted = preparation.patients(ledger, run, lambda: self.training)
         self._constants = preparation.constants(ledger, run, lambda: self.training)
         self.model.constants = self._constants
         events = (*counted, *preparation.events)
         self._plans[run] = make_plan(self.study, n_hat, delta, events, tables="counts" in self.site.policy.releases)
         return self._plans[run]
-
-    def _n_hat(self, ledger: Ledger, run: str) -> tuple[int, tuple[PrivacyEvent, ...]]:
-        """The public number of training patients, and the event that released it, if one did."""
-        if self.site.patients.declared is not None:
-            return self.site.patients.declared, ()
-        event = count_event(self.study)
-        check_counts(self.site, "`patients.declared` is not set: the number of patients would be counted")
-        if ledger.released_once(self.study.sha256, event) is None and ledger.allows([event]):
-            check_size(self.training.patients, self.site)  # a study that is too large for the site costs it nothing
-        (noised,) = ledger.once(run, self.study.sha256, event, lambda: noised_counts([self.training.patients], event))
-        return max(1, int(noised)), (event,) if self.study.privacy.enabled else ()
 
     def train(self, run: str, number: int, request: str, received: Arrays) -> RoundState:
         """Train one round, or give the stored reply to a request that was answered before.

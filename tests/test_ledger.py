@@ -226,7 +226,7 @@ def test_two_runs_on_one_state_add_up(tmp_path: Path) -> None:
 def test_what_a_run_has_reserved_no_other_can_take(tmp_path: Path) -> None:
     with Ledger(tmp_path, hospital(policy=filter_for(3))) as ledger:
         ledger.reserve("first", "study", updates(3))
-        assert not ledger.allows([update(1)])
+        assert not Budget(ledger.view).allows([update(1)])
         assert Budget(ledger.view).allows([update(1)], "first")
         with pytest.raises(BudgetExhausted):
             ledger.reserve("second", "study", updates(1))

@@ -421,6 +421,21 @@ def test_a_small_cohort_is_refused_without_its_size(tmp_path: Path) -> None:
     participant(hospital, plan_of(private=True)).prepare(RUN)
 
 
+@pytest.mark.parametrize("schedule", ["fedavg", "fedsgd"])
+def test_a_study_beyond_the_cap_costs_nothing_before_it_is_refused(tmp_path: Path, schedule: str) -> None:
+    """The number of patients was released and charged, and the study refused after that: again and again."""
+    hospital = build(tmp_path / "a", "north")
+    keys = {"schedule": schedule, "rounds": 1, "batch": 8, "lr": 1}
+    greedy = plan_of(private=True, training=keys, privacy={"epsilon": 100})
+    for _ in range(2):
+        site = participant(hospital, greedy)
+        with pytest.raises(BudgetExhausted, match="not one round fits"):
+            site.prepare(RUN)
+        assert not read_ledger(site.state).events()
+    participant(hospital, plan_of(private=True, training=keys, privacy={"epsilon": 4})).prepare(RUN)
+    assert [event.released for event in read_ledger(site.state).events()] == ["number of training patients"]
+
+
 # The last message.
 
 

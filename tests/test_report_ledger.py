@@ -104,8 +104,8 @@ def test_a_study_of_what_is_left_fits_and_a_larger_one_does_not(tmp_path: Path, 
         left = further_epsilon(ledger.view)
         assert left is not None
         assert left > 10 - ledger.view.bound() + 1 or planned > rounds
-        assert ledger.allows([full_batch(0.99 * left, ledger.view.delta)])
-        assert not ledger.allows([full_batch(1.01 * left, ledger.view.delta)])
+        assert Budget(ledger.view).allows([full_batch(0.99 * left, ledger.view.delta)])
+        assert not Budget(ledger.view).allows([full_batch(1.01 * left, ledger.view.delta)])
 
 
 def test_what_is_reserved_is_not_left(tmp_path: Path) -> None:
