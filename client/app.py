@@ -118,7 +118,7 @@ def _status(error: Exception) -> dict[str, str]:
     if isinstance(error, ProtocolError):
         return {"status": "failed", "error": "ProtocolError", "text": str(error)}
     if isinstance(error, GapweaveError):
-        log.warning("%s: %s", type(error).__name__, error)
+        log.warning("%s", error)
         status = "refused" if isinstance(error, RefusedError) else "failed"
         kind = next(kind for kind in type(error).__mro__ if kind in FIXED_TEXTS)
         return {"status": status, "error": kind.__name__, "text": FIXED_TEXTS[kind]}

@@ -17,6 +17,7 @@ from gapweave.shared.fusion import FUSIONS, chosen_fusion
 from gapweave.shared.imputers import IMPUTERS, build_imputer
 from gapweave.shared.model import MultimodalModel, groups
 from gapweave.shared.outlook import outlooks, schedule_advice
+from gapweave.shared.privacy.plan_report import weakness
 from gapweave.shared.registry import Registry
 from gapweave.shared.schema import modalities
 from gapweave.shared.schemes import SCHEMES, build_scheme
@@ -115,7 +116,9 @@ def describe(study: Study) -> dict[str, str]:
 
 
 def foretell(study: Study, sites: Sequence[Site]) -> Iterator[tuple[str, str, str]]:
-    """What can be expected of a study at its sites, from their declared sizes: (status, id, one line)."""
+    """What can be expected of a study's target, and at its sites from their declared sizes: (status, id, one line)."""
+    if study.privacy.enabled and (weak := weakness(study.privacy.epsilon)):
+        yield "warning", "epsilon", weak
     sizes = {site.name: site.patients.declared for site in sites if site.patients.declared is not None}
     if not sizes:
         return

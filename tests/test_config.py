@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,11 @@ def test_a_wrong_value_of_a_study_names_key_and_bound(change: Change, words: lis
         (put("policy.unnoised", "maybe"), ["policy.unnoised", "found 'maybe'"]),
         (put("policy.min_patients", 0), ["policy.min_patients"]),
         (put("data.labs.columns.sodium", {"column": "na", "unit": "g/L", "factor": 2}), ["unit or a factor, not both"]),
+        (
+            put("data.labs.columns.sodium", {"column": "na", "factor": 0}),
+            ["columns.sodium.factor", "every value the same"],
+        ),
+        (put("data.labs.columns.sodium", {"column": "na", "factor": math.inf}), ["columns.sodium.factor", "finite"]),
         (put("data.labs.item", "code"), ["item and value come together"]),
         (put("split", {"by": "hash", "column": "fold"}), ["`by` or `column`, not both"]),
         (put("device", "gpu"), ["device", "found 'gpu'"]),

@@ -142,3 +142,14 @@ def test_study_check_foretells_from_declared_sizes(tmp_path: Path) -> None:
     content = json.loads(done("study", "check", study, "--json").out)
     assert content["ok"] is True, "a warning, not a refusal"
     assert {check["status"] for check in content["checks"]} == {"ok", "warning"}
+
+
+@pytest.mark.parametrize(("epsilon", "warned"), [(10, False), (12, True), (1e6, True)])
+def test_a_target_that_protects_little_is_said(tmp_path: Path, epsilon: float, warned: bool) -> None:
+    study = hospitals(tmp_path / "demo")
+    chosen = ("--set", f"privacy.epsilon={epsilon}")
+    assert ("weak to no formal protection" in done("study", "check", study, *chosen).out) is warned
+    off = ("--set", "privacy.enabled=false")
+    assert "weak to no formal protection" not in done("study", "check", study, *chosen, *off).out
+    told = json.loads(done("privacy", "plan", study, "--patients", 200, "--epsilon", epsilon, "--json").out)["warnings"]
+    assert any("weak to no formal protection" in text for text in told) is warned

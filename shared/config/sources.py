@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from gapweave.shared.config.base import StrictModel
 from gapweave.shared.config.modalities import category_code
@@ -48,13 +48,22 @@ class LabelColumn(StrictModel):
         return self
 
 
+def _not_zero(factor: float) -> float:
+    if factor == 0:
+        raise ValueError("a factor of 0 makes every value the same")
+    return factor
+
+
+Factor = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_not_zero)]
+
+
 class ValueColumn(StrictModel):
     """A local column, or an item code, with its unit or codes."""
 
     column: str = Field(description="local column name; the item's code when values come in long form")
     unit: str | None = Field(None, description="local unit, converted to the study's (for example mg/dL)")
-    factor: float | None = Field(None, description="multiply by this, instead of a unit")
-    offset: float = Field(0.0, description="add this after the factor")
+    factor: Factor | None = Field(None, description="multiply by this, instead of a unit")
+    offset: float = Field(0.0, allow_inf_nan=False, description="add this after the factor")
     codes: dict[str, str] | None = Field(None, description="local code -> the study's category")
     missing: list[str] = Field(
         default_factory=list, description="local values that mean missing, before conversion (0, -9, unknown)"
@@ -191,7 +200,7 @@ Take = Literal["last", "first", "min", "max", "mean"]
 class Measured(ConceptSet):
     """A variable of the OMOP CDM's measurements."""
 
-    units: dict[int, str | float] = Field(
+    units: dict[int, str | Factor] = Field(
         default_factory=dict,
         description="unit_concept_id (0: none) -> its unit, or a factor to the study's; other units are refused",
     )

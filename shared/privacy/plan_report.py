@@ -20,6 +20,13 @@ from gapweave.shared.privacy.plan import COUNT_SHARE, VALIDATION_FOLDS, Plan, lo
 
 DEFAULT_CAP = float(Policy.model_fields["epsilon"].default)
 """Cap of a site whose file sets none."""
+WEAK = 10.0
+"""Above it a guarantee is "weak to none" (Ponomareva et al. 2023, How to DP-fy ML, JAIR 77, section 5.2.1, tier 3)."""
+
+
+def weakness(epsilon: float) -> str:
+    """What to say of a target that promises patients little; empty for others."""
+    return f"epsilon {epsilon:g} is weak to no formal protection (above {WEAK:g})" if epsilon > WEAK else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +66,8 @@ class PlanReport:
 
     def warnings(self) -> Iterator[str]:
         """What a person should know before choosing this plan."""
+        if weak := weakness(self.study.privacy.epsilon):
+            yield f"{weak[0].upper()}{weak[1:]}."
         if self.rounds_allowed < self.plan.rounds:
             yield (
                 f"A cap of {self.cap:g} has room for {self.rounds_allowed} of the {self.plan.rounds} rounds: "
