@@ -1,6 +1,7 @@
 """What a comparison says: statistics by hand, summary.md that repeats them, plots that are the same every time."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -78,6 +79,20 @@ def test_the_summary_says_plainly_that_federated_loses(statistics):
     text = markdown(plan_of(), statistics, seconds=75, failures=[])
     assert "- epsilon=1: federated loses to pooled (-0.025, better at 1 of 2 sites, worse at 1)." in text
     assert "2 cells x 2 seeds: 4 simulations in 1 min 15 s" in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        (None, "federated loses to pooled (-0.025"),
+        ((-0.04, -0.01), "federated loses to pooled (-0.025"),
+        ((-0.06, 0.01), "federated is not told apart from pooled (-0.025"),
+    ],
+)
+def test_a_difference_that_chance_may_make_is_called_that(statistics, interval, said):
+    low, high = statistics.against_models
+    entries = replace(statistics, against_models=[replace(low, interval=interval), high])
+    assert f"- epsilon=1: {said}" in markdown(plan_of(), entries, seconds=1, failures=[])
 
 
 def test_the_summary_repeats_the_statistics(statistics):

@@ -86,7 +86,9 @@ _NOTE = (
     "Each metric: mean over sites, then over seeds (± standard deviation over seeds); worst site: lowest AUROC over "
     "seeds; epsilon: the most that a site spent. Metrics are exact (simulation). Baselines train without privacy. "
     "Seeds are not new patients: their spread is no confidence interval. Where folds are pooled, differences have the "
-    "95 % interval of 1,000 resamples of each site's patients, the same ones for every model, cell and seed."
+    "95 % interval of 1,000 resamples of each site's patients, the same ones for every model, cell and seed, and one "
+    "that holds 0 is not told apart from chance. *own*: the best that a site has alone, by its training patients; "
+    "*score local*: that beside a public score; *blend*: federated and own; *best*: whichever of these `predict` takes."
 )
 
 
@@ -120,12 +122,18 @@ def _verdicts(statistics: Statistics) -> str:
 
 def _verdict(cell: Cell, entries: list[Paired]) -> str:
     groups = (
-        ("loses to", [entry for entry in entries if entry.mean < 0]),
+        ("loses to", [entry for entry in entries if entry.mean < 0 and not _by_chance(entry)]),
         ("equals", [entry for entry in entries if entry.mean == 0]),
-        ("is ahead of", [entry for entry in entries if entry.mean > 0]),
+        ("is not told apart from", [entry for entry in entries if entry.mean != 0 and _by_chance(entry)]),
+        ("is ahead of", [entry for entry in entries if entry.mean > 0 and not _by_chance(entry)]),
     )
     parts = [f"{verb} {', '.join(_margin(entry) for entry in group)}" for verb, group in groups if group]
     return f"- {cell_name(cell)}: federated {'; it '.join(parts)}."
+
+
+def _by_chance(entry: Paired) -> bool:
+    """Whether the interval, where there is one, holds 0."""
+    return entry.interval is not None and entry.interval[0] <= 0 <= entry.interval[1]
 
 
 def _margin(entry: Paired) -> str:
