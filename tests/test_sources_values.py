@@ -15,6 +15,7 @@ from cohorts import LABS, NOTE, VITALS, Hospital, assert_same, sodium_of, study,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gapweave.client.sources.findings import Finding
 from gapweave.shared.errors import UsageError
 
 START = datetime(2024, 5, 1, 13)
@@ -128,6 +129,17 @@ def test_timed_table_takes_the_last_value_before_the_prediction_time(hospital: H
     cohort = hospital.load(study({"labs": TIMED}), labels=False)
     assert cohort.batch.present[:4, 0].tolist() == [True, True, False, False]
     assert sodium_of(cohort).tolist()[:2] == pytest.approx([135, 131])
+
+
+@pytest.mark.parametrize(("factor", "noted"), [(1, False), (60, True), (3600, True)])
+def test_minutes_for_hours_are_noted(hospital: Hospital, factor: int, noted: bool) -> None:
+    """All but the first minutes of a stay were dropped, and nobody was told."""
+    timed(hospital, [(f"r{row % 40}", factor * row * 0.12, 130.0) for row in range(400)])
+    findings: list[Finding] = []
+    hospital.load(study({"labs": TIMED}), labels=False, findings=findings)
+    found = [one.message for one in findings if one.id == "time"]
+    assert bool(found) is noted
+    assert all("are 24 hours or later, and not read" in text for text in found)
 
 
 def test_time_without_prediction_time_is_refused(hospital: Hospital) -> None:

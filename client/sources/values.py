@@ -25,6 +25,10 @@ from gapweave.shared.features.ranges import implausible
 SUSPICIOUS = 0.2
 """A larger share of a variable's values outside the public range looks like another unit."""
 
+LATE = 0.98
+"""A larger share of a file's times at or after the prediction time looks like minutes in place of hours: a stay of a
+month that is predicted after its first day has 0.97."""
+
 RARE = 0.05
 """A variable that a smaller share of the modality's records has is noted."""
 
@@ -112,8 +116,17 @@ def read_rows(source: ColumnsSource | TextSource, columns: list[str], hours: int
     keep, hour = record >= 0, None
     if source.time is not None and hours is not None:
         hour = hours_of(table, source.time, source.index, record, reading)
+        _note_late(hour[keep & ~np.isnan(hour)], hours, table.where(source.time), reading)
         keep &= hour < hours
     return Rows(table=table, record=record, hour=hour).only(keep)
+
+
+def _note_late(hour: NDArray[np.float64], hours: int, where: str, reading: Reading) -> None:
+    """Note times [E] that are so late that they are probably no hours."""
+    late = int((hour >= hours).sum())
+    if late > LATE * len(hour):
+        message = f"{late} of {len(hour)} times are {hours} hours or later, and not read: probably no hours"
+        reading.warn("time", where, message, "Write hours (minutes / 60); for timestamps, compare those of `index`")
 
 
 def read_cells(
