@@ -134,7 +134,7 @@ def test_timed_table_takes_the_last_value_before_the_prediction_time(hospital: H
 @pytest.mark.parametrize(("factor", "noted"), [(1, False), (60, True), (3600, True)])
 def test_minutes_for_hours_are_noted(hospital: Hospital, factor: int, noted: bool) -> None:
     """All but the first minutes of a stay were dropped, and nobody was told."""
-    timed(hospital, [(f"r{row % 40}", factor * row * 0.12, 130.0) for row in range(400)])
+    timed(hospital, [(f"r{row % 4}", factor * row * 0.12, 130.0) for row in range(400)])
     findings: list[Finding] = []
     hospital.load(study({"labs": TIMED}), labels=False, findings=findings)
     found = [one.message for one in findings if one.id == "time"]
