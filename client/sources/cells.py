@@ -82,9 +82,11 @@ def numbers(series: pl.Series) -> tuple[NDArray[np.float64], int]:
     if series.dtype.is_numeric() or series.dtype == pl.Boolean:
         values = series.cast(pl.Float64)
     else:
-        values = _ask(series, CELL.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False))
-        if values.null_count():
-            unreadable = int((values.is_null() & ~missing(series.cast(pl.String))).sum())
+        text = series.cast(pl.String)
+        values = text.cast(pl.Float64, strict=False)
+        if values.null_count() > text.null_count():  # seldom, and a query costs more than a small column's cast
+            values = _ask(text, CELL.str.strip_chars().cast(pl.Float64, strict=False))
+            unreadable = int((values.is_null() & ~missing(text)).sum())
     result: NDArray[np.float64] = values.to_numpy()  # null becomes NaN
     return result, unreadable
 

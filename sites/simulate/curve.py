@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Protocol
 
 from gapweave.client.participant import Participant
@@ -75,8 +76,13 @@ class Curve(Observer):
         self._watcher.replied(number, site)
 
     def round_done(self, number: int, current: Arrays) -> None:
-        """Evaluate at some rounds."""
-        self._watcher.round_done(number, self._look(number, current) if number in self._rounds else None)
+        """Evaluate at some rounds, where anybody is held out."""
+        due = number in self._rounds and self._held_out
+        self._watcher.round_done(number, self._look(number, current) if due else None)
+
+    @cached_property
+    def _held_out(self) -> bool:
+        return any(bool(site.cohort.test.any()) for site in self._sites.values())
 
     def exact_aurocs(self, current: Arrays) -> dict[str, float | None]:
         """For an early stop without privacy."""
