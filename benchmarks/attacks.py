@@ -39,7 +39,7 @@ class Panel:
         epsilon: budget, or None for no privacy.
         rounds: of the study; without noise twice the demo's own, see the page.
         rule: of the study.
-        limits: largest promised drop, for plain and for strong attacks; None for no promise.
+        limits: the drop aimed at, at most, for plain and for strong attacks; None for no aim.
         seeds: how many; under privacy more, since noise alone moves a run's AUROC by .02.
     """
 
@@ -150,7 +150,7 @@ class Drop:
 
     @property
     def limit(self) -> float | None:
-        """What is promised, if anything."""
+        """What is aimed at, if anything."""
         limits = PANELS[self.panel].limits
         return None if limits is None else limits[self.attack in STRONG]
 
@@ -180,7 +180,7 @@ def table(found: list[Drop]) -> str:
         by_panel = {drop.panel: drop for drop in found if drop.attack == attack}
         lines.append([f"`{attack}`", *(_cell(by_panel[name]) if name in by_panel else "-" for name in names)])
     limits = [PANELS[name].limits for name in names]
-    lines.append(["promised", *("none" if pair is None else f"{pair[0]:.3f} / {pair[1]:.3f}" for pair in limits)])
+    lines.append(["aim", *("none" if pair is None else f"{pair[0]:.3f} / {pair[1]:.3f}" for pair in limits)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -190,7 +190,7 @@ def _cell(drop: Drop) -> str:
 
 
 def verdict(found: list[Drop]) -> str:
-    """How many promises hold, and which do not."""
+    """How many bounds are within the aim, and which are not."""
     promised = [drop for drop in found if drop.limit is not None]
     missed = [drop for drop in promised if not drop.bound <= drop.limit]  # type: ignore[operator]
     names = [
@@ -198,7 +198,7 @@ def verdict(found: list[Drop]) -> str:
         for name in PANELS
         if any(drop.panel == name for drop in missed)
     ]
-    kept = f"{len(promised) - len(missed)} of {len(promised)} bounds are within what is promised."
+    kept = f"{len(promised) - len(missed)} of {len(promised)} bounds are within the aim."
     return f"{kept} Not within it: {'; '.join(names)}." if names else kept
 
 
@@ -230,7 +230,7 @@ By `make bench-attacks`. Synthetic hospitals of the demo; in all panels but the 
 so that every parameter group has as many holders as there are hospitals. A figure is the mean AUROC of the honest sites
 in a run in which the bad sites are absent, minus that under attack: mean over seeds ({seeds} without noise, {noised}
 with: noise alone moves a run's AUROC by .02), and in brackets its one-sided 95 % bound (Student's t). Negative: the
-honest sites did better than without the others. **Bold: the bound is above what is promised.** Promised: for plain
+honest sites did better than without the others. **Bold: the bound is above what we aim at.** Aim: for plain
 attacks / for `alie`, `min_max` and `adaptive`.
 
 {table}
@@ -243,8 +243,8 @@ Bad sites know all honest updates of a round, and what a rule that keeps a histo
 and `adaptive` also know the rule and search for what moves its result farthest. Under noise the server also looks for
 updates that lack their noise, and for sites that pull against the others over the rounds ([how](aggregation.md)):
 `adaptive` knows that too, adds noise of its own, and never pulls against the others' mean. `stale` sends the update of
-the round before. With two classes `swap_labels` is `label_flip`. Which hospitals are bad changes with the seed. Nothing
-is promised for groups with three or four holders.
+the round before. With two classes `swap_labels` is `label_flip`. Which hospitals are bad changes with the seed. No aim
+is set for groups with three or four holders.
 
 Without noise the study runs 40 rounds, not the demo's own 20: a lie that a rule cannot tell from an honest update still
 shortens every step, and a study that stops before it has converged pays for that. Two of nine, four other seeds: with

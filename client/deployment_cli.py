@@ -81,11 +81,13 @@ def start(
 
 
 def status(path: SiteArgument, as_json: JsonOption = False) -> None:
-    """Say how the site's part is: process, health, connection, last round, ledger. Exits 5 when it is not connected.
+    """Say how the site's part is: process, health, connection, last round, ledger.
+
+    Exits 3 when the ledger was changed, else 5 when the site is not connected.
 
     Example: gapweave site status site.yaml
     """
-    from gapweave.shared.errors import Unreachable
+    from gapweave.shared.errors import NotIntact, Unreachable
     from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
     from gapweave.shared.report.ledger_report import verified
 
@@ -98,6 +100,8 @@ def status(path: SiteArgument, as_json: JsonOption = False) -> None:
     else:
         for line in _status_lines(found):
             typer.echo(line)
+    if there and found["ledger"]["intact"] is False:
+        raise typer.Exit(NotIntact.exit_code)
     if not found["connected"]:
         raise typer.Exit(Unreachable.exit_code)
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from cohorts import LABS, Hospital, study
+from commandline import run
 
 from gapweave.client import doctor
 from gapweave.client.checks import check_site, exit_code
@@ -267,3 +268,12 @@ def test_proxies_and_approvals_are_told(place: Place) -> None:
     place.hospital.update("policy", studies=[])
     warnings = {finding.id for finding in place.check() if finding.status == "warning"}
     assert {"proxy", "approval"} <= warnings
+
+
+def test_status_tells_a_changed_ledger_by_its_exit_code(place: Place) -> None:
+    """Who watches exit codes saw "not connected" at most."""
+    place.check(hub=False)
+    run("site", "status", place.hospital.site_file, code=5)
+    changed(place)
+    told = run("site", "status", place.hospital.site_file, "--json", code=3)
+    assert json.loads(told.out)["ledger"]["intact"] is False

@@ -24,6 +24,8 @@ NOT_COVERED = (
     "cap, minimum number of patients, and its number of patients where that was not counted with noise",
     "what stays inside the site: data, private models, and results that only its own staff look at",
     "when replies arrive, beyond the fixed reply times",
+    "that the site refuses or fails, and which of a few fixed texts says why: that it has fewer patients than its "
+    "minimum, or that its labels or values cannot be used, is told without noise",
     "a person's decision to join or to leave, and settings that somebody chose after looking at un-noised results",
     "studies that were chosen after seeing an earlier one's results, in the exact figure: it holds for schedules fixed "
     "in advance. The figure that the cap binds holds in any case",
