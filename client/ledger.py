@@ -17,7 +17,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -369,6 +369,10 @@ class Ledger:
     def released_once(self, study: str, event: PrivacyEvent) -> list[float] | None:
         """What `once` gave for a study before."""
         return self.kept(_request_once(study, event))
+
+    def unpaid(self, study: str, events: Iterable[PrivacyEvent]) -> list[PrivacyEvent]:
+        """Those of a study's releases of `once` that were not charged yet."""
+        return [event for event in events if not self.view.charged(_request_once(study, event))]
 
     def keep(self, request: str, value: list[float]) -> None:
         """Keep what a charged request released, so that it can be given again at no cost."""

@@ -39,7 +39,7 @@ from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.privacy.ledger import LedgerView
-from gapweave.shared.privacy.plan import Plan, make_plan
+from gapweave.shared.privacy.plan import Plan
 from gapweave.shared.schema import Batch
 from gapweave.shared.schemes import Moment
 from gapweave.shared.tensorfile import Arrays
@@ -143,10 +143,11 @@ class Participant:
             by = "simulation" if self._simulation else "policy.studies"
             check_guarantee(self.study, self.site, ledger.view)
             ledger.approve(self.study.sha256, self.study.name, by)
+            self._require_room(ledger, run)
+            self._require_patients(ledger, run)
             plan = self._plan(ledger, run)
             setting = run_setting(self.site, self.held, self.shared, self.initial)
             reserved = ledger.reserve(run, self.study.sha256, plan.schedule(), setting)
-            self._require_patients(ledger, run)
         return Capability(
             site=self.site.name,
             modalities=self.held,
@@ -156,8 +157,13 @@ class Participant:
             ledger=ledger.view.head.to_dict(),
         )
 
+    def _require_room(self, ledger: Ledger, run: str) -> None:
+        """Refuse a study that the cap has no room for before it costs anything; what is asked here is public."""
+        if ledger.view.reservation(run) is None:
+            self._preparation(ledger).require_room(ledger, run)
+
     def _require_patients(self, ledger: Ledger, run: str) -> None:
-        """Refuse a study that the site has too few patients for, and give back what it reserved."""
+        """Read the data; refuse a study that the site has too few patients for, and give back what it reserved."""
         try:
             check_size(self.training.patients, self.site)
         except RefusedError:
@@ -172,14 +178,15 @@ class Participant:
         if run in self._plans:
             self.model.constants = self._constants
             return self._plans[run]
-        delta = min(self.study.privacy.delta, ledger.view.delta)
-        preparation = Preparation(self.study, self.site, self.held, delta)
+        preparation = self._preparation(ledger)
         n_hat, counted = preparation.patients(ledger, run, lambda: self.training)
         self._constants = preparation.constants(ledger, run, lambda: self.training)
         self.model.constants = self._constants
-        events = (*counted, *preparation.events)
-        self._plans[run] = make_plan(self.study, n_hat, delta, events, tables="counts" in self.site.policy.releases)
+        self._plans[run] = preparation.plan(n_hat, counted)
         return self._plans[run]
+
+    def _preparation(self, ledger: Ledger) -> Preparation:
+        return Preparation(self.study, self.site, self.held, min(self.study.privacy.delta, ledger.view.delta))
 
     def train(self, run: str, number: int, request: str, received: Arrays) -> RoundState:
         """Train one round, or give the stored reply to a request that was answered before.
@@ -209,8 +216,8 @@ class Participant:
             self._check_round(received)
             plan = self._plan(ledger, run)
             event = plan.event(f"update of round {number}")
+            check_size(self.training.patients, self.site)  # data that cannot be used cost nothing
             ledger.charge(run, self.study.sha256, request, event)
-            check_size(self.training.patients, self.site)
             trained = self._train(plan, number, request, before, received)
             after = replace(trained, ledger=ledger.view.head.to_dict())
             folder.save(replace(after, reply={}) if self._repeatable(after) else after)

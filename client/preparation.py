@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gapweave.client.ledger import Ledger
-from gapweave.client.policy import check_counts, check_size
+from gapweave.client.policy import check_counts
 from gapweave.shared.config import Site, Study
 from gapweave.shared.constants import Constants, Rescaling
 from gapweave.shared.features.numeric import NumericColumn, numeric_columns
@@ -32,7 +32,7 @@ from gapweave.shared.privacy.draws import SecretDraws, discrete_laplace
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.noise import on_grid, secret_normals
 from gapweave.shared.privacy.once import balance_event, preparation_events, statistics_event
-from gapweave.shared.privacy.plan import count_event, make_plan
+from gapweave.shared.privacy.plan import Plan, count_event, make_plan
 from gapweave.shared.schema import Batch
 
 SPREADS = (0.2, 5.0)
@@ -57,42 +57,61 @@ class Preparation:
         self._study, self._site, self._held, self._delta = study, site, held, delta
         self.events = preparation_events(study, held, delta)
 
-    def patients(self, ledger: Ledger, run: str, training: Callable[[], Batch]) -> tuple[int, tuple[PrivacyEvent, ...]]:
-        """The public number of training patients, and the event that released it, if one did.
+    def require_room(self, ledger: Ledger, run: str) -> None:
+        """Refuse a study of which not one round fits, before anything is charged for it.
 
-        A study that the site must refuse anyway, for its size or its budget, costs it nothing.
+        Until the number of patients is released, a round has to fit at the most or at the fewest that the site may
+        have, which are public: a study of few rounds may pass here, and be refused at the true number.
 
         Args:
             ledger: of the site.
             run: that asks first.
-            training: gives the training patients.
 
         Raises:
-            RefusedError: when the site has too few, or releases no counts.
-            BudgetExhausted: when its cap leaves no room for the number, or for a round after it.
+            BudgetExhausted: when nothing fits.
+            UsageError: when no noise reaches the study's target.
+        """
+        known = self._site.patients.declared or self._counted(ledger)
+        sizes = (known,) if known else (self._site.patients.upper, max(1, self._site.policy.min_patients))
+        counted = () if self._site.patients.declared else (count_event(self._study),)
+        unpaid = ledger.unpaid(self._study.sha256, [*counted, *self.events])
+        schedules = [self.plan(patients, counted).schedule() for patients in sizes]
+        if not any(ledger.affords(run, self._study.sha256, [*unpaid, rounds[0]]) for rounds in schedules):
+            raise ledger.no_room(run, [*unpaid, *schedules[0]])
+
+    def plan(self, patients: int, counted: tuple[PrivacyEvent, ...]) -> Plan:
+        """The site's plan for a public number of patients.
+
+        Args:
+            patients: the number.
+            counted: the event that releases it, if one does.
+        """
+        paid = (*counted, *self.events) if self._study.privacy.enabled else self.events
+        return make_plan(self._study, patients, self._delta, paid, tables="counts" in self._site.policy.releases)
+
+    def _counted(self, ledger: Ledger) -> int:
+        """The number of patients as it was released; 0 if it was not."""
+        found = ledger.released_once(self._study.sha256, count_event(self._study))
+        return 0 if found is None else max(1, int(found[0]))
+
+    def patients(self, ledger: Ledger, run: str, training: Callable[[], Batch]) -> tuple[int, tuple[PrivacyEvent, ...]]:
+        """The public number of training patients, and the event that released it, if one did.
+
+        Args:
+            ledger: of the site.
+            run: that asks first.
+            training: gives the training patients; called only after the charge.
+
+        Raises:
+            RefusedError: when the site releases no counts.
+            BudgetExhausted: when its cap leaves no room.
         """
         if self._site.patients.declared is not None:
             return self._site.patients.declared, ()
         event = count_event(self._study)
         check_counts(self._site, "`patients.declared` is not set: the number of patients would be counted")
-        if ledger.released_once(self._study.sha256, event) is None:
-            self._require_room(ledger, run, event)
-            check_size(training().patients, self._site)
-        (noised,) = ledger.once(run, self._study.sha256, event, lambda: noised_counts([training().patients], event))
-        return max(1, int(noised)), (event,) if self._study.privacy.enabled else ()
-
-    def _require_room(self, ledger: Ledger, run: str, count: PrivacyEvent) -> None:
-        """Refuse a study of which no round fits at the fewest and the most patients that the site may have.
-
-        Both numbers are public. A plan costs the same in all whatever the number, and a round's share of it moves
-        between theirs.
-        """
-        before = (count, *self.events)
-        for patients in (self._site.patients.upper, max(1, self._site.policy.min_patients)):
-            plan = make_plan(self._study, patients, self._delta, before if self._study.privacy.enabled else ())
-            if ledger.affords(run, self._study.sha256, [*before, *plan.schedule()[:1]]):
-                return
-        raise ledger.no_room(run, [*before, *plan.schedule()])
+        ledger.once(run, self._study.sha256, event, lambda: noised_counts([training().patients], event))
+        return self._counted(ledger), (event,)
 
     def constants(self, ledger: Ledger, run: str, training: Callable[[], Batch]) -> Constants:
         """The constants of the site's model; what was not released before is released now.
