@@ -49,16 +49,20 @@ def demo(seed: int) -> Callable[[Path], Path]:
     return write
 
 
-def planted(folder: Path) -> Path:
+def planted(world: int) -> Callable[[Path], Path]:
     """Six hospitals of the demo, one whose labels say nothing, and one with 20 patients, which allows so few.
 
     The folder `honest` beside `sites` has the site files of the six alone.
     """
+    return lambda folder: _planted(folder, world)
+
+
+def _planted(folder: Path, world: int) -> Path:
     from gapweave.sites.demo import hospital_names, write_demo
 
     names = hospital_names(HONEST + 2)
     patients = [250, 400, 350, 800, 300, 450, 400, TINY_PATIENTS]
-    study = write_demo(folder, seed=200, hospitals=HONEST + 2, patients=patients)
+    study = write_demo(folder, seed=world, hospitals=HONEST + 2, patients=patients)
     for name, planted_name in zip(names[HONEST:], (USELESS, TINY), strict=True):
         file = folder / "sites" / f"{name}.yaml"
         site = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -23,6 +23,8 @@ BUDGETS = (8.0, 3.0, 1.0)
 SEEDS = (10, 11, 12)
 WORLDS = (100, 101, 102)
 """Generator seeds of the demo."""
+PLANTED = (200, 201, 202)
+"""Generator seeds of the demo with a useless and a tiny site in it. One at first, whose interval was +-.01."""
 SITES = Path(__file__).parent.parent / "sites"
 
 PLAIN: Overrides = {
@@ -153,6 +155,16 @@ def _world(seed: int) -> dict[str, Panel]:
     }
 
 
+def _planted(world: int) -> dict[str, Panel]:
+    """Six hospitals with a useless and a tiny one beside them, and without."""
+    common: Any = {"cohort": "planted", "study": populations.planted(world), "seeds": (world,)}
+    common |= {"overrides": {**PLAIN, **prevalence(0.25)}, "joining": False}
+    return {
+        f"planted-{world}": Panel(recipe="planted", **common),
+        f"honest-{world}": Panel(recipe="honest", sites="honest", **common),
+    }
+
+
 PANELS: dict[str, Panel] = {
     **_pair("stay", example("eicu_demo"), {**PLAIN, **EICU}, {}),
     **_pair("death", example("eicu_demo"), {**PLAIN, **EICU, **DEATH}, DEATH),
@@ -164,21 +176,7 @@ PANELS: dict[str, Panel] = {
         {**PLAIN, **prevalence(0.5)},
         {**linear("basics", "blood", "lipids"), **prevalence(0.5)},
     ),
-    "planted": Panel(
-        cohort="planted",
-        recipe="planted",
-        study=populations.planted,
-        overrides={**PLAIN, **prevalence(0.25)},
-        seeds=(0,),
-    ),
-    "honest": Panel(
-        cohort="planted",
-        recipe="honest",
-        study=populations.planted,
-        overrides={**PLAIN, **prevalence(0.25)},
-        sites="honest",
-        seeds=(0,),
-    ),
+    **{name: panel for world in PLANTED for name, panel in _planted(world).items()},
 }
 
 

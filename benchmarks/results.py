@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from left_out import left_out
 from page import write_section
-from recipes import ASIDE, BUDGETS, COHORTS, PANELS, SEEDS, WORLDS, Panel
+from recipes import ASIDE, BUDGETS, COHORTS, PANELS, PLANTED, SEEDS, WORLDS, Panel
 
 if TYPE_CHECKING:
     from gapweave.sites.simulate.compare_intervals import Draws
@@ -296,8 +296,8 @@ def planted(out: Path, seeds: tuple[int, ...], smoke: bool) -> str:
     low, high = draws.difference(alone.cell, "federated", with_them.cell, "federated") or (0.0, 0.0)
     told = "\n".join(f"- {line}" for line in told_lines(out, smoke=smoke))
     return (
-        f"A hospital with shuffled labels and one with 20 patients beside six others: those six lose {lost:+.3f} AUROC "
-        f"({low:+.3f} to {high:+.3f}). The two are told:\n\n{told}"
+        f"A hospital with shuffled labels and one with 20 patients beside six others, worlds: {len(alone.auroc)}. "
+        f"The others lose {lost:+.3f} AUROC ({low:+.3f} to {high:+.3f}). In the first world the two are told:\n\n{told}"
     )
 
 
@@ -311,7 +311,7 @@ def told_lines(out: Path, *, smoke: bool) -> list[str]:
 
     run = out / "planted-told"
     if not (run / "summary.json").exists():
-        panel = PANELS["planted"]
+        panel = PANELS[f"planted-{PLANTED[0]}"]
         study = study_of(panel, out)
         places = commands.Places(sites=study.parent / "sites", data=None, state=None, out=run)
         overrides = {**panel.overrides, **({"training.rounds": 2} if smoke else {})}

@@ -12,7 +12,7 @@ from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.files import write_atomically
 from gapweave.shared.model import MultimodalModel, groups, shared_groups
 from gapweave.shared.privacy.ledger import LEDGER_FILE, LedgerView, read_ledger
-from gapweave.shared.privacy.plan_report import plan_lines, plan_report
+from gapweave.shared.privacy.plan_report import plan_lines, plan_report, weakness
 
 
 def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
@@ -39,6 +39,8 @@ def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
     cap = f"the site's cap is {site.policy.epsilon:g}, of which {spent:.2f} is spent"
     if study.privacy.enabled:
         yield f"  privacy       at most epsilon {study.privacy.epsilon:g} at delta {study.privacy.delta:g}; {cap}"
+        if weak := weakness(study.privacy.epsilon):
+            yield f"                {weak}"
         if site.patients.declared is None:
             yield "                the number of training patients is not declared: it is released once, with noise;"
             yield "                `gapweave site check` with this study says what the noise means for your patients"

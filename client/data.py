@@ -104,6 +104,7 @@ def load_cohort(
         UsageError: when site file and study do not fit together.
     """
     findings = [] if findings is None else findings
+    before = len(findings)
     files = Files(site_file=site_file, data_dir=data_dir, database=site.data.database)
     records = read_records(site, files, findings)
     refuse_repeats(records)
@@ -121,7 +122,7 @@ def load_cohort(
         rows[~present[:, study.order.index(name)]] = 0
     usable = np.ones(len(records), np.bool_)
     if labels:
-        refuse_problems(findings)
+        refuse_problems(findings[before:])
         usable = np.logical_and(targets.known.any(axis=1), present.any(axis=1))
         training = usable & ~held_out[records.patient]
         check_classes(study.task, targets, training, label_where(study, site, records))

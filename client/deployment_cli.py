@@ -121,12 +121,12 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
         if last["finished"] and last["joining"] is None:
             lines.append("  joining     not looked at yet: gapweave site report SITE.yaml")
     ledger = found["ledger"]
-    lines.append(
-        f"  ledger      epsilon {ledger['epsilon_filter']:.2f} of {ledger['cap']:g}, intact: {ledger['intact']}"
-        if ledger
-        else "  ledger      none yet"
-    )
-    return lines
+    return [*lines, f"  ledger      {_ledger_line(ledger) if ledger else 'none yet'}"]
+
+
+def _ledger_line(ledger: dict[str, Any]) -> str:
+    spent = "no guarantee" if ledger["epsilon_filter"] is None else f"epsilon {ledger['epsilon_filter']:.2f}"
+    return f"{spent} of {ledger['cap']:g}, intact: {ledger['intact']}"
 
 
 def report(

@@ -26,7 +26,7 @@ from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import GapweaveError, UsageError
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
-from gapweave.shared.privacy.plan_report import plan_report, schedule
+from gapweave.shared.privacy.plan_report import plan_report
 
 LEAST_DISK, FAIR_DISK = 200e6, 2e9
 LEAST_MEMORY, FAIR_MEMORY = 500e6, 2e9
@@ -99,7 +99,8 @@ def check_budget(study: Study, site: Site, state: Path, patients: int | None) ->
     except UsageError as error:
         yield _finding("plan", "problem", error.where, error.what, error.remedy)
         return
-    if view is not None and Budget(view).with_more(schedule(report.plan)[:1]) > site.policy.epsilon:
+    first = [*report.plan.preparation, *report.plan.schedule()[:1]]
+    if view is not None and Budget(view).with_more(first) > site.policy.epsilon:
         remedy = "Raise policy.epsilon if the hospital agrees"
         yield _finding("budget", "problem", where, "the cap has no room for a single round of this study", remedy)
     warnings = list(report.warnings())

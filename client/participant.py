@@ -144,8 +144,8 @@ class Participant:
             check_guarantee(self.study, self.site, ledger.view)
             ledger.approve(self.study.sha256, self.study.name, by)
             self._require_room(ledger, run)
-            self._require_patients(ledger, run)
             plan = self._plan(ledger, run)
+            self._require_patients(ledger, run)  # data that cannot be used leave no reservation behind
             setting = run_setting(self.site, self.held, self.shared, self.initial)
             reserved = ledger.reserve(run, self.study.sha256, plan.schedule(), setting)
         return Capability(
@@ -163,7 +163,7 @@ class Participant:
             self._preparation(ledger).require_room(ledger, run)
 
     def _require_patients(self, ledger: Ledger, run: str) -> None:
-        """Read the data; refuse a study that the site has too few patients for, and give back what it reserved."""
+        """Refuse a study that the site has too few patients for, and give back what an earlier handshake reserved."""
         try:
             check_size(self.training.patients, self.site)
         except RefusedError:
@@ -216,8 +216,8 @@ class Participant:
             self._check_round(received)
             plan = self._plan(ledger, run)
             event = plan.event(f"update of round {number}")
-            check_size(self.training.patients, self.site)  # data that cannot be used cost nothing
             ledger.charge(run, self.study.sha256, request, event)
+            check_size(self.training.patients, self.site)
             trained = self._train(plan, number, request, before, received)
             after = replace(trained, ledger=ledger.view.head.to_dict())
             folder.save(replace(after, reply={}) if self._repeatable(after) else after)

@@ -1,8 +1,8 @@
 """What a site learns about its own data before it trains: released once a study with noise, or fixed and public.
 
-Guarantee: each release is charged before the data are touched, and its noised value is kept in the ledger: a resume,
-or another run of the same study, uses it again at no cost. What the model is given is computed from these values
-and the study alone. The un-noised sums change, when one patient joins or leaves, by at most the event's declared
+Guarantee: each release is charged before anything is computed for it, and its noised value is kept in the ledger: a
+resume, or another run of the same study, uses it again at no cost. What the model is given is computed from these
+values and the study alone. The un-noised sums change, when one patient joins or leaves, by at most the event's declared
 sensitivity, whatever the patient's records hold: values are clipped, what is no number counts as absent, and a
 patient's records share one weight of 1.
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gapweave.client.ledger import Ledger
-from gapweave.client.policy import check_counts
+from gapweave.client.policy import check_counts, check_size
 from gapweave.shared.config import Site, Study
 from gapweave.shared.constants import Constants, Rescaling
 from gapweave.shared.features.numeric import NumericColumn, numeric_columns
@@ -100,16 +100,18 @@ class Preparation:
         Args:
             ledger: of the site.
             run: that asks first.
-            training: gives the training patients; called only after the charge.
+            training: gives the training patients.
 
         Raises:
-            RefusedError: when the site releases no counts.
+            RefusedError: when the site has too few, or releases no counts.
             BudgetExhausted: when its cap leaves no room.
         """
         if self._site.patients.declared is not None:
             return self._site.patients.declared, ()
         event = count_event(self._study)
         check_counts(self._site, "`patients.declared` is not set: the number of patients would be counted")
+        if not self._counted(ledger):
+            check_size(training().patients, self._site)  # a study that is too large for the site costs it nothing
         ledger.once(run, self._study.sha256, event, lambda: noised_counts([training().patients], event))
         return self._counted(ledger), (event,)
 

@@ -20,6 +20,7 @@ from gapweave.client.training import Step
 from gapweave.shared.encoders.widedeep import WideDeep
 from gapweave.shared.privacy import draws, noise
 from gapweave.shared.privacy.draws import SeededDraws
+from gapweave.shared.privacy.plan import make_plan
 
 Patch = pytest.MonkeyPatch
 
@@ -196,11 +197,10 @@ def true_rate(patch: Patch) -> None:
 
 
 def true_n_in_the_plan(patch: Patch) -> None:
-    real = participant.make_plan
     patch.setattr(
         participant.Participant,
         "_plan",
-        lambda self, ledger, run: real(self.study, self.training.patients, 1e-5),
+        lambda self, ledger, run: make_plan(self.study, self.training.patients, 1e-5),
     )
 
 

@@ -87,6 +87,7 @@ def test_the_summary_says_plainly_that_federated_loses(statistics):
         (None, "federated loses to pooled (-0.025"),
         ((-0.04, -0.01), "federated loses to pooled (-0.025"),
         ((-0.06, 0.01), "federated is not told apart from pooled (-0.025"),
+        ((0.005, 0.035), "federated is ahead of pooled (-0.025"),  # of sites that are large enough to be judged
     ],
 )
 def test_a_difference_that_chance_may_make_is_called_that(statistics, interval, said):

@@ -277,3 +277,11 @@ def test_status_tells_a_changed_ledger_by_its_exit_code(place: Place) -> None:
     changed(place)
     told = run("site", "status", place.hospital.site_file, "--json", code=3)
     assert json.loads(told.out)["ledger"]["intact"] is False
+    assert "intact: False" in run("site", "status", place.hospital.site_file, code=3).out
+
+
+def test_status_of_a_ledger_that_gives_no_guarantee(place: Place) -> None:
+    place.check(hub=False)
+    with ledger(place) as opened:
+        opened.charge("run", "0" * 64, "1" * 64, PrivacyEvent(kind="unnoised", noise_multiplier=0.0, released="a test"))
+    assert "no guarantee of 50, intact:" in run("site", "status", place.hospital.site_file, code=5).out

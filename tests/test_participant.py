@@ -436,6 +436,30 @@ def test_a_study_beyond_the_cap_costs_nothing_before_it_is_refused(tmp_path: Pat
     assert [event.released for event in read_ledger(site.state).events()] == ["number of training patients"]
 
 
+def test_what_the_ledger_has_no_room_for_costs_a_declared_site_nothing(tmp_path: Path) -> None:
+    """It declares its patients, and the study asks for noised statistics: these were charged first."""
+    hospital = build(tmp_path / "a", "north")
+    hospital.update("patients", declared=24)
+    keys = {"training": {"rounds": 1}, "preparation": {"class_balance": "noisy"}, "privacy": {"epsilon": 100}}
+    site = participant(hospital, plan_of(private=True, **keys))
+    with pytest.raises(BudgetExhausted, match="not one round fits"):
+        site.prepare(RUN)
+    assert not read_ledger(site.state).events()
+
+
+def test_data_that_cannot_be_used_leave_no_reservation_behind(tmp_path: Path) -> None:
+    """The hospital mends its file, and the same budget is there for the next run."""
+    hospital, of = build(tmp_path / "a", "north"), plan_of(private=True)
+    hospital.update("patients", declared=24)
+    good = (hospital.folder / "labs.csv").read_text()
+    hospital.labs(24, na=["high"] * 24)
+    with pytest.raises(DataError, match="not numbers"):
+        participant(hospital, of).prepare("broken")
+    assert not list(read_ledger(hospital.folder / "state").outstanding())
+    (hospital.folder / "labs.csv").write_text(good)
+    assert participant(hospital, of).prepare(RUN).rounds == of.training.rounds
+
+
 # The last message.
 
 

@@ -126,6 +126,15 @@ def test_no_cell_is_a_number(hospital: Hospital) -> None:
     assert "no comma" in numbers.remedy
 
 
+def test_a_handful_of_cells_may_all_be_unreadable(hospital: Hospital) -> None:
+    """A troponin that was always below its limit must not keep a hospital from training."""
+    hospital.labs(40, na=["<0.01"] * 3 + [""] * 37, sex=["m"] * 3 + [""] * 37, x=["1"] * 40)
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "sex", "glucose": "x"})
+    numbers, codes = by_id(check(hospital), "numbers"), by_id(check(hospital), "codes")
+    assert (numbers.status, codes.status) == ("warning", "warning")
+    assert hospital.load(study({"labs": LABS})).batch.present[:, 0].all()
+
+
 def long_form(hospital: Hospital, **items: int) -> None:
     """Rows of the values, so many records of each item."""
     rows = [(f"r{row}", item) for item, count in items.items() for row in range(count)]

@@ -29,6 +29,9 @@ LATE = 0.98
 """A larger share of a file's times at or after the prediction time looks like minutes in place of hours: a stay of a
 month that is predicted after its first day has 0.97."""
 
+FEW = 10
+"""Filled-in cells of a variable below which it is no surprise that none of them can be read."""
+
 RARE = 0.05
 """A variable that a smaller share of the modality's records has is noted."""
 
@@ -241,7 +244,7 @@ def numeric(cells: Cells, name: str, card: Range, reading: Reading) -> NDArray[n
     local, unreadable = numbers(recode(code_text(raw), column.codes) if column.codes else raw)
     values = to_study_unit(local, column, card, reading.key(f".columns.{name}.unit"))
     remedy = "Write plain numbers with a decimal point (no comma), or map codes by `codes`"
-    if unreadable and np.isnan(local).all():
+    if unreadable >= FEW and np.isnan(local).all():
         reading.problem("numbers", cells.where, f"{_all(unreadable)} not numbers", remedy)
     elif unreadable:
         message = f"{unreadable} of {len(raw)} cells are not numbers and count as missing"
@@ -285,7 +288,7 @@ def categorical(cells: Cells, name: str, card: Categories, reading: Reading) -> 
     known = codes.is_in(card.categories).fill_null(False)
     unknown = int((~known & ~missing(codes)).sum())
     remedy = f"Map them by `codes`; the study knows {', '.join(card.categories)}"
-    if unknown and not known.any():
+    if unknown >= FEW and not known.any():
         reading.problem("codes", cells.where, f"{_all(unknown)} codes that the study does not know", remedy)
     elif unknown:
         message = f"{unknown} of {len(codes)} cells hold a code that the study does not know, and count as missing"

@@ -200,7 +200,7 @@ Take = Literal["last", "first", "min", "max", "mean"]
 class Measured(ConceptSet):
     """A variable of the OMOP CDM's measurements."""
 
-    units: dict[int, str | Factor] = Field(
+    units: dict[int, Factor | str] = Field(
         default_factory=dict,
         description="unit_concept_id (0: none) -> its unit, or a factor to the study's; other units are refused",
     )

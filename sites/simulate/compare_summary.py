@@ -121,19 +121,18 @@ def _verdicts(statistics: Statistics) -> str:
 
 
 def _verdict(cell: Cell, entries: list[Paired]) -> str:
-    groups = (
-        ("loses to", [entry for entry in entries if entry.mean < 0 and not _by_chance(entry)]),
-        ("equals", [entry for entry in entries if entry.mean == 0]),
-        ("is not told apart from", [entry for entry in entries if entry.mean != 0 and _by_chance(entry)]),
-        ("is ahead of", [entry for entry in entries if entry.mean > 0 and not _by_chance(entry)]),
-    )
-    parts = [f"{verb} {', '.join(_margin(entry) for entry in group)}" for verb, group in groups if group]
+    verbs = ("loses to", "equals", "is not told apart from", "is ahead of")
+    groups = {verb: [entry for entry in entries if _standing(entry) == verb] for verb in verbs}
+    parts = [f"{verb} {', '.join(_margin(entry) for entry in group)}" for verb, group in groups.items() if group]
     return f"- {cell_name(cell)}: federated {'; it '.join(parts)}."
 
 
-def _by_chance(entry: Paired) -> bool:
-    """Whether the interval, where there is one, holds 0."""
-    return entry.interval is not None and entry.interval[0] <= 0 <= entry.interval[1]
+def _standing(entry: Paired) -> str:
+    """How the first model does against the second: by the interval where there is one, else by the mean."""
+    low, high = entry.interval or (entry.mean, entry.mean)
+    if low <= 0 <= high:
+        return "equals" if entry.interval is None else "is not told apart from"
+    return "loses to" if high < 0 else "is ahead of"
 
 
 def _margin(entry: Paired) -> str:
