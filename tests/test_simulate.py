@@ -434,3 +434,11 @@ def test_the_demo_without_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(summary["sites"]) == 6
     assert summary["mean"]["auroc"] > 0.6
     assert 0 < max(spent(run).values()) <= 8
+
+
+def test_where_nobody_is_held_out_there_is_no_learning_curve(tmp_path: Path) -> None:
+    study, run = hospitals(tmp_path / "demo", patients=60), tmp_path / "run"
+    kept = ("--set", "evaluation.test_fraction=0")
+    done("simulate", study, "--out", run, *QUICK, *OPEN, *kept)
+    assert not (run / "curve.jsonl").exists()
+    assert (run / "report.html").exists()

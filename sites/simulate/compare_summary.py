@@ -72,6 +72,8 @@ def markdown(plan: Plan, statistics: Statistics, *, seconds: float, failures: li
     if failures:
         parts += ["## Not done", "\n".join(f"- {line}" for line in failures)]
     parts += ["## Does federation pay?", _verdicts(statistics), "## Means", _NOTE]
+    if any(entry.model == "best" for entry in statistics.means):
+        parts.append(_CHOICES)
     parts.append(_lines(HEADS, [mean_cells(entry) for entry in statistics.means]))
     if statistics.against_models:
         parts += ["## Federated minus each other model: AUROC, paired by site and seed"]
@@ -87,8 +89,11 @@ _NOTE = (
     "seeds; epsilon: the most that a site spent. Metrics are exact (simulation). Baselines train without privacy. "
     "Seeds are not new patients: their spread is no confidence interval. Where folds are pooled, differences have the "
     "95 % interval of 1,000 resamples of each site's patients, the same ones for every model, cell and seed, and one "
-    "that holds 0 is not told apart from chance. *own*: the best that a site has alone, by its training patients; "
-    "*score local*: that beside a public score; *blend*: federated and own; *best*: whichever of these `predict` takes."
+    "that holds 0 is not told apart from chance."
+)
+_CHOICES = (
+    "*own*: the best that a site has alone, by its training patients; *score local*: its best model beside a public "
+    "score; *blend*: federated and own; *best*: federated, own or the blend, whichever `predict` takes."
 )
 
 
