@@ -191,14 +191,14 @@ def _cell(drop: Drop) -> str:
 
 def verdict(found: list[Drop]) -> str:
     """How many bounds are within the aim, and which are not."""
-    promised = [drop for drop in found if drop.limit is not None]
-    missed = [drop for drop in promised if not drop.bound <= drop.limit]  # type: ignore[operator]
+    aimed = [drop for drop in found if drop.limit is not None]
+    missed = [drop for drop in aimed if not drop.bound <= drop.limit]  # type: ignore[operator]
     names = [
         f"{PANELS[name].title}: {', '.join(f'`{drop.attack}`' for drop in missed if drop.panel == name)}"
         for name in PANELS
         if any(drop.panel == name for drop in missed)
     ]
-    kept = f"{len(promised) - len(missed)} of {len(promised)} bounds are within the aim."
+    kept = f"{len(aimed) - len(missed)} of {len(aimed)} bounds are within the aim."
     return f"{kept} Not within it: {'; '.join(names)}." if names else kept
 
 
