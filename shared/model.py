@@ -222,28 +222,25 @@ class MultimodalModel(nn.Module):
 
     def embed(self, ready: Features, present: Tensor) -> Tensor:
         """[B, M, d]: what the encoders say; 0 for modalities that a record lacks."""
-        absent = torch.zeros(len(present), self.embedding, device=present.device)
         columns = []
-        for position, name in enumerate(self.order):
+        for name in self.order:
             if name not in self.encoders:
-                columns.append(absent)
+                columns.append(torch.zeros(len(present), self.embedding, device=present.device))
                 continue
             encoder = self.encoders[name]
-            embedded = encoder.embed(ready[name]) if isinstance(encoder, TwoStage) else encoder(ready[name])
-            columns.append(torch.where(present[:, [position]], embedded, absent))
-        return torch.stack(columns, dim=1)
+            columns.append(encoder.embed(ready[name]) if isinstance(encoder, TwoStage) else encoder(ready[name]))
+        return torch.where(present.unsqueeze(-1), torch.stack(columns, dim=1), 0.0)
 
     def votes(self, embeddings: Tensor, used: Tensor, ready: Features) -> Tensor:
         """[B, M, K]: logits of the modalities' own heads, without the site's prior; 0 for modalities not used."""
-        none = torch.zeros(len(used), self.outputs, device=used.device)
         votes = []
         for at, name in enumerate(self.order):
             if name not in self.heads:
-                votes.append(none)
+                votes.append(torch.zeros(len(used), self.outputs, device=used.device))
                 continue
             beside = (ready[_path(name)],) if name in self._linear_paths else ()
-            votes.append(torch.where(used[:, [at]], self.heads[name](embeddings[:, at], *beside), none))
-        return torch.stack(votes, dim=1)
+            votes.append(self.heads[name](embeddings[:, at], *beside))
+        return torch.where(used.unsqueeze(-1), torch.stack(votes, dim=1), 0.0)
 
 
 def _path(modality: str) -> str:
