@@ -17,7 +17,7 @@ from gapweave.client.sources import score
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding, Status
 from gapweave.client.sources.labels import Targets, check_classes, read_targets
-from gapweave.client.sources.oddities import declared, unused, without_label
+from gapweave.client.sources.oddities import beyond_upper, declared, unused, without_label
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.shared.config.site import Site
@@ -132,12 +132,9 @@ class _Check:
         if not any(finding.id == "record_cap" for finding in self.findings):
             self._add("record_cap", "ok", where, f"no patient has over {self.site.patients.max_records} records")
         self._attempt("subgroups", lambda: read_subgroups(self.site, records))
-        key, upper = self.files.key("patients.upper"), self.site.patients.upper
-        if patients > upper:
-            remedy = "Raise patients.upper to the cohort's order of magnitude: it bounds delta"
-            self._add("upper", "problem", key, f"{patients} patients are more than patients.upper={upper}", remedy)
-        else:
-            self._add("upper", "ok", key, f"{patients} patients are within patients.upper={upper}")
+        message = f"{patients} patients are within patients.upper={self.site.patients.upper}"
+        within = Finding(id="upper", status="ok", where=self.files.key("patients.upper"), message=message)
+        self.findings += beyond_upper(self.site, patients, self.files) or [within]
 
     def _columns(self, records: Records | None) -> None:
         """What can be checked without a study: that files and columns are there."""

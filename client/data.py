@@ -18,7 +18,7 @@ from gapweave.client.sources.cells import code_text, missing
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding, refuse_problems
 from gapweave.client.sources.labels import Targets, check_classes, read_targets, unlabelled
-from gapweave.client.sources.oddities import declared, unused, without_label
+from gapweave.client.sources.oddities import beyond_upper, declared, unused, without_label
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.client.sources.split import test_patients
 from gapweave.shared.config.modalities import ImageModality, SeriesModality, TableModality, TextModality
@@ -113,6 +113,7 @@ def load_cohort(
     inputs, present = _read_modalities(study, site, files, records, findings)
     findings += unused(study, site, files)
     if labels:
+        findings += beyond_upper(site, len(records.patient_ids), files)
         findings += without_label(targets, label_where(study, site, records))
         present = hide(present, study, site.name, records, targets)
     for name in [name for name in site.held(study) if name in study.scores]:

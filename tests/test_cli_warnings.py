@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from commandline import OPEN, QUICK, done, hospitals, run
 
 
@@ -31,6 +32,20 @@ def test_a_problem_stops_training_before_anything_is_written(study: Path, tmp_pa
     assert "CREATI" in refused.error
     assert "--continue-without" in refused.error
     assert not (tmp_path / "run").exists()
+
+
+def test_more_patients_than_delta_was_made_for_stop_training_and_not_predicting(study: Path, tmp_path: Path) -> None:
+    birch = study.parent / "sites" / "birch.yaml"
+    text = birch.read_text(encoding="utf-8")
+    done("simulate", study, "--out", tmp_path / "before", *QUICK, *OPEN)
+    content = yaml.safe_load(text)
+    content["patients"]["upper"] = 30
+    birch.write_text(yaml.safe_dump(content), encoding="utf-8")
+    refused = run("simulate", study, "--out", tmp_path / "run", *QUICK, *OPEN, code=6)
+    assert "patients.upper" in refused.error
+    assert not (tmp_path / "run").exists()
+    predicted = done("predict", tmp_path / "before", "--site", birch, "--out", tmp_path / "birch.csv")
+    assert "patients.upper" not in predicted.err
 
 
 def test_the_others_go_on_without_a_site_that_has_one(study: Path, tmp_path: Path) -> None:

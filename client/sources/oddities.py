@@ -1,4 +1,4 @@
-"""What is odd about a site as a whole and does not stop training: noted by `site check` and by every run."""
+"""What is odd about a site as a whole: noted by `site check` and by every run."""
 
 from __future__ import annotations
 
@@ -46,6 +46,16 @@ def declared(site: Site, patients: int, files: Files) -> list[Finding]:
     message = f"patients.declared={public} is {relation} the number of training patients"
     remedy = "Declare their order of magnitude: sampling rate and noise follow from it"
     return [_warning("declared", files.key("patients.declared"), message, remedy)]
+
+
+def beyond_upper(site: Site, patients: int, files: Files) -> list[Finding]:
+    """More patients than the bound from which the ledger's delta follows: a problem."""
+    upper = site.patients.upper
+    if patients <= upper:
+        return []
+    message = f"there are more patients than patients.upper={upper}"
+    remedy = "Raise it to the cohort's order of magnitude: delta follows from it"
+    return [Finding(id="upper", status="problem", where=files.key("patients.upper"), message=message, remedy=remedy)]
 
 
 def _warning(check: str, where: str, message: str, remedy: str) -> Finding:
