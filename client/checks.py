@@ -57,6 +57,9 @@ def check_site(study: Study | None, site: Site, site_file: Path, data_dir: Path 
     return [*findings, *doctor.check_hub(Deployment(site_file.resolve(), site))]
 
 
+RAREST = 8
+"""So many variables of a modality are listed with the share of records that have them."""
+
 AT_THE_HUB = frozenset({"connection", "name", "server", "tls", "clock", "version", "authentication"})
 OF_THE_SITE = frozenset({"key", "state", "device", "disk", "memory"})
 OF_THE_BUDGET = frozenset({"ledger", "budget", "plan"})
@@ -214,7 +217,10 @@ class _Check:
         count = int(present.sum())
         if count:
             message = f"{count} of {len(present)} records have it ({count / len(present):.0%})"
-            self._add("modality", "ok", reading.key(), message)
+            rarest = sorted(reading.shares.items(), key=lambda one: one[1])[:RAREST]
+            among = "; of those: " if len(rarest) == len(reading.shares) else "; rarest of those: "
+            shown = among + ", ".join(f"{name} {share:.0%}" for name, share in rarest) if rarest else ""
+            self._add("modality", "ok", reading.key(), message + shown)
 
     def _cohort(self, study: Study, records: Records, targets: Targets, training: NDArray[np.bool_]) -> None:
         where = label_where(study, self.site, records)

@@ -38,8 +38,14 @@ def test_a_good_site(hospital: Hospital) -> None:
     findings = check(hospital)
     assert {finding.status for finding in findings} == {"ok"}
     assert by_id(findings, "records").message == "40 records of 40 patients"
-    assert by_id(findings, "modality").message == "40 of 40 records have it (100%)"
+    assert by_id(findings, "modality").message == "40 of 40 records have it (100%); of those: sodium 100%, sex 100%"
     assert by_id(findings, "cohort").message.endswith("training patients")
+
+
+def test_the_variables_that_are_missing_most_are_named(hospital: Hospital) -> None:
+    hospital.labs(40, na=[140.0] * 20 + [""] * 20, sex=[0, 1] * 15 + [""] * 10)
+    message = by_id(check(hospital), "modality").message
+    assert message == "30 of 40 records have it (75%); of those: sodium 67%, sex 100%"
 
 
 def test_json(hospital: Hospital) -> None:

@@ -64,12 +64,14 @@ class Reading:
         files: where relative paths are looked up.
         records: the site's records.
         findings: where oddities are noted.
+        shares: by variable, how many of the records with the modality have it; filled by its reader.
     """
 
     modality: str
     files: Files
     records: Records
     findings: list[Finding] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
 
     def key(self, rest: str = "") -> str:
         """A key of the modality's entry in the site file, for messages."""

@@ -203,7 +203,7 @@ def _note_absent(names: list[str], source: ColumnsSource, item: str, reading: Re
 
 
 def note_presence(cells: dict[str, Cells], seen: dict[str, NDArray[np.bool_]], reading: Reading) -> None:
-    """Note variables that no or hardly any record has.
+    """Note how often each variable is there; warn of those that no or hardly any record has.
 
     Args:
         cells: of each variable.
@@ -213,6 +213,7 @@ def note_presence(cells: dict[str, Cells], seen: dict[str, NDArray[np.bool_]], r
     having = {name: np.unique(cells[name].rows.record[seen[name]]) for name in cells}
     anything = len(np.unique(np.concatenate(list(having.values()))))
     for name, records in having.items():
+        reading.shares[name] = len(records) / max(1, anything)
         raw = cells[name].raw
         if not len(records) and len(raw) and missing(raw.cast(pl.String)).all():
             reading.warn(
