@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from gapweave.shared import __version__
-from gapweave.shared.joining import Interval
+from gapweave.shared.joining import FEWEST, Interval
 from gapweave.sites.simulate.compare_plan import Cell, Plan
 from gapweave.sites.simulate.compare_statistics import Mean, Paired, Statistics
 
@@ -89,7 +89,8 @@ _NOTE = (
     "seeds; epsilon: the most that a site spent. Metrics are exact (simulation). Baselines train without privacy. "
     "Seeds are not new patients: their spread is no confidence interval. Where folds are pooled, differences have the "
     "95 % interval of 1,000 resamples of each site's patients, the same ones for every model, cell and seed, and one "
-    "that holds 0 is not told apart from chance."
+    f"that holds 0 is not told apart from chance. It is over the sites with {FEWEST} or more patients of each class; the "
+    "difference beside it is over all sites."
 )
 _CHOICES = (
     "*own*: the best that a site has alone, by its training patients; *score local*: its best model beside a public "
