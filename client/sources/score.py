@@ -53,7 +53,7 @@ def read(
     for modality in sorted(study.sources[name] & site.data.modalities.keys()):
         wanted = [one for one in formula.reads if one.modality == modality]
         # What is odd about the values, the modality's own reading tells.
-        own = replace(reading, modality=modality, findings=[])
+        own = replace(reading, modality=modality, findings=[], shares={})
         here = present[:, study.order.index(modality)]
         for reference, column in _columns(study, site, own, wanted).items():
             column[~here] = None if column.dtype == object else np.nan
