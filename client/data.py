@@ -18,7 +18,7 @@ from gapweave.client.sources.cells import code_text, missing
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding, refuse_problems
 from gapweave.client.sources.labels import Targets, check_classes, read_targets, unlabelled
-from gapweave.client.sources.oddities import beyond_upper, declared, unused, without_label
+from gapweave.client.sources.oddities import beyond_upper, declared, narrow, unused, without_label
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.client.sources.split import test_patients
 from gapweave.shared.config.modalities import ImageModality, SeriesModality, TableModality, TextModality
@@ -213,6 +213,7 @@ def read_modality(study: Study, site: Site, reading: Reading) -> tuple[NDArray[n
             f"none of the site's {len(present)} records has {reading.modality!r}, which the site file declares",
             "Compare ids, times and columns with the file, or remove the modality",
         )
+    narrow(study, reading, inputs)
     return inputs, present
 
 

@@ -13,6 +13,7 @@ from gapweave.shared.config import Site, Study
 from gapweave.shared.config.study import Training
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import TooFewSites, UsageError
+from gapweave.shared.features.numeric import numeric_columns
 from gapweave.shared.fusion import FUSIONS, chosen_fusion
 from gapweave.shared.imputers import IMPUTERS, build_imputer
 from gapweave.shared.model import MultimodalModel, groups
@@ -115,10 +116,28 @@ def describe(study: Study) -> dict[str, str]:
     }
 
 
+MOST_NAMED = 8
+"""Variables that one line names."""
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+
+
 def foretell(study: Study, sites: Sequence[Site]) -> Iterator[tuple[str, str, str]]:
-    """What can be expected of a study's target, and at its sites from their declared sizes: (status, id, one line)."""
+    """What can be expected of a study, and at its sites from their declared sizes: (status, id, one line)."""
     if study.privacy.enabled and (weak := weakness(study.privacy.epsilon)):
         yield "warning", "epsilon", weak
+    unscaled = [f"{one.modality}.{one.name}" for one in numeric_columns(study, study.order) if not one.scaled]
+    if unscaled and study.preparation.standardisation == "public":
+        yield (
+            "warning",
+            "scaling",
+            (
+                f"{_few(unscaled)} without scale: a quarter of the range counts as 1, and training hardly sees values that "
+                "vary by much less. Give center and scale, or log: true, or take preparation.standardisation: noisy"
+            ),
+        )
     sizes = {site.name: site.patients.declared for site in sites if site.patients.declared is not None}
     if not sizes:
         return

@@ -144,6 +144,16 @@ def test_study_check_foretells_from_declared_sizes(tmp_path: Path) -> None:
     assert {check["status"] for check in content["checks"]} == {"ok", "warning"}
 
 
+def test_variables_without_a_scale_are_said(tmp_path: Path) -> None:
+    study = hospitals(tmp_path / "demo")
+    assert "scaling" not in done("study", "check", study).out
+    wide = ("--set", "modalities.labs.columns.crp={low: 0, high: 500}")
+    (line,) = [line for line in done("study", "check", study, *wide).out.splitlines() if "scaling" in line]
+    assert line.startswith("warning  scaling: labs.crp without scale")
+    own = ("--set", "preparation.standardisation=noisy")
+    assert "scaling" not in done("study", "check", study, *wide, *own).out
+
+
 @pytest.mark.parametrize(("epsilon", "warned"), [(10, False), (12, True), (1e6, True)])
 def test_a_target_that_protects_little_is_said(tmp_path: Path, epsilon: float, warned: bool) -> None:
     study = hospitals(tmp_path / "demo")

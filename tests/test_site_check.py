@@ -230,6 +230,33 @@ def test_a_run_is_warned_as_the_check_is(hospital: Hospital) -> None:
     assert set(one) == set(other)
 
 
+WIDE = {"kind": "table", "columns": {"sodium": {"low": 0, "high": 2000, "unit": "mmol/L"}}}
+
+
+def test_values_that_fill_little_of_a_range_are_noted(hospital: Hospital) -> None:
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na"})
+    hospital.labs(40, na=[130.0 + row for row in range(40)])
+    finding = by_id(check(hospital, study({"labs": WIDE})), "scaling")
+    assert finding.status == "warning"
+    assert finding.message.startswith("sodium: ")
+    assert "standardisation" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("labs", "keys"),
+    [
+        ({**WIDE, "columns": {"sodium": {"low": 0, "high": 2000, "center": 140, "scale": 5, "unit": "mmol/L"}}}, {}),
+        ({**WIDE, "columns": {"sodium": {"low": 100, "high": 200, "unit": "mmol/L"}}}, {}),
+        (WIDE, {"preparation": {"standardisation": "noisy"}}),
+    ],
+    ids=["a scale of the study's", "a range that they fill", "each site's own scaling"],
+)
+def test_values_that_are_scaled_are_not_noted(hospital: Hospital, labs: dict[str, Any], keys: dict[str, Any]) -> None:
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na"})
+    hospital.labs(40, na=[130.0 + row for row in range(40)])
+    assert "scaling" not in {finding.id for finding in check(hospital, study({"labs": labs}, **keys))}
+
+
 def test_record_cap(hospital: Hospital) -> None:
     hospital.records(40, patient=["a"] * 20 + [f"p{row}" for row in range(20)])
     assert by_id(check(hospital), "record_cap").message.startswith("12 of 40 records are dropped")

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import difflib
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.labels import Targets
+from gapweave.client.sources.records import Reading
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study
+from gapweave.shared.features.numeric import numeric_columns
 
 FAR = 2
 """A declared number of patients that is off by a larger factor is noted."""
+NARROW = 1 / 3
+"""A spread of scaled values, where 1 is meant, below which a column hardly moves a model in the rounds of a study."""
+ENOUGH = 20
+"""Observed values below which nothing is said of their spread."""
 
 
 def without_label(targets: Targets, where: str) -> list[Finding]:
@@ -46,6 +55,34 @@ def declared(site: Site, patients: int, files: Files) -> list[Finding]:
     message = f"patients.declared={public} is {relation} the number of training patients"
     remedy = "Declare their order of magnitude: sampling rate and noise follow from it"
     return [_warning("declared", files.key("patients.declared"), message, remedy)]
+
+
+def narrow(study: Study, reading: Reading, inputs: NDArray[np.float32]) -> None:
+    """Warn of variables that the study gives no scale, and whose values fill so little of their range that it costs.
+
+    Three synthetic hospitals, wide ranges alone, no privacy: AUROC .65 federated, .73 by each site's logistic
+    regression, which standardises, .76 federated with each site's own scaling.
+
+    Args:
+        study: says how values are scaled; with noisy standardisation each site scales by its own.
+        reading: of one modality.
+        inputs: [R, ...] of it.
+    """
+    if study.preparation.standardisation != "public":
+        return
+    names = []
+    for column in numeric_columns(study, [reading.modality]):
+        values = inputs[..., column.value][inputs[..., column.flag] > 0]
+        if not column.scaled and len(values) >= ENOUGH and values.std() < NARROW:
+            names.append(column.name)
+    if names:
+        reading.warn(
+            "scaling",
+            reading.key(),
+            f"{', '.join(names)}: the values fill so little of the study's range, whose quarter counts as 1, that "
+            "training hardly sees them",
+            "Give center and scale in the study, or log: true, or take preparation.standardisation: noisy",
+        )
 
 
 def beyond_upper(site: Site, patients: int, files: Files) -> list[Finding]:

@@ -23,6 +23,7 @@ class NumericColumn:
         value: position of its value along the input's last axis.
         flag: position of its observed flag.
         bound: largest absolute value after public scaling.
+        scaled: whether the study says what counts as 1; else it is a quarter of the range, however little values vary.
     """
 
     modality: str
@@ -30,6 +31,7 @@ class NumericColumn:
     value: int
     flag: int
     bound: float
+    scaled: bool
 
 
 def numeric_columns(study: Study, held: Collection[str]) -> tuple[NumericColumn, ...]:
@@ -47,16 +49,18 @@ def _columns(modality: str, spec: ModalitySpec) -> Iterator[NumericColumn]:
             measured = spec.columns[name]
             # Hinges are taken from the hours as they are scaled: these keep the scaling in which the interval is given.
             if measured.normal is None:
-                flag = len(spec.columns) + at
-                yield NumericColumn(modality=modality, name=name, value=at, flag=flag, bound=_bound(measured))
+                yield _column(modality, name, measured, value=at, flag=len(spec.columns) + at)
     elif isinstance(spec, TableModality | PublicScore):
         at = 0
         for name in sorted(spec.columns):
             card = spec.columns[name]
             if isinstance(card, Range):
-                yield NumericColumn(modality=modality, name=name, value=at, flag=at + 1, bound=_bound(card))
+                yield _column(modality, name, card, value=at, flag=at + 1)
             at += width({name: card})
 
 
-def _bound(card: Range) -> float:
-    return float(np.abs(scale(np.array([card.low, card.high]), card)).max())
+def _column(modality: str, name: str, card: Range, *, value: int, flag: int) -> NumericColumn:
+    bound = float(np.abs(scale(np.array([card.low, card.high]), card)).max())
+    return NumericColumn(
+        modality=modality, name=name, value=value, flag=flag, bound=bound, scaled=card.scale is not None
+    )
