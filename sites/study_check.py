@@ -130,14 +130,9 @@ def foretell(study: Study, sites: Sequence[Site]) -> Iterator[tuple[str, str, st
         yield "warning", "epsilon", weak
     unscaled = [f"{one.modality}.{one.name}" for one in numeric_columns(study, study.order) if not one.scaled]
     if unscaled and study.preparation.standardisation == "public":
-        yield (
-            "warning",
-            "scaling",
-            (
-                f"{_few(unscaled)} without scale: a quarter of the range counts as 1, and training hardly sees values that "
-                "vary by much less. Give center and scale, or log: true, or take preparation.standardisation: noisy"
-            ),
-        )
+        why = "a quarter of the range counts as 1, and training hardly sees values that vary by much less"
+        remedy = "Give center and scale, or log: true, or take preparation.standardisation: noisy"
+        yield "warning", "scaling", f"{_few(unscaled)} without scale: {why}. {remedy}"
     sizes = {site.name: site.patients.declared for site in sites if site.patients.declared is not None}
     if not sizes:
         return
