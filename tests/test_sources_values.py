@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,23 @@ def test_long_form_equals_wide_form_for_tables(hospital: Hospital) -> None:
     hospital.add("labs", file="long.csv", item="item", value="value", columns={"sodium": "Na", "sex": "sex"})
     assert_same(hospital.load(study({"labs": LABS})), plain)
     assert hospital.findings(study({"labs": LABS})) == []
+
+
+@pytest.mark.parametrize("kind", ["text", "date"])
+def test_a_date_alone_counts_from_the_end_of_its_day(hospital: Hospital, kind: str) -> None:
+    """It was read as midnight: a value of that night could come from after the prediction time."""
+    hospital.records(8, start=["2024-05-01 23:00"] * 8)
+    days = [date(2024, 5, day) for day in (1, 2, 3)] * 8
+    times = days if kind == "date" else [str(day) for day in days]
+    ids = [f"r{row}" for row in range(8) for _ in range(3)]
+    hospital.write("vitals.parquet", {"id": ids, "when": times, "bp": [100.0, 200.0, 300.0] * 8})
+    hospital.add("vitals", file="vitals.parquet", time="when", index="start", columns={"bp": "bp"})
+    only = {"id": [f"r{row}" for row in range(8)], "when": ["2024-05-02 00:00"] * 8, "bp": [100.0] * 8}
+    found = hospital.load(study({"vitals": VITALS}))
+    (finding,) = [one for one in hospital.findings(study({"vitals": VITALS})) if "date alone" in one.message]
+    assert finding.message.startswith("24 of 24 rows")
+    hospital.write("vitals.parquet", only)
+    assert_same(found, hospital.load(study({"vitals": VITALS})))
 
 
 @pytest.mark.parametrize(

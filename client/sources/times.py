@@ -13,7 +13,9 @@ from gapweave.shared.errors import DataError
 
 MICROSECONDS = 3.6e9
 """Of an hour."""
+DAY = 24 * MICROSECONDS
 
+_DATE = r"\d{4}-\d{2}-\d{2}"
 _ZONE = r"(Z|[+-]\d{2}:?\d{2})$"
 _FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")
 
@@ -25,8 +27,8 @@ def hours_of(
 
     Args:
         table: the file of values.
-        time: its time column: hours, or timestamps when there is an index column.
-        index: records column with the index time.
+        time: its time column: hours, or timestamps when there is an index column; a date alone counts from its end.
+        index: records column with the index time; a date alone counts from its beginning.
         rows: [E] the record of each row, -1 for none of the site's.
         reading: the modality; unreadable times of the site's records are noted in it.
 
@@ -41,6 +43,8 @@ def hours_of(
         hour = _numeric(series, table.where(time))
     else:
         at, zoned = _timestamps(series, table.where(time))
+        days = dates_alone(series)
+        at = at + np.where(days, DAY, 0.0)  # when on that day nobody knows: it must not be read too early
         starts, starts_zoned = _timestamps(reading.records.table.column(index), reading.records.table.where(index))
         if zoned != starts_zoned:
             raise DataError(
@@ -49,6 +53,13 @@ def hours_of(
                 remedy=f"Write both with a time zone, or both without (index: {index!r})",
             )
         hour = (at - starts[np.maximum(rows, 0)]) / MICROSECONDS
+        if (dated := int((days & (rows >= 0)).sum())) > 0:
+            reading.warn(
+                "time",
+                table.where(time),
+                f"{dated} of {int((rows >= 0).sum())} rows have a date alone, and count from the end of that day",
+                "Write timestamps such as 2024-05-01 13:00 if the time is known",
+            )
     unknown = int((np.isnan(hour) & (rows >= 0)).sum())
     if unknown:
         reading.warn(
@@ -72,6 +83,14 @@ def _numeric(series: pl.Series, where: str) -> NDArray[np.float64]:
             remedy="For timestamps, give `index`: the records column with the index time",
         )
     return np.where(np.isfinite(hour), hour, np.nan)
+
+
+def dates_alone(series: pl.Series) -> NDArray[np.bool_]:
+    """Which cells of a column of timestamps are a date without a time of day."""
+    if series.dtype != pl.String:
+        return np.full(len(series), series.dtype == pl.Date)
+    alone: NDArray[np.bool_] = series.str.strip_chars().str.contains(rf"^{_DATE}$").fill_null(False).to_numpy()
+    return alone
 
 
 def moments(series: pl.Series) -> tuple[NDArray[np.float64], bool]:
@@ -103,7 +122,7 @@ def _parsed(series: pl.Series) -> tuple[pl.Series, bool]:
     text = series.str.strip_chars().str.replace("T", " ", literal=True)
     text = text.set(missing(text), None)
     zoned = bool(text.str.contains(_ZONE).any())
-    text = text.str.replace("Z$", "+00:00").str.replace(r"^(\d{4}-\d{2}-\d{2})$", "$1 00:00")
+    text = text.str.replace("Z$", "+00:00").str.replace(rf"^({_DATE})$", "$1 00:00")
     result = pl.Series([None] * len(text), dtype=pl.Int64)
     for layout in _FORMATS:
         found = text.str.to_datetime(layout + ("%:z" if zoned else ""), time_unit="us", strict=False)
