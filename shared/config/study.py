@@ -266,7 +266,23 @@ class Simulation(StrictModel):
     attack: Attack = Field(
         "none", description="what bad sites send, or do to their labels; absent: they are not there, to compare with"
     )
-    bad_sites: int = Field(0, ge=0, description="number of bad sites, drawn by the seed; their scores are not counted")
+    bad_sites: int = Field(
+        0,
+        ge=0,
+        description="number of bad sites, drawn by the seed; their scores are not counted (default: 1 with an attack)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_bad_site(cls, data: Any) -> Any:
+        attacked = isinstance(data, dict) and data.get("attack", "none") != "none"
+        return {"bad_sites": 1, **data} if attacked else data
+
+    @model_validator(mode="after")
+    def _somebody_is_bad(self) -> Self:
+        if self.attack != "none" and not self.bad_sites:
+            raise ValueError(f"attack={self.attack} with bad_sites=0: nobody attacks")
+        return self
 
 
 def _version(value: Any) -> Any:
