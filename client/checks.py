@@ -16,8 +16,8 @@ from gapweave.client.data import label_where, no_modality, read_modality, read_s
 from gapweave.client.sources import score
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding, Status
-from gapweave.client.sources.labels import Targets, check_classes, read_targets
-from gapweave.client.sources.oddities import beyond_upper, declared, unused, without_label
+from gapweave.client.sources.labels import Targets, check_classes, class_counts, read_targets
+from gapweave.client.sources.oddities import beyond_upper, declared, one_valued, read_twice, unused, without_label
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.shared.config.site import Site
@@ -179,6 +179,7 @@ class _Check:
             self._add("split", "ok", self.files.key("split"), message)
         present = self._modalities(study, records)
         self.findings += unused(study, self.site, self.files)
+        self.findings += read_twice(self.site, self.files)
         if targets is not None and held_out is not None and present is not None:
             usable = np.logical_and(targets.known.any(axis=1), present.any(axis=1))
             training = usable & ~held_out[records.patient]
@@ -186,8 +187,11 @@ class _Check:
 
     def _labels(self, study: Study, records: Records, targets: Targets) -> None:
         where, known = label_where(study, self.site, records), targets.known.any(axis=1)
-        self._add("labels", "ok", where, f"{int(known.sum())} records have a label")
+        self._add(
+            "labels", "ok", where, f"{int(known.sum())} records have a label: {class_counts(study.task, targets)}"
+        )
         self.findings += without_label(targets, where)
+        self.findings += one_valued(study.task, targets, where)
 
     def _modalities(self, study: Study, records: Records) -> NDArray[np.bool_] | None:
         """Which record has which modality, [R, M]; None when one could not be read."""

@@ -18,7 +18,15 @@ from gapweave.client.sources.cells import code_text, missing
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding, refuse_problems
 from gapweave.client.sources.labels import Targets, check_classes, read_targets, unlabelled
-from gapweave.client.sources.oddities import beyond_upper, declared, narrow, unused, without_label
+from gapweave.client.sources.oddities import (
+    beyond_upper,
+    declared,
+    narrow,
+    one_valued,
+    read_twice,
+    unused,
+    without_label,
+)
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.client.sources.split import test_patients
 from gapweave.shared.config.modalities import ImageModality, SeriesModality, TableModality, TextModality
@@ -114,7 +122,9 @@ def load_cohort(
     findings += unused(study, site, files)
     if labels:
         findings += beyond_upper(site, len(records.patient_ids), files)
+        findings += read_twice(site, files)
         findings += without_label(targets, label_where(study, site, records))
+        findings += one_valued(study.task, targets, label_where(study, site, records))
         present = hide(present, study, site.name, records, targets)
     for name in [name for name in site.held(study) if name in study.scores]:
         reading = Reading(modality=name, files=files, records=records, findings=findings)

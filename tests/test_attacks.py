@@ -98,6 +98,13 @@ def test_which_sites_are_bad_follows_seed_and_names_only() -> None:
     assert not bad_names(plan_of(private=False, simulation={"bad_sites": 2}), names)
 
 
+def test_an_attack_has_a_bad_site() -> None:
+    assert plan_of(private=False, simulation={"attack": "zero"}).simulation.bad_sites == 1
+    assert plan_of(private=False, simulation={"attack": "none"}).simulation.bad_sites == 0
+    with pytest.raises(ValueError, match="nobody attacks"):
+        plan_of(private=False, simulation={"attack": "zero", "bad_sites": 0})
+
+
 def run(folder: Path, attack: str, rule: str = "auto", private: bool = False) -> dict:
     of = plan_of(
         private=private,
@@ -124,6 +131,7 @@ def test_a_run_goes_on_under_every_attack(tmp_path: Path, attack: str) -> None:
     if attack in ("nan", "inf"):
         assert list(fusion["screened"]) == [result["bad"]]
     assert (result["bad"] in result["lines"][0]["sites"]) == (attack != "absent")
+    assert {name for name, row in result["sites"].items() if "a bad site" in row["reason"]} == {result["bad"]}
 
 
 def test_the_plain_mean_collapses(tmp_path: Path) -> None:

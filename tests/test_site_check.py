@@ -230,6 +230,35 @@ def test_a_run_is_warned_as_the_check_is(hospital: Hospital) -> None:
     assert set(one) == set(other)
 
 
+@pytest.mark.parametrize(("values", "found"), [([-999.0] * 12, "missing"), ([900.0 + at for at in range(12)], "unit")])
+def test_a_code_for_missing_is_told_from_another_unit(hospital: Hospital, values: list[float], found: str) -> None:
+    hospital.labs(40, na=[*values, *[140.0] * 28])
+    message = by_id(check(hospital), found).message
+    assert message.startswith("12 of 40 values lie outside")
+    assert "-999" not in message
+
+
+def test_one_column_for_two_variables_or_labels_is_noted(hospital: Hospital) -> None:
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "na"})
+    hospital.update("records", label={"y": "y", "died": "y"})
+    twice = [one.message for one in check(hospital) if one.id == "twice"]
+    assert twice == [f"{a!r} and {b!r} are read from the same column" for a, b in (("died", "y"), ("sex", "sodium"))]
+    hospital.update("records", label={"y": "y", "died": {"column": "y", "codes": {"1": "0", "0": "1"}}})
+    assert [one.message for one in check(hospital) if one.id == "twice"] == twice[1:]
+
+
+def test_classes_that_no_record_has_are_noted_and_counted(hospital: Hospital) -> None:
+    hospital.records(40, y=["mild", "none yet"] * 20, a=[0, 1] * 20, b=[1] * 30 + [None] * 10)
+    classes = {"kind": "multiclass", "label": "y", "classes": ["mild", "none yet", "severe"]}
+    findings = check(hospital, study({"labs": LABS}, task=classes))
+    assert by_id(findings, "labels").message == "40 records have a label: 20 mild, 20 none yet, 0 severe"
+    assert by_id(findings, "classes").message == "no record is of the class 'severe'"
+    hospital.update("records", label={"a": "a", "b": "b"})
+    findings = check(hospital, study({"labs": LABS}, task={"kind": "multilabel", "label": ["a", "b"]}))
+    assert by_id(findings, "labels").message == "40 records have a label: 20 of 40 a, 30 of 30 b"
+    assert by_id(findings, "classes").message == "all records with a known 'b' have the same"
+
+
 WIDE = {"kind": "table", "columns": {"sodium": {"low": 0, "high": 2000, "unit": "mmol/L"}}}
 
 

@@ -104,6 +104,16 @@ def _raw(label: str, column: LabelColumn, files: Files, records: Records) -> tup
     return every.join(ours, on="row", how="left", maintain_order="left")["label"], table.where(column.column)
 
 
+def class_counts(task: Task, targets: Targets) -> str:
+    """How many records have each class, or each label, for whoever knows what to expect."""
+    having = ((targets.value > 0) & targets.known).sum(axis=0).tolist()
+    if task.kind == "multiclass":
+        return ", ".join(f"{count} {name}" for name, count in zip(task.class_names, having, strict=True))
+    known = targets.known.sum(axis=0).tolist()
+    counts = zip(task.labels, having, known, strict=True)
+    return ", ".join(f"{count} of {of} {name}" for name, count, of in counts)
+
+
 def check_classes(task: Task, targets: Targets, training: NDArray[np.bool_], where: str) -> None:
     """Refuse training records from which nothing can be learned.
 

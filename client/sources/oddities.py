@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,8 @@ from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.labels import Targets
 from gapweave.client.sources.records import Reading
 from gapweave.shared.config.site import Site
-from gapweave.shared.config.study import Study
+from gapweave.shared.config.sources import ColumnsSource
+from gapweave.shared.config.study import Study, Task
 from gapweave.shared.features.numeric import numeric_columns
 
 FAR = 2
@@ -30,6 +32,38 @@ def without_label(targets: Targets, where: str) -> list[Finding]:
         return []
     message = f"{count} of {len(targets.known)} records have no label and are not trained on"
     return [_warning("unlabelled", where, message, "Fill in the labels if they are known")]
+
+
+def one_valued(task: Task, targets: Targets, where: str) -> list[Finding]:
+    """Classes that no record has, and labels that all known records have or lack: rare ones, or wrong codes."""
+    if task.kind == "binary":
+        return []  # a site of one class is refused
+    ones, zeros = ((targets.value == value) & targets.known for value in (1, 0))
+    remedy = "Check the column and its codes, unless that is so here"
+    if task.kind == "multiclass":
+        absent = [name for name, some in zip(task.class_names, ones.any(axis=0), strict=True) if not some]
+        return [_warning("classes", where, f"no record is of the class {name!r}", remedy) for name in absent]
+    varied = ones.any(axis=0) & zeros.any(axis=0)
+    alike = [label for label, some in zip(task.labels, varied, strict=True) if not some]
+    return [_warning("classes", where, f"all records with a known {name!r} have the same", remedy) for name in alike]
+
+
+def read_twice(site: Site, files: Files) -> list[Finding]:
+    """Labels or variables that are read from the same cells."""
+    named: list[tuple[str, Mapping[str, object]]] = [("records.label", site.data.records.label)]
+    named += [
+        (name, source.columns) for name, source in site.data.modalities.items() if isinstance(source, ColumnsSource)
+    ]
+    found = []
+    for place, columns in named:
+        names = list(columns)
+        for at, name in enumerate(names):
+            twin = next((other for other in names[:at] if columns[other] == columns[name]), None)
+            if twin is not None:
+                message = f"{name!r} and {twin!r} are read from the same column"
+                where = files.key(f"data.{place}.{name}")
+                found.append(_warning("twice", where, message, "Name the column of each"))
+    return found
 
 
 def unused(study: Study, site: Site, files: Files) -> list[Finding]:

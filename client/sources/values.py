@@ -32,6 +32,9 @@ month that is predicted after its first day has 0.97."""
 FEW = 10
 """Filled-in cells of a variable below which it is no surprise that none of them can be read."""
 
+ONE_VALUE = 0.5
+"""A larger share of the values outside the public range that are all the same looks like a code for missing."""
+
 RARE = 0.05
 """A variable that a smaller share of the modality's records has is noted."""
 
@@ -271,7 +274,13 @@ def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: 
     if not outside:
         return
     text = f"{outside} of {observed} values lie outside [{card.low:g}, {card.high:g}] {card.unit or ''}".rstrip()
-    if outside > SUSPICIOUS * observed:
+    often = int(np.unique(values[implausible(values, card)], return_counts=True)[1].max())
+    if outside >= FEW and often > ONE_VALUE * outside:
+        message = f"{text}, and {often} of them are one value: probably a code for missing"
+        reading.warn(
+            "missing", where, message, "List it under `missing:` for this column; it is clipped and read as measured"
+        )
+    elif outside > SUSPICIOUS * observed:
         reading.warn("unit", where, f"{text}: probably another unit", "Set `unit:` or `factor:` for this column")
     else:
         reading.warn("range", where, f"{text} and are clipped", "Look at these rows; infinite ones count as missing")

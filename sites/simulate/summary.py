@@ -48,6 +48,9 @@ def summarise(
         for entry in sites
     }
     bad = bad_names(study, [entry.site.name for entry in sites if entry.error is None])
+    for name in bad:
+        role = f"a bad site ({study.simulation.attack}), not counted in the mean"
+        rows[name]["reason"] = "; ".join(filter(None, [rows[name]["reason"], role]))
     metrics = {name: row["metrics"] for name, row in rows.items() if row["metrics"] is not None and name not in bad}
     means = {name: mean_metrics(list(by_site.values())) for name, by_site in scores.items()}
     defined = {name: value["auroc"] for name, value in metrics.items() if value["auroc"] is not None}
@@ -78,7 +81,7 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
     if entry.error is not None:
         return _absent(participant.held, "failed", str(entry.error.what))
     if name not in loop.peers:
-        return _absent(participant.held, "left", "a bad site that is absent in this simulation")
+        return _absent(participant.held, "left", "")
     peer = loop.peers[name]
     folder = RunFolder(participant.state, loop.state.run).path
     final, tuned = folder / "model.safetensors", folder / "finetuned.safetensors"
