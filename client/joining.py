@@ -23,7 +23,8 @@ from gapweave.client.mixture import Weights, base_of, load_mixture, mix
 from gapweave.client.predict import load_site_model
 from gapweave.client.state import RunFolder
 from gapweave.shared.config import Study
-from gapweave.shared.joining import FEWEST, JOINED, JOINING_FILE, guessing, verdict
+from gapweave.shared.joining import JOINED, JOINING_FILE, guessing, verdict
+from gapweave.shared.judging import FEWEST
 from gapweave.shared.metrics import exact_metrics
 from gapweave.shared.paired import SMALLEST, Bootstrap, Truth, interval, losses
 from gapweave.shared.report.joining_page import joining_page
@@ -77,6 +78,7 @@ def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any
         "training_patients": training.patients,
         "patients": truth.patients,
         "rarer": truth.rarer() if truth.patients else 0,
+        "outputs": {"judged": sum(side >= FEWEST for side in truth.sides), "all": len(truth.sides)},
         "strongest": choices.strongest,
         "used": choices.used,
         "mixtures": choices.mixtures,

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gapweave.shared.judging import FEWEST
+
 JOINING_FILE = "joining.json"
 
 MARGIN = 0.05
 """AUROC that a model may lose at most, by the interval of the difference, to be called no worse."""
-FEWEST = 8
-"""Held-out patients of each class without whom nothing is said."""
 
 VERDICTS = {
     "better": "better than alone",

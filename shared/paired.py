@@ -6,10 +6,12 @@ For a site's own eyes and for simulations; nothing here is noised.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gapweave.shared.judging import FEWEST
 from gapweave.shared.objective import TaskKind
 from gapweave.shared.schema import Batch
 
@@ -52,9 +54,24 @@ class Truth:
             kind=kind,
         )
 
+    @cached_property
+    def sides(self) -> list[int]:
+        """Of each output, patients of its rarer side."""
+        return [min(self.count(k, 0), self.count(k, 1)) for k in range(self.target.shape[1])]
+
+    @property
+    def judged(self) -> list[int]:
+        """Outputs with `FEWEST` patients on either side; where there is none, all, of which nothing can be said."""
+        enough = [k for k, side in enumerate(self.sides) if side >= FEWEST]
+        return enough or list(range(len(self.sides)))
+
     def rarer(self) -> int:
-        """Patients of the rarer side of the output that is best off: how much there is to judge a model by."""
-        return max(min(self.count(k, 0), self.count(k, 1)) for k in range(self.target.shape[1]))
+        """Patients of the rarer side of the judged output that has fewest: how much there is to judge a model by.
+
+        Below `FEWEST` only where no output has as many; then of the one that is best off.
+        """
+        enough = [side for side in self.sides if side >= FEWEST]
+        return min(enough) if enough else max(self.sides)
 
     def count(self, output: int, value: int) -> int:
         """Patients with a record whose target is known and has this value."""
@@ -101,11 +118,14 @@ class Bootstrap:
         self._weights = np.concatenate([np.ones((1, truth.patients)), drawn])[:, truth.patient]
 
     def aurocs(self, probabilities: Array) -> Array:
-        """[1 + DRAWS]: the AUROC, then those of the resamples; of several outputs the mean of the defined ones."""
+        """[1 + DRAWS]: the AUROC, then those of the resamples; of several outputs the mean of the judged ones.
+
+        An output with few patients on one side would be there in some resamples only, and mix two quantities.
+        """
         scores, truth = _columns(probabilities, self._truth.kind), self._truth
         columns = [
             _weighted(scores[rows, k], truth.target[rows, k] > 0.5, self._weights[:, rows])
-            for k in range(scores.shape[1])
+            for k in truth.judged
             if (rows := truth.known[:, k]).any()
         ]
         found = np.stack([*columns, np.full(len(self._weights), np.nan)])

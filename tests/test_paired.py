@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from gapweave.shared.joining import FEWEST, MARGIN, verdict
+from gapweave.shared.joining import MARGIN, verdict
+from gapweave.shared.judging import FEWEST
 from gapweave.shared.objective import TaskKind
 from gapweave.shared.paired import DRAWS, Bootstrap, Truth, interval, losses
 
@@ -84,3 +85,34 @@ def test_undefined_is_none() -> None:
 )
 def test_verdicts(difference: tuple[float, float] | None, rarer: int, expected: str) -> None:
     assert verdict(difference, rarer) == expected
+
+
+def test_an_output_with_few_patients_is_not_judged() -> None:
+    """A class with one patient was a third of the mean, and came and went with the resamples."""
+    count, generator = 60, np.random.default_rng(0)
+    target = np.eye(3)[[0] * 30 + [1] * 28 + [2] * 2]
+    truth = Truth(
+        target=target,
+        known=np.ones((count, 3), bool),
+        patient=np.arange(count),
+        patients=count,
+        kind="multiclass",
+    )
+    assert truth.judged == [0, 1]
+    assert truth.rarer() == 28
+    scores = target + generator.normal(size=(count, 3))
+    other = scores.copy()
+    other[:, 2] = generator.normal(size=count)
+    assert Bootstrap(truth).aurocs(scores).tolist() == Bootstrap(truth).aurocs(other).tolist()
+
+
+def test_where_no_output_has_enough_all_are_there_and_nothing_is_said() -> None:
+    truth = Truth(
+        target=np.eye(2)[[0] * 5 + [1] * 3],
+        known=np.ones((8, 2), bool),
+        patient=np.arange(8),
+        patients=8,
+        kind="multilabel",
+    )
+    assert truth.judged == [0, 1]
+    assert truth.rarer() == 3 < FEWEST

@@ -12,7 +12,8 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from gapweave.shared.joining import FEWEST, Interval
+from gapweave.shared.joining import Interval
+from gapweave.shared.judging import FEWEST
 from gapweave.shared.objective import TaskKind
 from gapweave.shared.paired import Bootstrap, Truth, interval
 from gapweave.sites.simulate.compare_plan import Cell

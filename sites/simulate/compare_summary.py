@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from gapweave.shared import __version__
-from gapweave.shared.joining import FEWEST, Interval
+from gapweave.shared.joining import Interval
+from gapweave.shared.judging import FEWEST
 from gapweave.sites.simulate.compare_plan import Cell, Plan
 from gapweave.sites.simulate.compare_statistics import Mean, Paired, Statistics
 
