@@ -84,5 +84,5 @@ def check_size(patients: int, site: Site) -> None:
         raise RefusedError(
             f"fewer than {site.policy.min_patients} training patients",
             where=f"{site.name}:policy.min_patients",
-            remedy="Widen the site's `where`, or leave the study",
+            remedy="Lower the limit only if the hospital agrees, or leave the study",
         )

@@ -259,6 +259,18 @@ def test_classes_that_no_record_has_are_noted_and_counted(hospital: Hospital) ->
     assert by_id(findings, "classes").message == "all records with a known 'b' have the same"
 
 
+def test_a_class_that_is_called_like_a_missing_value(hospital: Hospital) -> None:
+    """None for the class none counted as an empty cell: the site trained without its largest class."""
+    of = study({"labs": LABS}, task={"kind": "multiclass", "label": "y", "classes": ["none", "mild", "severe"]})
+    hospital.records(40, y=["none", "mild"] * 20)
+    assert by_id(check(hospital, of), "labels").message.endswith("20 none, 20 mild, 0 severe")
+    hospital.records(40, y=["None", "mild"] * 20)
+    finding = by_id(check(hospital, of), "labels")
+    assert (finding.status, finding.message[:9]) == ("problem", "20 rows h")
+    hospital.records(40, y=[None, "mild"] * 20)
+    assert by_id(check(hospital, of), "labels").message.startswith("20 records")
+
+
 WIDE = {"kind": "table", "columns": {"sodium": {"low": 0, "high": 2000, "unit": "mmol/L"}}}
 
 

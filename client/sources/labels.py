@@ -71,7 +71,9 @@ def _codes(label: str, allowed: list[str], site: Site, files: Files, records: Re
     result = np.full(len(codes), -1, np.int64)
     for at, code in enumerate(allowed):
         result[(codes == code).fill_null(False).to_numpy()] = at
-    strange = int(((result < 0) & ~missing(codes).to_numpy()).sum())
+    # A class may be called as a missing value is written: None is then the class none in another spelling.
+    spelled = codes.str.strip_chars().str.to_lowercase().is_in([code.lower() for code in allowed]).fill_null(False)
+    strange = int(((result < 0) & (~missing(codes) | spelled).to_numpy()).sum())
     if strange:
         raise DataError(
             f"{strange} rows hold a label that is not one of {', '.join(allowed)}",
