@@ -8,6 +8,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -235,6 +236,23 @@ def test_long_form_equals_wide_form_for_tables(hospital: Hospital) -> None:
     hospital.add("labs", file="long.csv", item="item", value="value", columns={"sodium": "Na", "sex": "sex"})
     assert_same(hospital.load(study({"labs": LABS})), plain)
     assert hospital.findings(study({"labs": LABS})) == []
+
+
+def test_long_codes_and_codes_that_look_like_powers_stay_apart(hospital: Hospital) -> None:
+    """Codes of 18 digits were rounded to one, and the ward 2E1 was the ward 20."""
+    codes = ["900000000000207008", "900000000000207009", "2E1", "20"]
+    hospital.records(8, ward=["2E1", "20"] * 4)
+    hospital.labs(8, kind=codes * 2)
+    hospital.add("labs", file="labs.csv", columns={"kind": "kind"})
+    of = study({"labs": {"kind": "table", "columns": {"kind": {"categories": codes}}}})
+    assert hospital.load(of).batch.inputs["labs"].tolist() == np.tile(np.eye(4), (2, 1)).tolist()
+    hospital.update("records", where={"ward": "2E1"})
+    assert hospital.load(of, labels=False).record_ids == ("r0", "r2", "r4", "r6")
+
+
+def test_a_category_stands_once() -> None:
+    with pytest.raises(ValueError, match="'1' stands twice"):
+        study({"labs": {"kind": "table", "columns": {"kind": {"categories": ["1", "01"]}}}})
 
 
 @pytest.mark.parametrize("kind", ["text", "date"])

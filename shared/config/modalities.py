@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -72,18 +74,37 @@ class Categories(StrictModel):
             return {**data, "categories": [category_code(value) for value in data["categories"]]}
         return data
 
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        twice = next((code for code in self.categories if self.categories.count(code) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the category {twice!r} stands twice (1, 1.0 and 01 are one code)")
+        return self
+
+
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)", re.ASCII)
+
 
 def category_code(value: Any) -> str:
-    """The text form under which codes are compared: 1, 1.0 and "1" are one code.
+    """The text form under which codes are compared: 1, 1.0, "1" and "01" are one code.
 
-    >>> category_code(1.0), category_code("1.0"), category_code("AP")
-    ('1', '1', 'AP')
+    Text is a number only in plain decimals, and whole numbers keep all digits: the ward 2E1 is not the ward 20, and
+    codes of 18 digits (SNOMED CT) are not rounded to one.
+
+    >>> category_code(1.0), category_code("1.0"), category_code("AP"), category_code("2E1"), category_code("0.50")
+    ('1', '1', 'AP', '2E1', '0.5')
+    >>> category_code("900000000000207008"), category_code(900000000000207008)
+    ('900000000000207008', '900000000000207008')
     """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return str(value).strip()
-    return str(int(number)) if number.is_integer() else repr(number)
+    if isinstance(value, int):
+        return str(int(value))
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    text = str(value).strip()
+    if not _DECIMAL.fullmatch(text):
+        return text
+    exact = Decimal(text)
+    return str(int(exact)) if exact == exact.to_integral_value() else repr(float(exact))
 
 
 def _variable_kind(value: Any) -> str:
