@@ -30,9 +30,10 @@ from gapweave.client.sources.oddities import (
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.client.sources.split import test_patients
 from gapweave.shared.config.modalities import ImageModality, SeriesModality, TableModality, TextModality
+from gapweave.shared.config.simulation import Simulation
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.sources import ClinicalSource, ColumnsSource, ImageSource, MeasurementSource, TextSource
-from gapweave.shared.config.study import Simulation, Study
+from gapweave.shared.config.study import Study
 from gapweave.shared.errors import DataError, UsageError
 from gapweave.shared.schema import Batch
 

@@ -13,7 +13,8 @@ from typing import Any
 from gapweave.server import room
 from gapweave.server.hub import Hub
 from gapweave.server.superlink import Control, FlowerRun
-from gapweave.shared.config.study import Simulation, Study
+from gapweave.shared.config.simulation import Simulation
+from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 from gapweave.shared.rundir import RunDirectory
 

@@ -13,7 +13,7 @@ from gapweave.shared.config import Site, Study
 from gapweave.shared.config.study import Training
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import TooFewSites, UsageError
-from gapweave.shared.features.numeric import numeric_columns
+from gapweave.shared.features.numeric import SCALE_IT, numeric_columns
 from gapweave.shared.fusion import FUSIONS, chosen_fusion
 from gapweave.shared.imputers import IMPUTERS, build_imputer
 from gapweave.shared.model import MultimodalModel, groups
@@ -131,8 +131,7 @@ def foretell(study: Study, sites: Sequence[Site]) -> Iterator[tuple[str, str, st
     unscaled = [f"{one.modality}.{one.name}" for one in numeric_columns(study, study.order) if not one.scaled]
     if unscaled and study.preparation.standardisation == "public":
         why = "a quarter of the range counts as 1, and training hardly sees values that vary by much less"
-        remedy = "Give center and scale, or log: true, or take preparation.standardisation: noisy"
-        yield "warning", "scaling", f"{_few(unscaled)} without scale: {why}. {remedy}"
+        yield "warning", "scaling", f"{_few(unscaled)} without scale: {why}. {SCALE_IT}"
     sizes = {site.name: site.patients.declared for site in sites if site.patients.declared is not None}
     if not sizes:
         return

@@ -15,7 +15,7 @@ from hospitals import KINDS, build, plan_of, publish
 
 from gapweave.server.aggregators import combine
 from gapweave.server.rules import bad_sites, resolve
-from gapweave.shared.config.study import LABEL_ATTACKS, UPDATE_ATTACKS
+from gapweave.shared.config.simulation import LABEL_ATTACKS, UPDATE_ATTACKS
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.attacks import bad_names, lie, mislabelled
 from gapweave.sites.simulate.compare_unit import Silent

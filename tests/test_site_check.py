@@ -256,7 +256,7 @@ def test_classes_that_no_record_has_are_noted_and_counted(hospital: Hospital) ->
     hospital.update("records", label={"a": "a", "b": "b"})
     findings = check(hospital, study({"labs": LABS}, task={"kind": "multilabel", "label": ["a", "b"]}))
     assert by_id(findings, "labels").message == "40 records have a label: 20 of 40 a, 30 of 30 b"
-    assert by_id(findings, "classes").message == "all records with a known 'b' have the same"
+    assert by_id(findings, "classes").message == "no two records differ in 'b'"
 
 
 def test_a_class_that_is_called_like_a_missing_value(hospital: Hospital) -> None:

@@ -15,7 +15,7 @@ from gapweave.client.sources.records import Reading
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.sources import ColumnsSource
 from gapweave.shared.config.study import Study, Task
-from gapweave.shared.features.numeric import numeric_columns
+from gapweave.shared.features.numeric import SCALE_IT, numeric_columns
 
 FAR = 2
 """A declared number of patients that is off by a larger factor is noted."""
@@ -45,7 +45,7 @@ def one_valued(task: Task, targets: Targets, where: str) -> list[Finding]:
         return [_warning("classes", where, f"no record is of the class {name!r}", remedy) for name in absent]
     varied = ones.any(axis=0) & zeros.any(axis=0)
     alike = [label for label, some in zip(task.labels, varied, strict=True) if not some]
-    return [_warning("classes", where, f"all records with a known {name!r} have the same", remedy) for name in alike]
+    return [_warning("classes", where, f"no two records differ in {name!r}", remedy) for name in alike]
 
 
 def read_twice(site: Site, files: Files) -> list[Finding]:
@@ -115,7 +115,7 @@ def narrow(study: Study, reading: Reading, inputs: NDArray[np.float32]) -> None:
             reading.key(),
             f"{', '.join(names)}: the values fill so little of the study's range, whose quarter counts as 1, that "
             "training hardly sees them",
-            "Give center and scale in the study, or log: true, or take preparation.standardisation: noisy",
+            SCALE_IT,
         )
 
 

@@ -270,16 +270,16 @@ def _without_missing(raw: pl.Series, column: ValueColumn) -> pl.Series:
 
 def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: Reading) -> None:
     observed = int((~np.isnan(values)).sum())
-    outside = int(implausible(values, card).sum())
+    strange = values[implausible(values, card)]
+    outside = len(strange)
     if not outside:
         return
     text = f"{outside} of {observed} values lie outside [{card.low:g}, {card.high:g}] {card.unit or ''}".rstrip()
-    often = int(np.unique(values[implausible(values, card)], return_counts=True)[1].max())
+    often = int(np.unique(strange, return_counts=True)[1].max())
     if outside >= FEW and often > ONE_VALUE * outside:
         message = f"{text}, and {often} of them are one value: probably a code for missing"
-        reading.warn(
-            "missing", where, message, "List it under `missing:` for this column; it is clipped and read as measured"
-        )
+        remedy = "List it under `missing:` for this column; it is clipped and read as measured"
+        reading.warn("missing", where, message, remedy)
     elif outside > SUSPICIOUS * observed:
         reading.warn("unit", where, f"{text}: probably another unit", "Set `unit:` or `factor:` for this column")
     else:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
@@ -15,6 +15,7 @@ from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml
 from gapweave.shared.config.formula import Formula, compile_formula
 from gapweave.shared.config.modalities import ModalitySpec, PublicScore, category_code
 from gapweave.shared.config.sharing import Aggregation, Sharing
+from gapweave.shared.config.simulation import Simulation
 from gapweave.shared.errors import UsageError
 
 TaskKind = Literal["binary", "multiclass", "multilabel"]
@@ -244,44 +245,6 @@ class Evaluation(StrictModel):
     def _within(self) -> Self:
         if self.folds is not None and self.fold >= self.folds:
             raise ValueError(f"fold={self.fold} must be below folds={self.folds}")
-        return self
-
-
-UpdateAttack = Literal[
-    "sign_flip", "times_100", "nan", "inf", "zero", "stale", "alie", "inner_product", "mimic", "min_max", "adaptive"
-]
-LabelAttack = Literal["label_flip", "swap_labels"]
-Attack = Literal["none", "absent"] | UpdateAttack | LabelAttack
-UPDATE_ATTACKS: tuple[str, ...] = get_args(UpdateAttack)
-"""Attacks that change what a bad site sends."""
-LABEL_ATTACKS: tuple[str, ...] = get_args(LabelAttack)
-"""Attacks that change a bad site's training labels."""
-
-
-class Simulation(StrictModel):
-    """What only a simulation may do to its sites; `submit` refuses a study that sets it."""
-
-    missing_rate: float = Field(0.0, ge=0, lt=1, description="share of present modalities hidden, in training and test")
-    missing: Literal["mcar", "mnar"] = Field("mcar", description="hidden at random, or more often for positives")
-    attack: Attack = Field(
-        "none", description="what bad sites send, or do to their labels; absent: they are not there, to compare with"
-    )
-    bad_sites: int = Field(
-        0,
-        ge=0,
-        description="number of bad sites, drawn by the seed; their scores are not counted (default: 1 with an attack)",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_bad_site(cls, data: Any) -> Any:
-        attacked = isinstance(data, dict) and data.get("attack", "none") != "none"
-        return {"bad_sites": 1, **data} if attacked else data
-
-    @model_validator(mode="after")
-    def _somebody_is_bad(self) -> Self:
-        if self.attack != "none" and not self.bad_sites:
-            raise ValueError(f"attack={self.attack} with bad_sites=0: nobody attacks")
         return self
 
 

@@ -12,6 +12,9 @@ from gapweave.shared.config.study import Study
 from gapweave.shared.features.ranges import scale
 from gapweave.shared.features.table import width
 
+SCALE_IT = "Give center and scale in the study, or log: true, or take preparation.standardisation: noisy"
+"""What to do about variables without a scale whose values fill little of their range."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NumericColumn:

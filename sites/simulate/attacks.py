@@ -22,7 +22,8 @@ from gapweave.server.rules import bad_sites, resolve, rule_for
 from gapweave.shared import wire
 from gapweave.shared.config import Study
 from gapweave.shared.config.sharing import AnyRule
-from gapweave.shared.config.study import UPDATE_ATTACKS, Task
+from gapweave.shared.config.simulation import UPDATE_ATTACKS
+from gapweave.shared.config.study import Task
 from gapweave.shared.schema import Batch
 from gapweave.shared.tensorfile import Arrays
 from gapweave.sites.simulate.grid import FIRST_NODE, InlineGrid

@@ -20,7 +20,7 @@ from gapweave.client.state import RunFolder
 from gapweave.server.model_card import save_model
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared.config import Site, Study, load_site
-from gapweave.shared.config.study import LABEL_ATTACKS
+from gapweave.shared.config.simulation import LABEL_ATTACKS
 from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, Unreachable, UsageError
 from gapweave.shared.files import write_atomically
 from gapweave.shared.rundir import RunDirectory
