@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -203,8 +204,9 @@ def perform(federation: Federation, job: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     os.kill(pid, signal.SIGCONT)
     if "after" in job:
-        time.sleep(job["after"])
-        os.kill(pid, signal.SIGKILL)
+        ended, _, _ = select.select([os.pidfd_open(pid)], [], [], job["after"])
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     seconds = time.monotonic() - start
     if tracer is not None:
