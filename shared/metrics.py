@@ -30,9 +30,24 @@ def exact_metrics(
     Returns:
         A number each, or None where it is undefined (no record, or one class only for AUROC and AUPRC).
     """
-    scores = probabilities[:, 1:] if kind == "binary" else probabilities
-    columns = [_two_class(scores[known[:, k], k], target[known[:, k], k]) for k in range(scores.shape[1])]
+    columns = metrics_by_output(probabilities, target, known, kind)
     return {name: _mean([column[name] for column in columns]) for name in METRICS}
+
+
+def metrics_by_output(
+    probabilities: NDArray[np.float64], target: NDArray[np.float64], known: NDArray[np.bool_], kind: TaskKind
+) -> list[Metrics]:
+    """What `exact_metrics` averages: one entry a class or label, one in all for binary.
+
+    Beside the metrics, `records` whose target is known, and `positives` among them.
+    """
+    scores = probabilities[:, 1:] if kind == "binary" else probabilities
+    result = []
+    for k in range(scores.shape[1]):
+        of = known[:, k]
+        counts = {"records": float(of.sum()), "positives": float(target[of, k].sum())}
+        result.append({**counts, **_two_class(scores[of, k], target[of, k])})
+    return result
 
 
 def _mean(values: list[float | None]) -> float | None:

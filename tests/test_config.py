@@ -368,6 +368,14 @@ def test_rules_of_aggregation_by_group_pattern() -> None:
     assert parse(Study, STUDY, "study").aggregation.of("fusion") == "auto"
 
 
+@pytest.mark.parametrize(
+    "block", [{"aggregation": {"head/lab": "mean"}}, {"sharing": {"policy": {"head/lab": "local"}}}]
+)
+def test_a_pattern_that_matches_no_group_is_refused(block: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="unknown parameter group 'head/lab'; did you mean 'head/labs'"):
+        parse(Study, {**copy.deepcopy(STUDY), **block}, "study")
+
+
 def test_a_sharing_map_may_be_written_without_the_word_policy() -> None:
     content = copy.deepcopy(STUDY)
     content["sharing"] = copy.deepcopy(content["sharing"]["policy"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gapweave.shared.metrics import METRICS, exact_metrics
+from gapweave.shared.metrics import METRICS, exact_metrics, metrics_by_output
 
 
 def binary(score: list[float], label: list[int]) -> dict[str, float | None]:
@@ -89,6 +89,16 @@ def test_multilabel_is_the_mean_over_labels_that_are_defined() -> None:
     second = binary([0.2, 0.9, 0.1, 0.3], [1, 1, 1, 1])
     assert found["auroc"] == first["auroc"], "the second label has one class only"
     assert found["brier"] == pytest.approx((first["brier"] + second["brier"]) / 2)
+
+
+def test_each_label_by_itself_with_its_counts() -> None:
+    scores = np.array([[0.1, 0.2], [0.4, 0.9], [0.35, 0.1], [0.8, 0.3]])
+    target = np.array([[0, 1], [0, 1], [1, 1], [1, 1]], np.float64)
+    known = np.array([[True, True], [True, False], [True, True], [True, True]])
+    first, second = metrics_by_output(scores, target, known, "multilabel")
+    assert first == {"records": 4, "positives": 2, **binary([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1])}
+    assert second == {"records": 3, "positives": 3, **binary([0.2, 0.1, 0.3], [1, 1, 1])}
+    assert second["auroc"] is None
 
 
 def test_multiclass_is_the_mean_of_one_against_the_rest() -> None:

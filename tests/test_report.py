@@ -392,6 +392,25 @@ def test_multiclass_says_which_mean_its_auroc_is(tmp_path):
     assert "mean of one class against the rest" in page
 
 
+def test_classes_and_subgroups_have_rows_of_their_own(tmp_path):
+    positives = {"a": 7, "b": 11, "c": 23}
+    outputs = {code: {"records": 41, "positives": n, **metrics(0.6 + n / 100)} for code, n in positives.items()}
+    subgroups = {"sex": {"F": {"records": 19, **metrics(0.71)}, "M": {"records": 22, **metrics(0.69)}}}
+    sites = {"a": site(outputs=outputs, subgroups=subgroups), "b": left_out("failed", "no data")}
+    page = page_of(tmp_path, summary_of(sites), study=MULTICLASS)
+    part = page[page.index("<summary>By class and subgroup") :]
+    rows = [
+        re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr.*?</tr>", part[: part.index("</details>")])
+    ]
+    assert [row[1:5] for row in rows[1:4]] == [
+        ["a", "41", "7", "0.670"],
+        ["b", "41", "11", "0.710"],
+        ["c", "41", "23", "0.830"],
+    ]
+    assert rows[4][:6] == ["a", "sex:", "F", "19", "–", "0.710"]  # noqa: RUF001
+    assert "By class" not in page_of(tmp_path / "one", summary_of(two_sites())), "binary, no subgroup: nothing to add"
+
+
 def test_no_guarantee_is_said_at_the_top(tmp_path):
     unnoised = {
         **PRIVACY,

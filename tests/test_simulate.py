@@ -153,6 +153,15 @@ def test_subgroups_share_out_the_test_records(counted: tuple[Path, dict[str, Any
         assert brier == pytest.approx(site["metrics"]["brier"])
 
 
+def test_the_one_output_of_a_binary_task_has_its_counts(counted: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = counted
+    for site in summary["sites"].values():
+        ((label, found),) = site["outputs"].items()
+        assert label == "deteriorated"
+        assert 0 < found["positives"] < found["records"] <= site["records"]["test"]
+        assert {name: found[name] for name in METRICS} == site["metrics"]
+
+
 def test_the_baselines_in_summary_json(counted: tuple[Path, dict[str, Any]]) -> None:
     _, summary = counted
     assert set(summary["baselines"]) == {"local", "pooled", "lr_local", "lr_pooled", "gbm_local", "gbm_pooled"}

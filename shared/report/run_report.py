@@ -41,6 +41,7 @@ def write_report(directory: RunDirectory) -> None:
         exact=summary.get("metrics_are") == EXACT,
         **_results(summary, study, found),
         **_figures(found, list(summary["sites"]), rounds, curve),
+        parts=_parts(summary),
         released=_released(summary),
         joining=joining_sections(summary["sites"]),
         **JOINING_WORDS,
@@ -63,6 +64,18 @@ def write_report(directory: RunDirectory) -> None:
 def _released(summary: Mapping[str, Any]) -> dict[str, Any]:
     """By site, what left it of how well the model does; empty for runs of a version that asked no site."""
     return {site: row["released"] for site, row in summary["sites"].items() if row.get("released")}
+
+
+def _parts(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores by class, label and subgroup: rows of site, part, metrics; nothing where there is one part in all."""
+    rows, grouped = [], False
+    for site, row in summary["sites"].items():
+        outputs = row.get("outputs") or {}
+        rows += [(site, name, metrics) for name, metrics in outputs.items() if len(outputs) > 1]
+        for subgroup, codes in (row.get("subgroups") or {}).items():
+            grouped = True
+            rows += [(site, f"{subgroup}: {code}", metrics) for code, metrics in codes.items()]
+    return {"rows": rows, "subgroups": grouped} if rows else {}
 
 
 def _results(summary: Mapping[str, Any], study: Study, found: Mapping[str, scores.Model]) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from gapweave.client.data import Cohort
 from gapweave.client.predict import Predictions, predict
 from gapweave.shared.config import Study
-from gapweave.shared.metrics import Metrics, exact_metrics
+from gapweave.shared.metrics import Metrics, exact_metrics, metrics_by_output
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.schema import Batch
+
+PARTS = ("metrics", "outputs", "subgroups")
+"""Keys of what `evaluate_parts` gives."""
 
 
 def evaluate(model: MultimodalModel, cohort: Cohort, study: Study) -> Metrics:
@@ -20,20 +25,30 @@ def evaluate(model: MultimodalModel, cohort: Cohort, study: Study) -> Metrics:
     return metrics_of(predictions, test, study)
 
 
-def evaluate_subgroups(model: MultimodalModel, cohort: Cohort, study: Study) -> dict[str, dict[str, Metrics]]:
-    """Metrics by subgroup and its code, with the number of records; records of unknown code are left out."""
+def evaluate_parts(model: MultimodalModel, cohort: Cohort, study: Study) -> dict[str, Any]:
+    """Metrics of a model on a site's held-out patients, as a whole and by part.
+
+    Returns:
+        `metrics`; `outputs`: by class or label, with the numbers of records and positives; `subgroups`: by subgroup and
+        its code, with the number of records. Records of unknown code are left out of these.
+    """
     test = cohort.testing()
-    predictions = predict(model, test, study, cohort.training().prevalence())
-    target, known = test.target.double().numpy(), test.label_mask.numpy()
-    result: dict[str, dict[str, Metrics]] = {}
+    scores = predict(model, test, study, cohort.training().prevalence()).probabilities
+    target, known, kind = test.target.double().numpy(), test.label_mask.numpy(), study.task.kind
+    names = study.task.labels if kind == "binary" else study.task.class_names
+    subgroups: dict[str, dict[str, Metrics]] = {}
     for name, codes in cohort.testing_subgroups().items():
         of_record = np.array([code or "" for code in codes])
-        result[name] = {}
+        subgroups[name] = {}
         for code in sorted(set(of_record) - {""}):
             rows = of_record == code
-            found = exact_metrics(predictions.probabilities[rows], target[rows], known[rows], study.task.kind)
-            result[name][str(code)] = {"records": float(rows.sum()), **found}
-    return result
+            found = exact_metrics(scores[rows], target[rows], known[rows], kind)
+            subgroups[name][str(code)] = {"records": float(rows.sum()), **found}
+    return {
+        "metrics": exact_metrics(scores, target, known, kind),
+        "outputs": dict(zip(names, metrics_by_output(scores, target, known, kind), strict=True)),
+        "subgroups": subgroups,
+    }
 
 
 def metrics_of(predictions: Predictions, test: Batch, study: Study) -> Metrics:

@@ -16,7 +16,7 @@ from gapweave.server.summary import FROM_TABLES, released_facts, run_facts
 from gapweave.shared.config import Study
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
 from gapweave.sites.simulate.attacks import bad_names
-from gapweave.sites.simulate.evaluate import evaluate, evaluate_subgroups, mean_metrics, metrics_of
+from gapweave.sites.simulate.evaluate import PARTS, evaluate, evaluate_parts, mean_metrics, metrics_of
 
 if TYPE_CHECKING:
     from gapweave.sites.simulate.run import VirtualSite
@@ -95,8 +95,7 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         "patients": {"train": cohort.training().patients, "test": cohort.testing().patients},
         "records": {"train": len(cohort.training()), "test": len(cohort.testing())},
         "rounds": peer.last_round,
-        "metrics": evaluate(model, cohort, study) if model else None,
-        "subgroups": evaluate_subgroups(model, cohort, study) if model else None,
+        **(evaluate_parts(model, cohort, study) if model else dict.fromkeys(PARTS)),
         "fine_tuned": evaluate(load_site_model(tuned).model, cohort, study) if tuned.exists() else None,
         "local_only": scores.get("local", {}).get(name),
         "released": loop.released[name].to_dict() if name in loop.released else None,
@@ -105,7 +104,7 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
 
 
 def _absent(held: list[str], status: str, reason: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(("metrics", "subgroups", "fine_tuned", "local_only", "released", "privacy"))
+    nothing = dict.fromkeys((*PARTS, "fine_tuned", "local_only", "released", "privacy"))
     return {
         "status": status,
         "reason": reason,
