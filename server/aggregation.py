@@ -138,16 +138,17 @@ class GroupAggregation:
             combined = Sum() if group in self._sums else start(rule, group, len(holders))
             for site, length in zip(holders, lengths, strict=True):
                 row = length / math.sqrt(numbers) * generator.standard_normal(columns)
-                self._give(combined, {"noise": row.astype(np.float32)}, self._patients[site])
+                noise = length**2 * columns / numbers
+                self._give(combined, {"noise": row.astype(np.float32)}, self._patients[site], noise)
             squares.append(float(np.mean(combined.finish()["noise"].astype(np.float64) ** 2)))
         return self._usual(group, holders) ** 2 * fmean(squares)
 
-    def _give(self, combined: Accumulator, update: Update, patients: int) -> None:
+    def _give(self, combined: Accumulator, update: Update, patients: int, noise: float = 0.0) -> None:
         """A mean may weigh by patients; robust rules weigh all alike."""
         if isinstance(combined, Sum) and self._study.aggregation.weights == "patients":
-            combined.add(update, patients)
+            combined.add(update, weight=patients)
         else:
-            combined.add(update)
+            combined.add(update, noise)
 
     def _usual(self, group: str, holders: list[str]) -> float:
         return self._paths.usual(holders, self._study.aggregation.weights if group in self._sums else None)
@@ -179,7 +180,8 @@ class GroupAggregation:
         if group in self._sums:
             return scaled(self._sums[group].finish(), self._usual(group, holders))
         for site in holders:
-            accumulator.add(self._history.take(site, group, self._kept[group].pop(site)))
+            mean = self._history.take(site, group, self._kept[group].pop(site))
+            accumulator.add(mean, self._noise[group][site] ** 2 * self._history.noise(site, group))
         return scaled(accumulator.finish(), self._usual(group, holders))
 
 

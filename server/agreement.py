@@ -95,9 +95,10 @@ def against_the_others(so_far: Mapping[str, Agreement]) -> dict[str, str]:
     """
     scores = {site: agreement.score for site, agreement in so_far.items() if agreement.count}
     together = median(scores.values()) if len(scores) > 2 else 0.0
-    limit = -max(CERTAIN, SHARE * together) if together >= CERTAIN else -math.inf
+    limit = max(CERTAIN, SHARE * together)
+    judged = together >= CERTAIN
     return {
         site: "over the rounds it pulls against the others"
         for site, score in scores.items()
-        if score < (0 if so_far[site].out else limit)
+        if (score < limit if so_far[site].out else judged and score < -limit)
     }

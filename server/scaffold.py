@@ -84,7 +84,7 @@ class Variates:
         for peer in holders:
             part = self.kept[peer.site][group]
             if isinstance(total, Sum):
-                total.add(part, peer.patients if aggregation.weights == "patients" else 1)
+                total.add(part, weight=peer.patients if aggregation.weights == "patients" else 1)
             else:
                 total.add(part)
         return total.finish()

@@ -55,6 +55,16 @@ def test_the_attack_bench_writes_its_page_and_goes_on(tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("rows.json")} == cells, "nothing was run again"
 
 
+def test_private_runs_of_the_attack_bench_draw_the_same_noise(tmp_path: Path) -> None:
+    """Else their pairs would differ by luck: two runs of the bench, in places of their own, print the same figures."""
+    pages = [printed("attacks", "--smoke", "--panels", "one-private", "--out", str(tmp_path / name)) for name in "ab"]
+    assert "`sign_flip`" in pages[0]
+    assert pages[0].splitlines()[-5:] == pages[1].splitlines()[-5:]
+    rows = [(tmp_path / name / "one-private" / "results.json").read_text(encoding="utf-8") for name in "ab"]
+    scores = [[row["metrics"] for row in json.loads(text)] for text in rows]
+    assert scores[0] == scores[1]
+
+
 def test_the_joining_bench_writes_its_section_and_goes_on(tmp_path: Path) -> None:
     words = ("--smoke", "--panels", "planted-200,honest-200,diabetes,diabetes-private", "--out", str(tmp_path))
     first = printed("results", *words)

@@ -13,9 +13,10 @@ from hospitals import build, participant, plan_of
 from pretence import Pretence, Pretender, loop, study_of
 
 from gapweave.server.aggregation import GroupAggregation, initial_groups
-from gapweave.server.aggregators import Update
+from gapweave.server.aggregators import Update, believed, combine, gram_of
 from gapweave.server.agreement import CERTAIN, Agreement, against_the_others, agreements
 from gapweave.server.history import History
+from gapweave.server.rules import resolve
 from gapweave.server.screening import noise_sd, norm, too_long, too_quiet
 from gapweave.shared.config.study import Study
 from gapweave.shared.tensorfile import Arrays
@@ -141,12 +142,19 @@ def test_one_whose_patients_are_unlike_the_others_stays() -> None:
     assert against_the_others(scores(a=-11, b=20, c=20, d=20, e=20)).keys() == {"a"}
 
 
-def test_a_site_comes_back_when_it_agrees() -> None:
-    faded = scores(a=-1, b=2, c=2, d=2)
-    assert not against_the_others(faded)
-    out = {**faded, "a": Agreement(total=-10, count=100, out=True)}
-    assert against_the_others(out).keys() == {"a"}
-    assert not against_the_others({**out, "a": Agreement(total=1, count=100, out=True)})
+@pytest.mark.parametrize("together", [2, 20])
+def test_a_site_comes_back_when_it_pulls_with_the_others_as_much_as_it_pulled_against_them(together: int) -> None:
+    # Believed: agreeing at all is enough. True: what all must unlearn, noise above all, makes liars agree a little later
+    # on, and two that flipped labels came back after nine rounds.
+    def out(score: float) -> bool:
+        others = scores(b=together, c=together, d=together)
+        return "a" in against_the_others({**others, "a": Agreement(total=score * 10, count=100, out=True)})
+
+    limit = max(CERTAIN, together / 2)
+    assert not against_the_others(scores(a=-1, b=2, c=2, d=2)), "it was never out"
+    assert out(-1)
+    assert out(limit - 0.1)
+    assert not out(limit + 0.1)
 
 
 def test_silent_updates_and_pairs_are_not_compared() -> None:
@@ -216,6 +224,66 @@ def test_without_noise_nobody_is_judged_by_it(tmp_path: Path) -> None:
     run.run()
     assert not any(entry["screened"] for line in run.directory.rounds() for entry in line["groups"].values())
     assert not run.history.sums
+
+
+# Distances, less what noise adds to them.
+
+SDS = (0.7, 1.0, 1.0, 1.0, 1.2, 2.0)
+"""Of honest sites: the last has few patients."""
+
+
+def sent_with(signal: float, liar: np.ndarray, size: int = 3000) -> np.ndarray:
+    """Honest updates, and one of little noise that says something else."""
+    generator = rng(5)
+    honest = [signal + sd * generator.normal(size=size) for sd in SDS]
+    return np.stack([*honest, liar + 0.7 * generator.normal(size=size)]).astype(np.float32)
+
+
+def squares(rows: np.ndarray, sds: tuple[float, ...]) -> list[float]:
+    return [sd**2 * rows.shape[1] for sd in sds]
+
+
+def test_who_says_something_else_is_far_and_not_who_has_few_patients() -> None:
+    rows = sent_with(0.3, np.full(3000, -0.5))
+    gram = gram_of(rows)
+    assert (gram.nearest()[:5, -1] == 5).all(), "without the correction the one with the most noise is farthest"
+    gram.noise = np.diag([*squares(rows, (*SDS, 0.7)), 0.0])
+    assert (gram.nearest()[:6, -1] == 6).all()
+    assert (gram.nearest()[:, 0] == np.arange(7)).all(), "each is nearest to itself, whatever noise does"
+
+
+@pytest.mark.parametrize("rule", ["nnm+trimmed_mean", "multi_krum"])
+def test_a_rule_that_knows_the_noise_is_nearer_to_what_sites_say(rule: str) -> None:
+    rows, stages = sent_with(0.3, np.full(3000, -0.5)), resolve(rule)
+    with_noise = combine(rows, stages, 1, squares(rows, (*SDS, 0.7)))
+    assert with_noise.mean() == pytest.approx(0.3, abs=0.03)
+    assert combine(rows, stages, 1).mean() < 0.24
+    shuffled = rng(6).permutation(7)
+    noise = np.array(squares(rows, (*SDS, 0.7)))[shuffled]
+    np.testing.assert_allclose(combine(rows[shuffled], stages, 1, noise), with_noise, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["nnm+trimmed_mean", "multi_krum", "nnm+median"])
+def test_whoever_states_much_noise_may_not_lie_as_much(rule: str) -> None:
+    """A lie as long as the noise that was stated is not taken for noise, beyond twice the usual."""
+    rows = sent_with(0.3, np.full(3000, -10.0))
+    stated = squares(rows, (*SDS, 10.3))
+    assert combine(rows, resolve(rule), 1, stated).mean() == pytest.approx(0.3, abs=0.05)
+    assert list(believed([1.0, 2.0, 100.0])) == [1.0, 2.0, 8.0]
+
+
+def test_noise_of_which_most_say_nothing_is_not_corrected_for() -> None:
+    rows = sent_with(0.3, np.full(3000, -0.5))
+    stages = resolve("nnm+trimmed_mean")
+    assert np.array_equal(combine(rows, stages, 1, [0.0] * 6 + [9000.0]), combine(rows, stages, 1))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.8])
+def test_what_a_history_leaves_of_the_noise(decay: float) -> None:
+    history, generator = History(decay), rng(8)
+    for _ in range(7):
+        mean = history.take("a", "g", noised(20_000, generator))["w"]
+        assert float(np.var(mean)) == pytest.approx(history.noise("a", "g"), rel=0.05)
 
 
 # Means over rounds.

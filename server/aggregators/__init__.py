@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
@@ -40,8 +41,8 @@ EVERYTHING: frozenset[Property] = frozenset(get_args(Property))
 class Accumulator(Protocol):
     """The aggregation of one group in one round."""
 
-    def add(self, update: Update) -> None:
-        """Take one site's update."""
+    def add(self, update: Update, noise: float = 0.0) -> None:
+        """Take one site's update, and the expected squared length of the noise in it; 0 for none, or not known."""
         ...
 
     def finish(self) -> Update:
@@ -118,17 +119,29 @@ class Gram:
 
     Args:
         products: [n + 1, n + 1], of vectors moved by one common vector: distances do not see it.
+        noise: [n + 1, n + 1], what independent noise is expected to add to the products; None for nothing.
     """
 
-    def __init__(self, products: Floats) -> None:
+    def __init__(self, products: Floats, noise: Floats | None = None) -> None:
         self.products = products
+        self.noise = np.zeros_like(products) if noise is None else noise
         self.n = len(products) - 1
 
     def distances(self) -> Floats:
-        """[n, n] squared distances between updates."""
-        squares = np.diag(self.products)
-        between: Floats = squares[:, None] + squares[None, :] - 2 * self.products
-        return np.maximum(between[: self.n, : self.n], 0.0)
+        """[n, n] squared distances between updates, less what noise adds to them: below 0 by chance then.
+
+        Without that, who has the fewest patients and so the most noise is the farthest, whatever it says.
+        """
+        signal = self.products - self.noise
+        squares = np.diag(signal)
+        between: Floats = (squares[:, None] + squares[None, :] - 2 * signal)[: self.n, : self.n]
+        return between if self.noise.any() else np.maximum(between, 0.0)
+
+    def nearest(self) -> NDArray[np.intp]:
+        """[n, n] updates from the nearest to the farthest of each, itself first."""
+        distances = self.distances()
+        np.fill_diagonal(distances, -np.inf)
+        return np.argsort(distances, axis=1, kind="stable")
 
     def norms(self) -> Floats:
         """[n] lengths of the updates."""
@@ -153,13 +166,16 @@ class Gram:
         """
         full = np.zeros((len(weights) + 1, self.n + 1))
         full[:-1, :-1], full[-1, -1] = weights, 1.0
-        return Gram(full @ self.products @ full.T)
+        return Gram(full @ self.products @ full.T, full @ self.noise @ full.T)
 
 
 AGGREGATORS: Registry[Stage] = Registry("aggregation rule", "gapweave.server.aggregators")
 
 BLOCK = 3 << 20
 """Bytes of a block of columns of all updates: more do not fit caches, and fewer cost more calls than work."""
+BELIEVED = 4.0
+"""Largest squared length of noise, over the median site's, that distances are corrected for: twice the noise, or half
+the patients."""
 SAMPLED = 4096
 """Coordinates on which the most central update is looked for."""
 
@@ -171,8 +187,8 @@ class Sum:
         self._weight = 0.0
         self._sum: dict[str, NDArray[np.float64]] = {}
 
-    def add(self, update: Update, weight: float = 1.0) -> None:
-        """Add one update, which counts as so many."""
+    def add(self, update: Update, noise: float = 0.0, weight: float = 1.0) -> None:
+        """Add one update, which counts as so many; its noise is no matter."""
         self._weight += weight
         for name, value in update.items():
             part = value if weight == 1 else weight * value.astype(np.float64)
@@ -204,9 +220,11 @@ class Gathered:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._rows: Rows = np.empty((0, 0), np.float32)
         self._filled = 0
+        self._noise: list[float] = []
 
-    def add(self, update: Update) -> None:
+    def add(self, update: Update, noise: float = 0.0) -> None:
         """Copy one update into its row."""
+        self._noise.append(noise)
         if not self._shapes:
             # In the order of names: a checkpoint gives them in another order than a model, and sums would differ.
             self._shapes = {name: update[name].shape for name in sorted(update)}
@@ -220,7 +238,7 @@ class Gathered:
 
     def finish(self) -> Update:
         """Run the chain."""
-        vector, result, at = combine(self._rows[: self._filled], self._stages, self._f), {}, 0
+        vector, result, at = combine(self._rows[: self._filled], self._stages, self._f, self._noise), {}, 0
         for name, shape in self._shapes.items():
             size = math.prod(shape)
             result[name] = vector[at : at + size].reshape(shape)
@@ -228,13 +246,14 @@ class Gathered:
         return result
 
 
-def combine(rows: Rows, stages: tuple[Stage, ...], f: int) -> Rows:
+def combine(rows: Rows, stages: tuple[Stage, ...], f: int, noise: Sequence[float] | None = None) -> Rows:
     """Run a chain over updates.
 
     Args:
         rows: [n, d], finite.
         stages: as `rules.resolve` gives them.
         f: bad sites among n.
+        noise: [n] expected squared lengths of the noise in them, or None for no noise.
 
     Returns:
         [d]
@@ -243,6 +262,8 @@ def combine(rows: Rows, stages: tuple[Stage, ...], f: int) -> Rows:
     weights: Floats | None = None
     if mixers or not isinstance(last, Columnwise) or type(last).choose is not Columnwise.choose:
         gram = gram_of(rows)
+        if noise is not None:
+            gram.noise = np.diag([*believed(noise), 0.0])
         # Sites come in the order of their values: no tie is broken by who sent first.
         order = np.lexsort((gram.distances().sum(1), gram.norms()))
         weights = np.eye(len(rows))[order]
@@ -257,6 +278,17 @@ def combine(rows: Rows, stages: tuple[Stage, ...], f: int) -> Rows:
             weights = weights[chosen]
     assert isinstance(last, Columnwise)
     return _by_column(rows, weights, last, f)
+
+
+def believed(noise: Sequence[float]) -> Floats:
+    """[n] of each site's noise as much as is taken off its distances.
+
+    A site states its noise itself, and a lie of that length passes for noise: none is believed to have much more than
+    is usual.
+    """
+    stated = np.asarray(noise, np.float64)
+    result: Floats = np.minimum(stated, BELIEVED * np.sort(stated)[(len(stated) - 1) // 2])
+    return result
 
 
 def _weighted(rows: Rows, weights: Floats) -> Rows:

@@ -29,7 +29,7 @@ class NearestNeighbourMixing(Mixer):
 
     def mix(self, gram: Gram, f: int) -> Floats:
         """[n, n]."""
-        near = np.argsort(gram.distances(), axis=1, kind="stable")[:, : gram.n - f]
+        near = gram.nearest()[:, : gram.n - f]
         weights = np.zeros((gram.n, gram.n))
         np.put_along_axis(weights, near, 1 / (gram.n - f), axis=1)
         return weights

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gapweave.server.aggregators import Update, combine
 from gapweave.server.history import History, decay_of
 from gapweave.server.rules import bad_sites, resolve, rule_for
+from gapweave.server.screening import noise_sd
 from gapweave.shared import wire
 from gapweave.shared.config import Study
 from gapweave.shared.config.sharing import AnyRule
@@ -63,7 +64,16 @@ def mislabelled(batch: Batch, task: Task, attack: str) -> Batch:
     return replace(batch, target=1 - target)
 
 
-def lie(attack: str, own: Rows, honest: Rows, before: Rows, rule: AnyRule, bad: int, noised: bool = False) -> Rows:
+def lie(
+    attack: str,
+    own: Rows,
+    honest: Rows,
+    before: Rows,
+    rule: AnyRule,
+    bad: int,
+    noised: bool = False,
+    noise: Sequence[float] | None = None,
+) -> Rows:
     """What each bad site sends of one parameter group.
 
     Args:
@@ -75,6 +85,8 @@ def lie(attack: str, own: Rows, honest: Rows, before: Rows, rule: AnyRule, bad: 
         bad: number of bad sites that hold the group.
         noised: whether updates hold noise, so that the server looks for a site that pulls against the others over the
             rounds: `adaptive` then never does.
+        noise: [h + bad] expected squared lengths of the noise that the server takes updates to hold, bad sites' last;
+            None for no noise.
 
     Returns:
         [d]
@@ -97,7 +109,7 @@ def lie(attack: str, own: Rows, honest: Rows, before: Rows, rule: AnyRule, bad: 
         found = mean - _longest(honest, mean, spread) * spread
     else:
         directions = [spread] if attack == "alie" else [spread, mean, np.sign(mean) * spread.mean()]
-        found = _most_harmful(honest, mean, directions, rule, bad, hidden=noised and attack == "adaptive")
+        found = _most_harmful(honest, mean, directions, rule, bad, noise, hidden=noised and attack == "adaptive")
     sent: Rows = found.astype(np.float32)
     return sent
 
@@ -122,6 +134,7 @@ def _most_harmful(
     directions: Sequence[NDArray[np.float64]],
     rule: AnyRule,
     bad: int,
+    noise: Sequence[float] | None,
     hidden: bool,
 ) -> NDArray[np.float64]:
     """The point whose copies move the result of the server's own rule farthest from the honest mean.
@@ -137,7 +150,7 @@ def _most_harmful(
             if hidden and point @ mean < 0:
                 continue
             rows = np.concatenate([honest, np.tile(point.astype(np.float32), (bad, 1))])
-            moved = float(np.linalg.norm(combine(rows, stages, f) - mean))
+            moved = float(np.linalg.norm(combine(rows, stages, f, noise) - mean))
             best, harm = (point, moved) if moved > harm else (best, harm)
     return best
 
@@ -151,11 +164,24 @@ def wanted(history: History, site: str, group: str, mean: Update) -> Update:
     return {name: weight * value - decay * before[name] for name, value in mean.items()}
 
 
-def disguised(sent: Rows, own: Rows) -> Rows:
-    """A lie with noise of its own, as long as the honest update would be: nobody sees that it lacks its noise."""
-    missing = float(own.astype(np.float64) @ own - sent.astype(np.float64) @ sent)
+def disguised(sent: Rows, own: Rows, stated: float) -> Rows:
+    """A lie with noise of its own, as long as the honest update would be, or the noise that the site has stated.
+
+    Nobody sees that it lacks its noise.
+
+    Args:
+        sent: [d], the lie.
+        own: [d], the honest update.
+        stated: expected squared length of the noise.
+    """
+    missing = max(float(own.astype(np.float64) @ own), stated) - float(sent.astype(np.float64) @ sent)
     sd = np.sqrt(max(missing, 0.0) / len(own))
     return sent + np.random.default_rng().normal(0, sd, len(own)).astype(np.float32)
+
+
+def overstated(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with half the patients, so twice the noise: a rule that corrects for noise then forgives a longer lie."""
+    return {**plan, "n_hat": max(1, int(plan["n_hat"]) // 2)}
 
 
 class HostileGrid(InlineGrid):
@@ -180,6 +206,7 @@ class HostileGrid(InlineGrid):
         self._before: dict[int, Arrays] = {}
         self._lies: dict[str, Rows] = {}
         self._seen = History(decay_of(study) if self._attack in KNOWING else 0)
+        self._sds: dict[int, float] = {}
 
     def get_node_ids(self) -> list[int]:
         """All nodes; bad ones that are absent are not there."""
@@ -193,12 +220,20 @@ class HostileGrid(InlineGrid):
 
     def _answer(self, message: Message) -> Message:
         reply = super()._answer(message)
-        if message.metadata.message_type != wire.TRAIN or self._attack not in UPDATE_ATTACKS or reply.has_error():
+        if self._attack not in UPDATE_ATTACKS or reply.has_error():
             return reply
-        number, node = wire.unpack(message.content)[0]["round"], message.metadata.dst_node_id
+        node, kind = message.metadata.dst_node_id, message.metadata.message_type
+        header, arrays = wire.unpack(reply.content)
+        if kind == wire.PREPARE and "plan" in header:
+            if self._disguises and node in self._bad:
+                header = {**header, "plan": overstated(header["plan"])}
+                reply = Message(wire.pack(header, arrays), reply_to=message)
+            self._sds[node] = noise_sd(self._study, header["plan"])
+        if kind != wire.TRAIN:
+            return reply
+        number = wire.unpack(message.content)[0]["round"]
         if number != self._round:
             self._round, self._honest, self._lies = number, {}, {}
-        header, arrays = wire.unpack(reply.content)
         if node not in self._bad:
             self._honest[node] = {group: self._seen.take(str(node), group, part) for group, part in arrays.items()}
             return reply
@@ -206,19 +241,30 @@ class HostileGrid(InlineGrid):
         sent = {group: self._sent(node, group, part, before.get(group, part)) for group, part in arrays.items()}
         return Message(wire.pack({**header}, sent), reply_to=message)
 
+    @property
+    def _disguises(self) -> bool:
+        return self._attack == "adaptive" and self._study.privacy.enabled
+
     def _sent(self, node: int, group: str, own: Update, before: Update) -> Update:
         """A bad site's update of a group: bad sites that know the others want the same to be seen."""
-        honest = [flat(part[group]) for _, part in sorted(self._honest.items()) if group in part]
+        heard = [other for other, part in sorted(self._honest.items()) if group in part]
+        honest = [flat(self._honest[other][group]) for other in heard]
         rows = np.stack(honest) if honest else np.empty((0, len(flat(own))), np.float32)
         alone, noised = self._attack in ("sign_flip", "times_100", "stale"), self._study.privacy.enabled
         if alone or group not in self._lies:
-            rule = self._study.aggregation.of(group)
-            self._lies[group] = lie(self._attack, flat(own), rows, flat(before), rule, len(self._bad), noised)
+            rule, bad = self._study.aggregation.of(group), len(self._bad)
+            noise = [self._noise(other, group, rows.shape[1]) for other in [*heard, *[node] * bad]]
+            self._lies[group] = lie(self._attack, flat(own), rows, flat(before), rule, bad, noised, noise)
         sent = wanted(self._seen, str(node), group, shaped(self._lies[group], own))
-        if self._attack == "adaptive" and noised:
-            sent = shaped(disguised(flat(sent), flat(own)), own)
+        if self._disguises:
+            stated = self._sds.get(node, 0.0) ** 2 * rows.shape[1]
+            sent = shaped(disguised(flat(sent), flat(own), stated), own)
         self._seen.take(str(node), group, sent)
         return sent
+
+    def _noise(self, node: int, group: str, numbers: int) -> float:
+        """Expected squared length of the noise in what the server's rule sees of a site."""
+        return self._sds.get(node, 0.0) ** 2 * numbers * self._seen.noise(str(node), group)
 
 
 def shaped(vector: Rows, like: Update) -> Update:
