@@ -17,6 +17,8 @@ from typing import Any
 
 import populations
 
+from gapweave.shared.config.recipes import RECIPES
+
 Overrides = dict[str, Any]
 
 BUDGETS = (8.0, 3.0, 1.0)
@@ -27,46 +29,14 @@ PLANTED = (200, 201, 202)
 """Generator seeds of the demo with a useless and a tiny site in it. One at first, whose interval was +-.01."""
 SITES = Path(__file__).parent.parent / "sites"
 
-PLAIN: Overrides = {
-    "privacy.enabled": False,
-    "model.linear_path": True,
-    "model.imputer": "none",
-    "scheme.settings.hide_features": 0.5,
-    "scheme.settings.vote_weight": 6,
-    "training.schedule": "fedsgd",
-    "training.rounds": 40,
-    "training.lr": 1,
-    "training.local_steps": 1,
-    "training.ridge": 0.05,
-    "aggregation.server_optimizer": "adam",
-    "aggregation.server_lr": 0.02,
-    "aggregation.server_floor": 1e-6,
-    "aggregation.average_last": 0.5,
-    "aggregation.shrink": False,
-}
+PLAIN: Overrides = {"privacy.enabled": False, **RECIPES["small"]}
 """Without privacy: all features, a network beside the linear path."""
-PRIVATE: Overrides = {
-    "model.linear_path": True,
-    "model.imputer": "none",
-    "model.embedding": 2,
-    "scheme.settings.vote_weight": 0,
-    "training.schedule": "fedsgd",
-    "training.rounds": 20,
-    "training.lr": 1,
-    "training.local_steps": 1,
-    "training.ridge": 0.05,
-    "aggregation.server_optimizer": "momentum",
-    "aggregation.server_lr": 1.5,
-    "aggregation.average_last": 0.5,
-    "aggregation.shrink": True,
-    "privacy.max_grad_norm": 0.85,
-}
-"""Under noise: a linear model. It is what sites/eicu_demo/study.yaml has by itself."""
 
 
 def linear(*modalities: str) -> Overrides:
-    """The private recipe for a study with these modalities."""
-    return {**PRIVATE, **{f"modalities.{name}.encoder": "none" for name in modalities}}
+    """The recipe under noise, for a study with these modalities: what sites/eicu_demo/study.yaml has by itself."""
+    encoders = {f"modalities.{name}.encoder": "none" for name in modalities}
+    return {key: value for key, value in RECIPES["linear"].items() if "*" not in key} | encoders
 
 
 def prevalence(share: float) -> Overrides:

@@ -17,6 +17,7 @@ from gapweave.shared.config import Site, Study, load_site, load_study
 from gapweave.shared.config.base import parse, read_yaml
 from gapweave.shared.config.connection import load_connection
 from gapweave.shared.config.overrides import ALIASES, METHODS, apply, expand, parse_assignment, parse_variation
+from gapweave.shared.config.recipes import RECIPES
 from gapweave.shared.config.study import study_from_json
 from gapweave.shared.errors import UsageError
 from gapweave.shared.fusion import FUSIONS
@@ -39,6 +40,7 @@ STUDY: dict[str, Any] = {
     "sharing": {"policy": {"encoder/*": "holders", "encoder/cxr": "local"}},
     "aggregation": {"quorum": 3, "encoder/*": "mean"},
 }
+RULE = {"kind": "public_score", "low": 100, "high": 180, "expression": "labs.sodium"}
 SITE: dict[str, Any] = {
     "version": 1,
     "name": "north",
@@ -376,6 +378,12 @@ def test_a_pattern_that_matches_no_group_is_refused(block: dict[str, Any]) -> No
         parse(Study, {**copy.deepcopy(STUDY), **block}, "study")
 
 
+@pytest.mark.parametrize("value", [[30], 30, 0.0, "some", None, True, ["a"]])
+def test_a_prevalence_lies_between_0_and_1(value: Any) -> None:
+    with pytest.raises(UsageError, match="public prevalences between 0 and 1, found"):
+        parse(Study, {**copy.deepcopy(STUDY), "preparation": {"class_balance": value}}, "study")
+
+
 def test_a_sharing_map_may_be_written_without_the_word_policy() -> None:
     content = copy.deepcopy(STUDY)
     content["sharing"] = copy.deepcopy(content["sharing"]["policy"])
@@ -425,6 +433,22 @@ def test_omnifuse_can_be_had_without_each_of_its_parts() -> None:
         assert preset in less.values()
     hidden = parse(Study, apply(STUDY, {"method": "omnifuse_no_dropout"}), "study")
     assert build_scheme(hidden).hide == 0 < build_scheme(parse(Study, apply(STUDY, {"method": "omnifuse"}), "s")).hide
+
+
+def test_a_recipe_is_a_word_for_many_keys_and_a_key_beside_it_counts() -> None:
+    content = {**STUDY, "modalities": {**STUDY["modalities"], "rule": RULE}}
+    small = parse(Study, apply(content, {"training.rounds": 7, "recipe": "small", "method": "concat"}), "study")
+    assert small.training.schedule == "fedsgd"
+    assert small.training.rounds == 7, "also where it stands before the recipe"
+    assert (small.model.fusion, small.model.imputer) == ("concat", "cra"), "a method is narrower than a recipe"
+    linear = parse(Study, apply(content, {"recipe": "linear"}), "study")
+    encoders = {name: spec.encoder for name, spec in linear.modalities.items()}
+    assert encoders == {**dict.fromkeys(("vitals", "labs", "cxr", "note"), "none"), "rule": None}
+    for recipe in RECIPES:
+        check_names(parse(Study, apply(content, {"recipe": recipe}), "study"))
+    assert apply(content, {"recipe": "none"}) == content
+    with pytest.raises(UsageError, match="no recipe is called 'smal'"):
+        apply(content, {"recipe": "smal"})
 
 
 def test_overrides_are_written_into_a_copy() -> None:

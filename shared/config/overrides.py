@@ -1,4 +1,4 @@
-"""`--set` and `--vary`: dotted paths into the study file, short aliases, and method presets."""
+"""`--set` and `--vary`: dotted paths into the study file, short aliases, and presets: methods and recipes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from gapweave.shared.config.base import unknown_key
+from gapweave.shared.config.recipes import RECIPES
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 
@@ -21,7 +22,7 @@ ALIASES = {
     "epsilon": "privacy.epsilon",
     "label": "task.label",
 }
-"""Short names of study keys; `method` is a preset of several (see `METHODS`)."""
+"""Short names of study keys; `method` and `recipe` are presets of several (see `PRESETS`)."""
 
 READING = ("concat", "dwfuse", "se_gate")
 """Fusions that read what an imputer put into a slot: as methods they are trained with one."""
@@ -63,6 +64,9 @@ METHODS: dict[str, dict[str, Any]] = {
 """Named presets of model and scheme: one for each method of the catalogue, and OmniFuse less each of its parts. All of
 them set fusion, imputer and scheme, so that nothing of a study file's own choice stays beside them."""
 
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {"recipe": RECIPES, "method": METHODS}
+"""Short names that stand for several keys: a key that is given beside them counts, in whatever order."""
+
 
 def parse_assignment(text: str) -> tuple[str, Any]:
     """Split "key=value"; the value is read as YAML.
@@ -94,17 +98,18 @@ def parse_variation(text: str) -> tuple[str, list[Any]]:
 
 
 def expand(key: str, value: Any) -> dict[str, Any]:
-    """The dotted paths behind an alias or a method preset.
+    """The dotted paths behind an alias or a preset.
 
     Raises:
-        UsageError: for an unknown method, or a key that no study has.
+        UsageError: for an unknown preset, or a key that no study has.
     """
-    if key == "method":
-        if not isinstance(value, str) or value not in METHODS:
-            raise UsageError(f"no method is called {value!r}", where="--set", remedy=f"Known: {', '.join(METHODS)}")
-        return METHODS[value]
+    if key in PRESETS:
+        if not isinstance(value, str) or value not in PRESETS[key]:
+            remedy = f"Known: {', '.join(PRESETS[key])}"
+            raise UsageError(f"no {key} is called {value!r}", where="--set", remedy=remedy)
+        return PRESETS[key][value]
     path = ALIASES.get(key, key)
-    known = [*ALIASES, "method", *Study.model_fields]
+    known = [*ALIASES, *PRESETS, *Study.model_fields]
     if path.split(".")[0] not in known:
         raise UsageError(unknown_key(key, known), where="--set", remedy="See docs/reference.md")
     return {path: value}
@@ -117,8 +122,9 @@ def apply(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         UsageError: when a path runs through something that is no mapping.
     """
     result = copy.deepcopy(content)
-    paths = [pair for key, value in overrides.items() for pair in expand(key, value).items()]
-    for path, value in paths:
+    given = sorted(overrides.items(), key=lambda pair: [*PRESETS, pair[0]].index(pair[0]))
+    asked = [pair for option in given for pair in expand(*option).items()]
+    for path, value in (pair for one in asked for pair in _each(content, *one)):
         *parents, last = path.split(".")
         node = result
         for parent in parents:
@@ -129,3 +135,13 @@ def apply(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
                 raise UsageError(f"{path!r} is no path in the study", where="--set", remedy="See docs/reference.md")
         node[last] = value
     return result
+
+
+def _each(content: dict[str, Any], path: str, value: Any) -> list[tuple[str, Any]]:
+    """A path for each modality that it means: `modalities.*.encoder` is one for each that is no public score."""
+    if not path.startswith("modalities.*."):
+        return [(path, value)]
+    modalities, key = content.get("modalities"), path.removeprefix("modalities.*.")
+    specs = modalities if isinstance(modalities, dict) else {}
+    encoded = [name for name, spec in specs.items() if isinstance(spec, dict) and spec.get("kind") != "public_score"]
+    return [(f"modalities.{name}.{key}", value) for name in encoded]

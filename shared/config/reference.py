@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from gapweave.shared.config import library
-from gapweave.shared.config.overrides import ALIASES, METHODS
+from gapweave.shared.config.overrides import ALIASES, PRESETS
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study
 from gapweave.shared.registry import Registry
@@ -35,9 +35,10 @@ from 61 to below 71. A missing variable scores 0.
 def markdown() -> str:
     """The whole page."""
     aliases = "\n".join(f"| `{alias}` | `{path}` |" for alias, path in ALIASES.items())
-    methods = "\n".join(
-        f"| `method={name}` | {', '.join(f'`{key}={value}`' for key, value in preset.items())} |"
-        for name, preset in METHODS.items()
+    presets = "\n".join(
+        f"| `{word}={name}` | {', '.join(f'`{key}={value}`' for key, value in preset.items()) or 'nothing'} |"
+        for word, named in PRESETS.items()
+        for name, preset in named.items()
     )
     return "\n".join(
         [
@@ -53,7 +54,7 @@ def markdown() -> str:
             SCORES,
             f"{_scores()}\n",
             "## Short names for `--set` and `--vary`\n",
-            f"| short | path in the study file |\n|---|---|\n{aliases}\n{methods}\n",
+            f"| short | path in the study file |\n|---|---|\n{aliases}\n{presets}\n",
             "## Registered names\n",
             "Those that are installed with Gapweave; the entry point group `gapweave.plugins` adds others.\n",
             f"| key | names |\n|---|---|\n{_registered()}\n",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml, unknown_key
 from gapweave.shared.config.formula import Formula, compile_formula
@@ -217,12 +217,17 @@ class Preparation(StrictModel):
         "public prevalences (one number for binary, else one a class or label, in their order)",
     )
 
-    @model_validator(mode="before")
+    @field_validator("class_balance", mode="before")
     @classmethod
-    def _one_number(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("class_balance"), float):
-            return {**data, "class_balance": [data["class_balance"]]}
-        return data
+    def _prevalences(cls, value: Any) -> Any:
+        """One number stands for a list of one; pydantic would name the words only."""
+        numbers = [value] if isinstance(value, (int, float)) else value
+        shares = isinstance(numbers, list) and all(
+            isinstance(number, (int, float)) and 0 < number < 1 for number in numbers
+        )
+        if not shares and numbers not in ("none", "noisy"):
+            raise ValueError(f"none, noisy, or public prevalences between 0 and 1, found {value!r}")
+        return numbers
 
 
 class Evaluation(StrictModel):

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from gapweave.shared.config.overrides import ALIASES
+from gapweave.shared.config.overrides import ALIASES, PRESETS
 
-ALIAS_HELP = "aliases: method, " + ", ".join(ALIASES)
+ALIAS_HELP = "aliases: " + ", ".join([*PRESETS, *ALIASES])
 
 StudyArgument = Annotated[Path | None, typer.Argument(help="Study file; without it, the built-in demo.")]
 SitesOption = Annotated[

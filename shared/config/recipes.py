@@ -1,0 +1,52 @@
+"""Recipes: a whole way of training under one word, `--set recipe=small` or `--vary recipe=none,small`.
+
+Each was chosen on the development splits of one cohort and then measured as it is on others (docs/results.md); what
+each part is worth: docs/decisions/0021 and 0022. What a study says of its data, its outcome and its budget stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "small": {
+        "model.linear_path": True,
+        "model.imputer": "none",
+        "scheme.settings.hide_features": 0.5,
+        "scheme.settings.vote_weight": 6,
+        "training.schedule": "fedsgd",
+        "training.rounds": 40,
+        "training.lr": 1,
+        "training.local_steps": 1,
+        "training.ridge": 0.05,
+        "aggregation.server_optimizer": "adam",
+        "aggregation.server_lr": 0.02,
+        "aggregation.server_floor": 1e-6,
+        "aggregation.average_last": 0.5,
+        "aggregation.shrink": False,
+    },
+    "linear": {
+        "model.linear_path": True,
+        "model.imputer": "none",
+        "model.embedding": 2,
+        "modalities.*.encoder": "none",
+        "scheme.settings.vote_weight": 0,
+        "training.schedule": "fedsgd",
+        "training.rounds": 20,
+        "training.lr": 1,
+        "training.local_steps": 1,
+        "training.ridge": 0.05,
+        "aggregation.server_optimizer": "momentum",
+        "aggregation.server_lr": 1.5,
+        "aggregation.average_last": 0.5,
+        "aggregation.shrink": True,
+        "privacy.max_grad_norm": 0.85,
+    },
+}
+"""By name.
+
+none: the study as it is. small: some hundred patients a site, without privacy: all features, a network beside a linear
+path, one gradient of all patients a round. linear: the same under noise; a linear model, which noise harms least, less
+what may be noise of it. `*` stands for each modality that is no public score.
+"""
