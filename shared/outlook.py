@@ -177,7 +177,8 @@ def schedule_advice(study: Study, patients: int) -> tuple[str, str]:
         if patients < SMALL_COHORT:
             return "fedsgd", (
                 f"with about {patients} patients a site, one gradient of all patients a round, followed by a server "
-                "Adam (aggregation.server_optimizer) for 40 to 100 rounds, did better than local steps; recipe=small sets that"
+                "Adam (aggregation.server_optimizer) for 40 to 100 rounds, did better than local steps; recipe=small sets "
+                "that"
             )
         return "fedavg", f"with about {patients} patients a site, local steps save rounds and bytes"
     now = _plan(study, patients)
