@@ -177,8 +177,7 @@ def schedule_advice(study: Study, patients: int) -> tuple[str, str]:
         if patients < SMALL_COHORT:
             return "fedsgd", (
                 f"with about {patients} patients a site, one gradient of all patients a round, followed by a server "
-                "Adam (aggregation.server_optimizer) for 40 to 100 rounds, did better than local steps; recipe=small sets "
-                "that"
+                "Adam (aggregation.server_optimizer) for 40 to 100 rounds, did better than local steps: recipe=small"
             )
         return "fedavg", f"with about {patients} patients a site, local steps save rounds and bytes"
     now = _plan(study, patients)
@@ -188,5 +187,5 @@ def schedule_advice(study: Study, patients: int) -> tuple[str, str]:
     return "fedsgd", (
         f"{steps} gradients of all {patients} patients carry noise of {full:.2g} over the whole training at this "
         f"epsilon, {steps} steps of the study's batch carry {whole_noise(now):.2g}; with momentum at the server "
-        "(aggregation.server_optimizer); recipe=linear sets that"
+        "(aggregation.server_optimizer): recipe=linear"
     )
