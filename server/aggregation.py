@@ -138,7 +138,7 @@ class GroupAggregation:
             combined = Sum() if group in self._sums else start(rule, group, len(holders))
             for site, length in zip(holders, lengths, strict=True):
                 row = length / math.sqrt(numbers) * generator.standard_normal(columns)
-                noise = length**2 * columns / numbers
+                noise = self._expected(group, site) * columns / numbers
                 self._give(combined, {"noise": row.astype(np.float32)}, self._patients[site], noise)
             squares.append(float(np.mean(combined.finish()["noise"].astype(np.float64) ** 2)))
         return self._usual(group, holders) ** 2 * fmean(squares)
@@ -149,6 +149,13 @@ class GroupAggregation:
             combined.add(update, weight=patients)
         else:
             combined.add(update, noise)
+
+    def _expected(self, group: str, site: str) -> float:
+        """Expected squared length of the noise in an update, for distances; 0 where it is not known.
+
+        SCAFFOLD's corrections hold noise of the round before: in a mean over rounds it cancels in part.
+        """
+        return 0.0 if self._study.training.scaffold else self._noise[group][site] ** 2
 
     def _usual(self, group: str, holders: list[str]) -> float:
         return self._paths.usual(holders, self._study.aggregation.weights if group in self._sums else None)
@@ -181,7 +188,7 @@ class GroupAggregation:
             return scaled(self._sums[group].finish(), self._usual(group, holders))
         for site in holders:
             mean = self._history.take(site, group, self._kept[group].pop(site))
-            accumulator.add(mean, self._noise[group][site] ** 2 * self._history.noise(site, group))
+            accumulator.add(mean, self._expected(group, site) * self._history.noise(site, group))
         return scaled(accumulator.finish(), self._usual(group, holders))
 
 

@@ -84,8 +84,8 @@ def agreements(updates: Mapping[str, Part]) -> dict[str, float]:
 def against_the_others(so_far: Mapping[str, Agreement]) -> dict[str, str]:
     """Sites that keep pulling against the others.
 
-    A site that was left out stays so until it agrees with the others: what rounds show early in a run, when all still
-    have far to go, fades later.
+    A site that was left out stays so until it has agreed as far beyond chance as it must pull against the others to be
+    left out: what rounds show early in a run, when all still have far to go, fades later.
 
     Args:
         so_far: agreement by site; judged only among three and more, of which most pull together.

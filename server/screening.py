@@ -78,6 +78,13 @@ def noise_sd(study: Study, plan: Mapping[str, Any]) -> float:
         0 where it cannot be told: without privacy, with momentum, which brings noise from earlier rounds, or for a plan
         of another form.
     """
+    try:
+        return _noise_sd(study, plan)
+    except ArithmeticError:  # a plan of numbers beyond all bounds ends no run
+        return 0.0
+
+
+def _noise_sd(study: Study, plan: Mapping[str, Any]) -> float:
     training = study.training
     numbers = [plan.get(key) for key in ("noise_multiplier", "sample_rate", "n_hat")]
     known = [float(number) for number in numbers if isinstance(number, (int, float)) and 0 < number < math.inf]

@@ -12,6 +12,7 @@ import pytest
 from hospitals import build, participant, plan_of
 from pretence import Pretence, Pretender, loop, study_of
 
+from gapweave.server import aggregators
 from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.aggregators import Update, believed, combine, gram_of
 from gapweave.server.agreement import CERTAIN, Agreement, against_the_others, agreements
@@ -89,6 +90,8 @@ def test_honest_noise_is_never_called_too_quiet(size: int) -> None:
         ({"private": True}, {**PLAN, "n_hat": "many"}),
         ({"private": True}, {**PLAN, "noise_multiplier": math.inf}),
         ({"private": True}, {**PLAN, "noise_multiplier": None}),
+        ({"private": True}, {**PLAN, "noise_multiplier": 10**400}),
+        ({"private": True}, {"noise_multiplier": 1, "sample_rate": 1e-200, "n_hat": 1e-200}),
     ],
 )
 def test_where_noise_is_unknown_nobody_is_judged_by_it(keys: dict[str, Any], plan: dict[str, Any]) -> None:
@@ -264,11 +267,14 @@ def test_a_rule_that_knows_the_noise_is_nearer_to_what_sites_say(rule: str) -> N
 
 
 @pytest.mark.parametrize("rule", ["nnm+trimmed_mean", "multi_krum", "nnm+median"])
-def test_whoever_states_much_noise_may_not_lie_as_much(rule: str) -> None:
+def test_whoever_states_much_noise_may_not_lie_as_much(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lie as long as the noise that was stated is not taken for noise, beyond twice the usual."""
     rows = sent_with(0.3, np.full(3000, -10.0))
-    stated = squares(rows, (*SDS, 10.3))
+    stated = squares(rows, (*SDS, 14.0))
     assert combine(rows, resolve(rule), 1, stated).mean() == pytest.approx(0.3, abs=0.05)
+    monkeypatch.setattr(aggregators, "BELIEVED", 1e9)
+    assert combine(rows, resolve(rule), 1, stated).mean() < -0.5, "the test can fail"
+    monkeypatch.undo()
     assert list(believed([1.0, 2.0, 100.0])) == [1.0, 2.0, 8.0]
 
 
@@ -276,6 +282,25 @@ def test_noise_of_which_most_say_nothing_is_not_corrected_for() -> None:
     rows = sent_with(0.3, np.full(3000, -0.5))
     stages = resolve("nnm+trimmed_mean")
     assert np.array_equal(combine(rows, stages, 1, [0.0] * 6 + [9000.0]), combine(rows, stages, 1))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.8])
+def test_a_round_tells_its_rule_how_much_noise_each_site_has(decay: float) -> None:
+    """What comes out is what comes out of the rule that is told the noise of means over rounds, and not otherwise."""
+    of, history, told = private_study(1, default="nnm+trimmed_mean"), History(decay), History(decay)
+    sds, generator, start = (*SDS, 0.7), rng(9), {"fusion": {"w": np.zeros(3000, np.float32)}}
+    neither = np.tile([0.6, -0.6], 1500)  # nor against the others, who would leave it out
+    for _ in range(4):
+        rows = [(neither if at == 6 else 0.3) + sd * generator.normal(size=3000) for at, sd in enumerate(sds)]
+        combined = GroupAggregation(of, start, history=history)
+        for site, row, sd in zip("abcdefg", rows, sds, strict=True):
+            combined.add(site, {"fusion": {"w": row.astype(np.float32)}}, noise_sd=sd)
+        found = combined.finish()[0]["fusion"]["w"]
+        means = [told.take(str(at), "fusion", {"w": row.astype(np.float32)})["w"] for at, row in enumerate(rows)]
+        noise = [3000 * sd**2 * told.noise(str(at), "fusion") for at, sd in enumerate(sds)]
+        expected = combine(np.stack(means), resolve("nnm+trimmed_mean"), 1, noise)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert not np.allclose(found, combine(np.stack(means), resolve("nnm+trimmed_mean"), 1), atol=1e-3)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.8])
