@@ -204,7 +204,9 @@ def perform(federation: Federation, job: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     os.kill(pid, signal.SIGCONT)
     if "after" in job:
-        ended, _, _ = select.select([os.pidfd_open(pid)], [], [], job["after"])
+        descriptor = os.pidfd_open(pid)
+        ended, _, _ = select.select([descriptor], [], [], job["after"])
+        os.close(descriptor)
         if not ended:
             os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)

@@ -371,6 +371,17 @@ def test_cells_that_come_down_to_one_study_run_once(study_file, tmp_path, monkey
     assert [row["cell"]["method"] for row in rows_in(tmp_path / "out")] == ["late"] * 3 + ["twin"] * 3
 
 
+def test_keys_beside_a_recipe_count_also_those_of_smoke(study_file, tmp_path):
+    words = ["--vary", "recipe=none,small", "--vary", "imputer=cra", "--seeds", "0", "--set", "training.lr=0.25"]
+    assert run(study_file, tmp_path / "out", *words, "--smoke") == 0
+    plain, small = sorted(studies_in(tmp_path / "out"), key=lambda study: study.training.schedule)
+    assert (plain.training.schedule, small.training.schedule) == ("fedavg", "fedsgd")
+    for study in (plain, small):
+        assert study.training.rounds == 2, "as smoke has it"
+        assert study.training.lr == 0.25
+        assert study.model.imputer == "cra"
+
+
 def test_results_can_be_printed_as_json(varied, study_file, capsys):
     assert run(study_file, varied, "--vary", "method=late,concat", "--seeds", "0,1", "--baselines", "lr", "--json") == 0
     printed = json.loads(capsys.readouterr().out)

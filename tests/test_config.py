@@ -444,8 +444,11 @@ def test_a_recipe_is_a_word_for_many_keys_and_a_key_beside_it_counts() -> None:
     linear = parse(Study, apply(content, {"recipe": "linear"}), "study")
     encoders = {name: spec.encoder for name, spec in linear.modalities.items()}
     assert encoders == {**dict.fromkeys(("vitals", "labs", "cxr", "note"), "none"), "rule": None}
+    other = {"model": {"imputer": "cra", "imputer_settings": {"weight": 10}}, "training": {"momentum": 0.9}}
     for recipe in RECIPES:
-        check_names(parse(Study, apply(content, {"recipe": recipe}), "study"))
+        check_names(parse(Study, apply({**content, **other}, {"recipe": recipe}), "study"))
+    passes = {**content, "training": {"passes": 2}}
+    assert parse(Study, apply(passes, {"recipe": "small"}), "study").training.passes is None
     assert apply(content, {"recipe": "none"}) == content
     with pytest.raises(UsageError, match="no recipe is called 'smal'"):
         apply(content, {"recipe": "smal"})

@@ -1,4 +1,4 @@
-"""Recipes: a whole way of training under one word, `--set recipe=small` or `--vary recipe=none,small`.
+"""Recipes: a way of training under one word, `--set recipe=small` or `--vary recipe=none,small`.
 
 Each was chosen on the development splits of one cohort and then measured as it is on others (docs/results.md); what
 each part is worth: docs/decisions/0021 and 0022. What a study says of its data, its outcome and its budget stays.
@@ -8,18 +8,28 @@ from __future__ import annotations
 
 from typing import Any
 
+_PLAIN_STEPS: dict[str, Any] = {
+    "model.imputer": "none",
+    "model.imputer_settings": {},
+    "training.schedule": "fedsgd",
+    "training.lr": 1,
+    "training.local_steps": 1,
+    "training.passes": None,
+    "training.momentum": 0,
+    "training.proximal": 0,
+    "training.scaffold": False,
+    "training.ridge": 0.05,
+}
+"""One gradient a round, of which the server knows the noise, whatever the study has."""
+
 RECIPES: dict[str, dict[str, Any]] = {
     "none": {},
     "small": {
+        **_PLAIN_STEPS,
         "model.linear_path": True,
-        "model.imputer": "none",
         "scheme.settings.hide_features": 0.5,
         "scheme.settings.vote_weight": 6,
-        "training.schedule": "fedsgd",
         "training.rounds": 40,
-        "training.lr": 1,
-        "training.local_steps": 1,
-        "training.ridge": 0.05,
         "aggregation.server_optimizer": "adam",
         "aggregation.server_lr": 0.02,
         "aggregation.server_floor": 1e-6,
@@ -27,16 +37,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "aggregation.shrink": False,
     },
     "linear": {
+        **_PLAIN_STEPS,
         "model.linear_path": True,
-        "model.imputer": "none",
         "model.embedding": 2,
         "modalities.*.encoder": "none",
         "scheme.settings.vote_weight": 0,
-        "training.schedule": "fedsgd",
         "training.rounds": 20,
-        "training.lr": 1,
-        "training.local_steps": 1,
-        "training.ridge": 0.05,
         "aggregation.server_optimizer": "momentum",
         "aggregation.server_lr": 1.5,
         "aggregation.average_last": 0.5,

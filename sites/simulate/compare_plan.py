@@ -230,6 +230,10 @@ def _plan(request: Request, study_file: Path) -> Plan:
     )
 
 
+RECIPE = "recipe"
+"""The preset that any other key may change."""
+
+
 def _folds(request: Request) -> list[int | None]:
     return [None] if request.folds is None else list(range(request.folds))
 
@@ -245,13 +249,13 @@ def _unit(request: Request, study_file: Path, cell: Cell, seed: int, fold: int |
 
 
 def _paths(*sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Aliases and presets resolved, so that a later source wins whatever name a key was given."""
+    """Aliases and presets resolved, so that a later source wins whatever name a key was given, and all over a recipe."""
     result: dict[str, Any] = {}
-    for source in sources:
-        for key, value in source.items():
-            for path, resolved in expand(key, value).items():
-                result.pop(path, None)
-                result[path] = resolved
+    options = [option for source in sources for option in source.items()]
+    for key, value in sorted(options, key=lambda option: option[0] != RECIPE):
+        for path, resolved in expand(key, value).items():
+            result.pop(path, None)
+            result[path] = resolved
     return result
 
 
@@ -259,7 +263,7 @@ def _refuse_conflicts(request: Request) -> None:
     """Two keys that set one path would make a cell's name lie about its study."""
     varied = {key: {path for value in values for path in expand(key, value)} for key, values in request.vary.items()}
     for (first, one), (second, other) in itertools.combinations(varied.items(), 2):
-        if _overlap(one, other):
+        if RECIPE not in (first, second) and _overlap(one, other):
             raise UsageError(f"{first!r} and {second!r} set the same key", where="--vary", remedy="Vary one of them")
     chosen = {key: set(expand(key, value)) for key, value in request.overrides.items()}
     for option, keys in (("--vary", varied), ("--set", chosen)):
