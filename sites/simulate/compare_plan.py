@@ -249,7 +249,7 @@ def _unit(request: Request, study_file: Path, cell: Cell, seed: int, fold: int |
 
 
 def _paths(*sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Aliases and presets resolved, so that a later source wins whatever name a key was given, and all over a recipe."""
+    """Aliases and presets resolved: a later source wins, whatever name a key was given, and all win over a recipe."""
     result: dict[str, Any] = {}
     options = [option for source in sources for option in source.items()]
     for key, value in sorted(options, key=lambda option: option[0] != RECIPE):
