@@ -240,7 +240,7 @@ what we aim at.** Aim: for plain attacks / for `alie`, `min_max` and `adaptive`.
 Bad sites know all honest updates of a round, and what a rule that keeps a history has seen; they act together. `alie`
 and `adaptive` also know the rule and search for what moves its result farthest. Under noise the server also looks for
 updates that lack their noise, and for sites that pull against the others over the rounds ([how](aggregation.md)):
-`adaptive` knows that too, states so few patients that the longest lie passes for noise, adds noise of its own, and
+`adaptive` knows that too, states half its patients so that a longer lie passes for noise, adds noise of its own, and
 never pulls against the others' mean. `stale` sends the update of
 the round before. With two classes `swap_labels` is `label_flip`. Which hospitals are bad changes with the seed. No aim
 is set for groups with three or four holders.

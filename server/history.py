@@ -60,7 +60,7 @@ class History:
         share = np.float32((1 - self.decay) / (1 - self.decay ** counts[group]))
         return {name: share * value for name, value in total.items()}
 
-    def noise(self, site: str, group: str, more: int = 0) -> float:
-        """Variance of the noise in the mean of a site's updates, and so many to come, over that of one update."""
-        count, decay = max(1, self.counts.get(site, {}).get(group, 0) + more), self.decay
+    def noise(self, site: str, group: str) -> float:
+        """Variance of the noise in the mean of a site's updates, over that of one update."""
+        count, decay = self.counts.get(site, {}).get(group, 1), self.decay
         return (1 - decay) / (1 + decay) * (1 + decay**count) / (1 - decay**count)

@@ -7,10 +7,8 @@ of a round, act together, and some know the rule that the server uses; their own
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from gapweave.server.aggregators import BELIEVED, Update, combine
+from gapweave.server.aggregators import Update, combine
 from gapweave.server.history import History, decay_of
 from gapweave.server.rules import bad_sites, resolve, rule_for
 from gapweave.server.screening import noise_sd
@@ -27,7 +25,6 @@ from gapweave.shared.config import Study
 from gapweave.shared.config.sharing import AnyRule
 from gapweave.shared.config.simulation import UPDATE_ATTACKS
 from gapweave.shared.config.study import Task
-from gapweave.shared.privacy.draws import SecretDraws
 from gapweave.shared.schema import Batch
 from gapweave.shared.tensorfile import Arrays
 from gapweave.sites.simulate.grid import FIRST_NODE, InlineGrid
@@ -147,15 +144,12 @@ def _most_harmful(
     sites = len(honest) + bad
     stages, f = resolve(rule_for(rule, sites)), bad_sites(sites, rule)
     best, harm = mean, -1.0
-    disguises = np.zeros((bad, len(mean)), np.float32)
-    if hidden and noise is not None:
-        disguises = np.stack([noise_of(power, len(mean)) for power in noise[-bad:]])
     for direction in directions:
         for strength in STRENGTHS:
             point = mean - strength * direction
             if hidden and point @ mean < 0:
                 continue
-            rows = np.concatenate([honest, np.tile(point.astype(np.float32), (bad, 1)) + disguises])
+            rows = np.concatenate([honest, np.tile(point.astype(np.float32), (bad, 1))])
             moved = float(np.linalg.norm(combine(rows, stages, f, noise) - mean))
             best, harm = (point, moved) if moved > harm else (best, harm)
     return best
@@ -181,25 +175,13 @@ def disguised(sent: Rows, own: Rows, stated: float) -> Rows:
         stated: expected squared length of the noise.
     """
     missing = max(float(own.astype(np.float64) @ own), stated) - float(sent.astype(np.float64) @ sent)
-    return sent + noise_of(max(missing, 0.0), len(own))
+    sd = np.sqrt(max(missing, 0.0) / len(own))
+    return sent + np.random.default_rng().normal(0, sd, len(own)).astype(np.float32)
 
 
-def noise_of(power: float, numbers: int) -> Rows:
-    """[numbers] noise of this expected squared length."""
-    drawn: Rows = (math.sqrt(power / numbers) * SecretDraws().normal(numbers)).astype(np.float32)
-    return drawn
-
-
-def overstated(plan: Mapping[str, Any], own: float, honest: Sequence[float]) -> dict[str, Any]:
-    """A plan with so few patients that the most noise is believed: the rule then forgives the longest lie.
-
-    Args:
-        plan: the site's own.
-        own: sd of the noise that it says.
-        honest: that of the honest sites.
-    """
-    wanted_sd = math.sqrt(BELIEVED) * median_low(honest or [own])
-    return {**plan, "n_hat": max(1, int(plan["n_hat"] * min(1.0, own / wanted_sd)))} if own and wanted_sd else {**plan}
+def overstated(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with half the patients, so twice the noise: a rule that corrects for noise then forgives a longer lie."""
+    return {**plan, "n_hat": max(1, int(plan["n_hat"]) // 2)}
 
 
 class HostileGrid(InlineGrid):
@@ -243,10 +225,8 @@ class HostileGrid(InlineGrid):
         node, kind = message.metadata.dst_node_id, message.metadata.message_type
         header, arrays = wire.unpack(reply.content)
         if kind == wire.PREPARE and "plan" in header:
-            sd = noise_sd(self._study, header["plan"])
             if self._disguises and node in self._bad:
-                honest = [sd for other, sd in self._sds.items() if other not in self._bad]
-                header = {**header, "plan": overstated(header["plan"], sd, honest)}
+                header = {**header, "plan": overstated(header["plan"])}
                 reply = Message(wire.pack(header, arrays), reply_to=message)
             self._sds[node] = noise_sd(self._study, header["plan"])
         if kind != wire.TRAIN:
@@ -273,7 +253,7 @@ class HostileGrid(InlineGrid):
         alone, noised = self._attack in ("sign_flip", "times_100", "stale"), self._study.privacy.enabled
         if alone or group not in self._lies:
             rule, bad = self._study.aggregation.of(group), len(self._bad)
-            noise = [self._noise(other, group, rows.shape[1]) for other in [*heard, *sorted(self._bad)]]
+            noise = [self._noise(other, group, rows.shape[1]) for other in [*heard, *[node] * bad]]
             self._lies[group] = lie(self._attack, flat(own), rows, flat(before), rule, bad, noised, noise)
         sent = wanted(self._seen, str(node), group, shaped(self._lies[group], own))
         if self._disguises:
@@ -284,8 +264,7 @@ class HostileGrid(InlineGrid):
 
     def _noise(self, node: int, group: str, numbers: int) -> float:
         """Expected squared length of the noise in what the server's rule sees of a site."""
-        yet_to_come = node in self._bad  # honest sites answered before
-        return self._sds.get(node, 0.0) ** 2 * numbers * self._seen.noise(str(node), group, yet_to_come)
+        return self._sds.get(node, 0.0) ** 2 * numbers * self._seen.noise(str(node), group)
 
 
 def shaped(vector: Rows, like: Update) -> Update:
