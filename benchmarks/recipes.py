@@ -31,12 +31,8 @@ SITES = Path(__file__).parent.parent / "sites"
 
 PLAIN: Overrides = {"privacy.enabled": False, **RECIPES["small"]}
 """Without privacy: all features, a network beside the linear path."""
-
-
-def linear(*modalities: str) -> Overrides:
-    """The recipe under noise, for a study with these modalities: what sites/eicu_demo/study.yaml has by itself."""
-    encoders = {f"modalities.{name}.encoder": "none" for name in modalities}
-    return {key: value for key, value in RECIPES["linear"].items() if "*" not in key} | encoders
+PRIVATE: Overrides = RECIPES["linear"]
+"""Under noise: a linear model. It is what sites/eicu_demo/study.yaml has by itself."""
 
 
 def prevalence(share: float) -> Overrides:
@@ -55,8 +51,6 @@ EICU: Overrides = {
 }
 """The eICU study with all its features: its own file has the few that pay under noise."""
 DEATH: Overrides = {"task.label": "label_hosp_mortality", **prevalence(0.09)}
-FOUR = ("clinical", "vitals_labs", "exercise_ecg", "imaging")
-DEMO = ("vitals", "scan", "note", "labs")
 HEADS, TRUSTING = "heads", "trusting"
 ASIDE = {
     HEADS: "federated, only the fusion's heads shared",
@@ -117,7 +111,7 @@ def _world(seed: int) -> dict[str, Panel]:
     plain = {"privacy.enabled": False}
     heads = {**plain, "sharing.policy": "heads"}
     few = {"modalities.vitals.statistics": ["mean", "count"], "modalities.note.buckets": 64}
-    private = {**linear(*DEMO), **few, **prevalence(0.25), "training.finetune": True}
+    private = {**PRIVATE, **few, **prevalence(0.25), "training.finetune": True}
     return {
         f"demo-{seed}": Panel(recipe="plain", overrides=plain, baselines=ALL, **common),
         f"demo-{seed}-heads": Panel(recipe=HEADS, overrides=heads, joining=False, **common),
@@ -138,13 +132,13 @@ def _planted(world: int) -> dict[str, Panel]:
 PANELS: dict[str, Panel] = {
     **_pair("stay", example("eicu_demo"), {**PLAIN, **EICU}, {}),
     **_pair("death", example("eicu_demo"), {**PLAIN, **EICU, **DEATH}, DEATH),
-    **_pair("heart", example("heart_disease"), {**PLAIN, **prevalence(0.5)}, {**linear(*FOUR), **prevalence(0.5)}),
+    **_pair("heart", example("heart_disease"), {**PLAIN, **prevalence(0.5)}, {**PRIVATE, **prevalence(0.5)}),
     **{name: panel for seed in WORLDS for name, panel in _world(seed).items()},
     **_pair(
         "diabetes",
         populations.diabetes,
         {**PLAIN, **prevalence(0.5)},
-        {**linear("basics", "blood", "lipids"), **prevalence(0.5)},
+        {**PRIVATE, **prevalence(0.5)},
     ),
     **{name: panel for world in PLANTED for name, panel in _planted(world).items()},
 }

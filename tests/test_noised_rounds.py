@@ -250,7 +250,7 @@ def test_who_says_something_else_is_far_and_not_who_has_few_patients() -> None:
     rows = sent_with(0.3, np.full(3000, -0.5))
     gram = gram_of(rows)
     assert (gram.nearest()[:5, -1] == 5).all(), "without the correction the one with the most noise is farthest"
-    gram.noise = np.diag([*squares(rows, (*SDS, 0.7)), 0.0])
+    gram = gram_of(rows, squares(rows, (*SDS, 0.7)))
     assert (gram.nearest()[:6, -1] == 6).all()
     assert (gram.nearest()[:, 0] == np.arange(7)).all(), "each is nearest to itself, whatever noise does"
 

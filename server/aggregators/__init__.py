@@ -261,9 +261,7 @@ def combine(rows: Rows, stages: tuple[Stage, ...], f: int, noise: Sequence[float
     *mixers, last = stages
     weights: Floats | None = None
     if mixers or not isinstance(last, Columnwise) or type(last).choose is not Columnwise.choose:
-        gram = gram_of(rows)
-        if noise is not None:
-            gram.noise = np.diag([*believed(noise), 0.0])
+        gram = gram_of(rows, noise)
         # Sites come in the order of their values: no tie is broken by who sent first.
         order = np.lexsort((gram.distances().sum(1), gram.norms()))
         weights = np.eye(len(rows))[order]
@@ -311,7 +309,7 @@ def _by_column(rows: Rows, weights: Floats | None, last: Columnwise, f: int) -> 
     return result
 
 
-def gram_of(rows: Rows) -> Gram:
+def gram_of(rows: Rows, noise: Sequence[float] | None = None) -> Gram:
     """Inner products of updates and the origin, moved by the most central update.
 
     Around the mean, one huge update would drown the distances between all others; around an update in the midst of
@@ -319,10 +317,12 @@ def gram_of(rows: Rows) -> Gram:
 
     Args:
         rows: [n, d].
+        noise: as `combine` is given it.
     """
     from gapweave.server.products import products_around  # loads a compiler
 
-    return Gram(products_around(rows, _central(rows)))
+    expected = None if noise is None else np.diag([*believed(noise), 0.0])
+    return Gram(products_around(rows, _central(rows)), expected)
 
 
 def _central(rows: Rows) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_serializer, model_validator
 
-from gapweave.shared.config.base import StrictModel
+from gapweave.shared.config.base import StrictModel, unknown_key
 
 GROUP_FAMILIES = ("encoder/*", "head/*", "imputer", "fusion")
 """Families of parameter groups, as patterns: every trained tensor is in exactly one group of one family."""
@@ -190,3 +190,18 @@ class Aggregation(StrictModel):
         """The rule for ``group``: that of the most specific pattern, else the default."""
         pattern = _most_specific(group, self.rules)
         return self.default if pattern is None else self.rules[pattern]
+
+
+def check_patterns(sharing: Sharing, aggregation: Aggregation, modalities: Iterable[str]) -> None:
+    """Refuse a pattern that no group matches: a typing error, and what it meant would silently get the default.
+
+    Raises:
+        ValueError: naming the block, the pattern and the nearest group.
+    """
+    groups = [family.replace("*", name) for name in modalities for family in GROUP_FAMILIES if "*" in family]
+    groups += [family for family in GROUP_FAMILIES if "*" not in family]
+    shared = sharing.policy if isinstance(sharing.policy, dict) else {}
+    for where, patterns in (("sharing.policy", shared), ("aggregation", aggregation.rules)):
+        for pattern in patterns:
+            if not any(fnmatchcase(group, pattern) for group in groups):
+                raise ValueError(f"{where}: {unknown_key(pattern, groups, 'parameter group')}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -12,10 +11,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml, unknown_key
+from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml
 from gapweave.shared.config.formula import Formula, compile_formula
 from gapweave.shared.config.modalities import ModalitySpec, PublicScore, category_code
-from gapweave.shared.config.sharing import Aggregation, Sharing
+from gapweave.shared.config.sharing import Aggregation, Sharing, check_patterns
 from gapweave.shared.config.simulation import Simulation
 from gapweave.shared.errors import UsageError
 
@@ -305,13 +304,7 @@ class Study(StrictModel):
 
     @model_validator(mode="after")
     def _patterns_match(self) -> Self:
-        """A pattern that no group matches is a typing error, and the group it meant would silently get the default."""
-        groups = [f"{family}/{name}" for family in ("encoder", "head") for name in self.order] + ["imputer", "fusion"]
-        shared = self.sharing.policy if isinstance(self.sharing.policy, dict) else {}
-        for where, patterns in (("sharing.policy", shared), ("aggregation", self.aggregation.rules)):
-            for pattern in patterns:
-                if not any(fnmatchcase(group, pattern) for group in groups):
-                    raise ValueError(f"{where}: {unknown_key(pattern, groups, 'parameter group')}")
+        check_patterns(self.sharing, self.aggregation, self.order)
         return self
 
     @model_validator(mode="after")
