@@ -7,7 +7,7 @@ One factor k serves all shared groups: a signal of length s and noise of expecte
 is V / (1 - k) on average, where k = s^2 / (s^2 + V) is the best share to keep. The factor is the mean of k given the
 square that came out, all k equally likely beforehand. Where that square is sure it is the positive-part estimator of
 James and Stein (1961) and Baranchik (1964), max(0, 1 - V / |change|^2); but it is never quite 0, so that a model
-without a public start still ranks its patients.
+without a public start still ranks its patients. That k is best for the parameters; predictions gain from more (`ALONG`).
 
 Guarantee: costs no privacy: it reads what was released, and public plans.
 Assumes: that a rule acts on noise beside a signal as it does on noise alone, on which it is tried; that all sites
@@ -31,6 +31,9 @@ from gapweave.shared.tensorfile import Arrays
 
 SHARES = (np.arange(10_000) + 0.5) / 10_000
 """That may be kept of a change."""
+ALONG = 4.0
+"""How much more a unit of signal moves predictions than a unit of noise: what is learnt lies along directions in which
+patients differ, noise lies along all. Chosen on runs (docs/decisions/0024); 1 is best for the parameters themselves."""
 
 Variances = Mapping[str, Sequence[float]]
 """Group -> round by round, the variance of the noise in each coordinate of the aggregate; 0 for a round without."""
@@ -89,7 +92,7 @@ def noise_square(study: Study, variances: Variances, sizes: Mapping[str, int]) -
 
 
 def factor(start: Arrays, reached: Arrays, noise: float, freedom: float) -> float:
-    """What is kept of the change, from 0 to 1.
+    """What is best kept of the change for the parameters themselves, from 0 to 1.
 
     Args:
         start: public initial values.
@@ -120,7 +123,8 @@ def shrunk(study: Study, start: Arrays, reached: Arrays, variances: Variances) -
         variances: of the rounds' noise.
     """
     sizes = {group: sum(value.size for value in part.values()) for group, part in reached.items()}
-    kept = factor(start, reached, *noise_square(study, variances, sizes))
+    of_length = factor(start, reached, *noise_square(study, variances, sizes))
+    kept = ALONG * of_length / (1 + (ALONG - 1) * of_length)
     share = np.float32(kept)
     return {
         group: {name: start[group][name] + share * (value - start[group][name]) for name, value in part.items()}

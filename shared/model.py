@@ -21,7 +21,7 @@ from gapweave.shared.config.modalities import ModalitySpec, PublicScore
 from gapweave.shared.config.study import Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.encoders import TwoStage, build_encoder
-from gapweave.shared.features.flat import flat
+from gapweave.shared.features.flat import flat, of_norm
 from gapweave.shared.features.flat import width as flat_width
 from gapweave.shared.fusion import build_fusion
 from gapweave.shared.imputers import build_imputer
@@ -59,13 +59,14 @@ class Outputs:
     imputer_weight: float = 1.0
 
 
-def _head(spec: ModalitySpec, width: int, outputs: int, linear_path: bool) -> nn.Module:
-    if not linear_path:
+def _head(study: Study, spec: ModalitySpec) -> nn.Module:
+    width, outputs = study.model.embedding, study.task.outputs
+    if not study.model.linear_path:
         return nn.Linear(width, outputs)
     head = WideHead(width, outputs, flat_width(spec))
     if isinstance(spec, PublicScore):
-        with torch.no_grad():
-            head.wide.weight[:, 0] = spec.start  # its features are the scaled score and the observed flag
+        with torch.no_grad():  # its features are the scaled score, times the norm, and the observed flag
+            head.wide.weight[:, 0] = spec.start / (study.model.feature_norm or 1.0)
     return head
 
 
@@ -111,13 +112,14 @@ class MultimodalModel(nn.Module):
         by_name = {modality.name: modality for modality in modalities(study)}
         self.embedding, self.outputs = width, outputs
         self._linear_paths = dict(study.modalities) if study.model.linear_path else {}
+        self._feature_norm = study.model.feature_norm
         self.encoders = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         for name in self.held:
             with _seeded(study.seed, f"encoder/{name}"):
                 self.encoders[name] = build_encoder(by_name[name], width)
             with _seeded(study.seed, f"head/{name}"):
-                self.heads[name] = _head(by_name[name].spec, width, outputs, study.model.linear_path)
+                self.heads[name] = _head(study, by_name[name].spec)
         with _seeded(study.seed, "imputer"):
             self.imputer = build_imputer(study)
         with _seeded(study.seed, "fusion"):
@@ -213,8 +215,12 @@ class MultimodalModel(nn.Module):
             encoder = self.encoders[name]
             result[name] = encoder.features(values) if isinstance(encoder, TwoStage) else values
             if name in self._linear_paths:
-                result[_path(name)] = flat(self._linear_paths[name], values)
+                result[_path(name)] = self._beside(self._linear_paths[name], values)
         return result
+
+    def _beside(self, spec: ModalitySpec, values: Tensor) -> Tensor:
+        features = flat(spec, values)
+        return features if self._feature_norm is None else of_norm(spec, features, self._feature_norm)
 
     def ready(self, inputs: Mapping[str, Tensor], present: Tensor) -> Features:
         """The features of a batch, taken now if they were not before."""

@@ -14,7 +14,7 @@ from pretence import study_of
 from gapweave.server.aggregation import GroupAggregation
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.history import History, decay_of
-from gapweave.server.shrinkage import factor, noise_square, responses, shrunk
+from gapweave.server.shrinkage import ALONG, factor, noise_square, responses, shrunk
 from gapweave.shared.config.study import Study
 from gapweave.shared.late import add_late, late_mean
 from gapweave.shared.optimizers import ServerOptimizer
@@ -103,7 +103,9 @@ def test_the_start_and_the_share_that_is_kept() -> None:
     reached: Arrays = {"head/labs": {"w": np.array([4.0, 1.0], np.float32)}}
     # 2 numbers, 4 rounds that each bring a unit, variance .5 each
     found, kept = shrunk(of(4, default="mean"), start, reached, {"head/labs": [0.5] * 4})
-    assert kept == pytest.approx(factor(start, reached, 2 * 4 * 0.5, 2.0))
+    odds = factor(start, reached, 2 * 4 * 0.5, 2.0)
+    odds /= 1 - odds
+    assert kept == pytest.approx(ALONG * odds / (1 + ALONG * odds))
     np.testing.assert_allclose(found["head/labs"]["w"], [1 + 3 * kept, kept], rtol=1e-6)
 
 
@@ -195,7 +197,7 @@ def test_a_run_whose_change_is_noise_ends_at_the_public_start(tmp_path: Path) ->
     commands.start(study, overrides, places, baselines=(), continue_without=False)
     directory = RunDirectory.open(tmp_path / "run")
     last = json.loads((tmp_path / "run" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    assert last["kept"] < 0.1
+    assert last["kept"] < ALONG * 0.1 / (1 + (ALONG - 1) * 0.1), "a tenth of its length"
     assert "% was kept" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     final, _ = tensorfile.parse((directory.model / "shared.safetensors").read_bytes())
     start = initial_groups(directory.study())

@@ -22,7 +22,7 @@ from gapweave.shared.config.base import parse
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 from gapweave.shared.features.flat import flat as flat_features
-from gapweave.shared.features.flat import width
+from gapweave.shared.features.flat import of_norm, width
 from gapweave.shared.late import add_late, late_mean
 from gapweave.shared.model import MultimodalModel, group_of, groups
 from gapweave.shared.objective import loss_terms, mean_over
@@ -92,12 +92,36 @@ def test_flags_and_shares_are_centred() -> None:
 SCORE = {"kind": "public_score", "expression": "labs.sodium / 10", "low": 0, "high": 20, "center": 14, "scale": 2}
 
 
-def test_a_public_score_votes_before_anything_is_learned() -> None:
+@pytest.mark.parametrize("norm", [None, 10.0])
+def test_a_public_score_votes_before_anything_is_learned(norm: float | None) -> None:
     of = study(
-        {"labs": EVERY_KIND["labs"], "risk": {**SCORE, "start": 1.5}}, model={"imputer": "none", "linear_path": True}
+        {"labs": EVERY_KIND["labs"], "risk": {**SCORE, "start": 1.5}},
+        model={"imputer": "none", "linear_path": True, "feature_norm": norm},
     )
     head = MultimodalModel(of, of.order).heads["risk"]
-    assert head.wide.weight.tolist() == [[1.5, 0.0]]
+    torch.testing.assert_close(head.wide.weight.detach(), torch.tensor([[1.5 / (norm or 1), 0.0]]))
+
+
+def test_linear_paths_read_rows_of_one_norm_and_a_score_as_it_is() -> None:
+    model = {"imputer": "none", "linear_path": True, "feature_norm": 10.0}
+    of = study(
+        {**{name: {**EVERY_KIND[name], "encoder": "none"} for name in ("labs", "vitals")}, "risk": SCORE}, model=model
+    )
+    batch = random_batch(of)
+    plain = of.model_copy(update={"model": of.model.model_copy(update={"feature_norm": None})})
+    found, before = (MultimodalModel(it, it.order).features(batch.inputs, batch.present) for it in (of, plain))
+    for at, name in enumerate(of.order):
+        here = batch.present[:, at]
+        rows, unscaled = found[f"{name}/flat"][here], before[f"{name}/flat"][here]
+        lengths = unscaled.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(rows, 10 * (unscaled if name == "risk" else unscaled / lengths))
+    nothing = of_norm(of.modalities["labs"], torch.zeros(1, 4), 10.0)
+    assert not nothing.any()
+
+
+def test_a_norm_without_linear_paths_is_refused() -> None:
+    with pytest.raises(ValueError, match="feature_norm needs linear_path"):
+        study({"labs": EVERY_KIND["labs"]}, model={"feature_norm": 1.0})
 
 
 @pytest.mark.parametrize("but", [{"model": {"linear_path": False}}, {"task": TASKS["multilabel"]}], ids=str)

@@ -27,6 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "small": {
         **_PLAIN_STEPS,
         "model.linear_path": True,
+        "model.feature_norm": None,
         "scheme.settings.hide_features": 0.5,
         "scheme.settings.vote_weight": 6,
         "training.rounds": 40,
@@ -39,15 +40,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "linear": {
         **_PLAIN_STEPS,
         "model.linear_path": True,
+        "model.feature_norm": 10,
         "model.embedding": 2,
         "modalities.*.encoder": "none",
         "scheme.settings.vote_weight": 0,
         "training.rounds": 20,
-        "aggregation.server_optimizer": "momentum",
-        "aggregation.server_lr": 1.5,
+        "aggregation.server_optimizer": "none",  # robust rules see histories, which are a momentum already
+        "aggregation.server_lr": 5,
         "aggregation.average_last": 0.5,
         "aggregation.shrink": True,
-        "privacy.max_grad_norm": 0.85,
+        "privacy.max_grad_norm": 0.7,
     },
 }
 """By name.

@@ -76,6 +76,19 @@ class ModelConfig(StrictModel):
         description="add to each modality's logits a linear function of its features, which starts at 0; what a small "
         "cohort can learn is mostly in it (docs/decisions/0021)",
     )
+    feature_norm: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="L2 norm to which linear paths bring each record's features of a modality, so that under noise all "
+        "modalities are heard alike; public scores are multiplied by it (docs/decisions/0024); null: as they are",
+    )
+
+    @model_validator(mode="after")
+    def _read_by_linear_paths(self) -> Self:
+        if self.feature_norm is not None and not self.linear_path:
+            raise ValueError("feature_norm needs linear_path: true")
+        return self
 
 
 class SchemeConfig(StrictModel):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from gapweave.shared.config.modalities import ImageModality, ModalitySpec, SeriesModality, TextModality
+from gapweave.shared.config.modalities import ImageModality, ModalitySpec, PublicScore, SeriesModality, TextModality
 from gapweave.shared.features import series, table
 
 IMAGE_SIDE = 8
@@ -39,6 +39,21 @@ def flat(spec: ModalitySpec, inputs: Tensor) -> Tensor:
     else:
         values, shares = inputs, [table.is_flag(name) for name in table.names(spec.columns)]
     return values - MIDDLE * values.new_tensor(shares)
+
+
+def of_norm(spec: ModalitySpec, features: Tensor, norm: float) -> Tensor:
+    """The features with rows of this L2 norm; a row of zeros stays one.
+
+    A clipped gradient is shared among modalities as their features are long, and so is what it can say against noise
+    that knows no modality. At one length all of them are heard. A public score is only multiplied by it: how long its
+    row is, is what it says.
+
+    Args:
+        spec: of the modality.
+        features: [R, F], as `flat` gives them.
+        norm: of a row.
+    """
+    return norm * (features if isinstance(spec, PublicScore) else functional.normalize(features, dim=1))
 
 
 def width(spec: ModalitySpec) -> int:
