@@ -7,7 +7,7 @@ One factor k serves all shared groups: a signal of length s and noise of expecte
 is V / (1 - k) on average, where k = s^2 / (s^2 + V) is the best share to keep. The factor is the mean of k given the
 square that came out, all k equally likely beforehand. Where that square is sure it is the positive-part estimator of
 James and Stein (1961) and Baranchik (1964), max(0, 1 - V / |change|^2); but it is never quite 0, so that a model
-without a public start still ranks its patients. That k is best for the parameters; predictions gain from more (`ALONG`).
+without a public start still ranks its patients. That k is best for the parameters; predictions want more (`ALONG`).
 
 Guarantee: costs no privacy: it reads what was released, and public plans.
 Assumes: that a rule acts on noise beside a signal as it does on noise alone, on which it is tried; that all sites
