@@ -6,10 +6,10 @@ coordinate of the mean gradient a variance of v / n. In the mean of H sites ther
     v / H^2 sum_j 1 / n_j  +  C^2 / H^2 sum_j (sigma_j / n_j)^2
 
 sigma_j is the noise multiplier of the whole training as if it were one release of all patients, sigma / (q sqrt(T)) for
-T steps at sampling rate q. Joining can help where this is less than v / n. With v = C^2 / (`TYPICAL` d): the typical
-gradient is sqrt(`TYPICAL`) times shorter than the clipping bound. `TYPICAL` is calibrated on measured runs, whose
-evidence and limits are in docs/decisions/0019-joining.md. For equal sites the rule reads: the patients of the others
-must be more than `TYPICAL` d sigma^2.
+T steps at sampling rate q. Joining can help where this is less than v / n. With v = C^2 / (t d): the typical gradient
+is sqrt(t) times shorter than the clipping bound. t is `TYPICAL`, calibrated on measured runs, whose evidence and limits
+are in docs/decisions/0019-joining.md; where linear paths read rows of one norm, lengths are known and t follows from
+them (`typical`). For equal sites the rule reads: the patients of the others must be more than t d sigma^2.
 
 It knows nothing of how alike the sites are, and compares with a model of the same form: a warning, never a refusal.
 """
@@ -45,23 +45,35 @@ def whole_noise(plan: Plan) -> float:
     return plan.noise_multiplier / (plan.sample_rate * math.sqrt(steps))
 
 
-def error_ratio(plan: Plan, others: list[Plan], parameters: int) -> float:
+def typical(study: Study) -> float:
+    """t: squared ratio of the clipping bound to a patient's gradient, from 1, where most are clipped, to `TYPICAL`.
+
+    Rows of one norm, averaged over M modalities, make a record of norm / sqrt(M); its error is about 1/2.
+    """
+    if study.model.feature_norm is None:
+        return TYPICAL
+    length = study.model.feature_norm / (2 * math.sqrt(len(study.modalities)))
+    return min(max(1.0, (study.privacy.max_grad_norm / length) ** 2), TYPICAL)
+
+
+def error_ratio(plan: Plan, others: list[Plan], parameters: int, ratio: float = TYPICAL) -> float:
     """Variance of the joint estimate over that of the site alone; joining can help below 1.
 
     Args:
         plan: of the site.
         others: plans of the other sites.
         parameters: d.
+        ratio: t.
     """
     every = [plan, *others]
     sampling = sum(1 / each.n_hat for each in every)
-    noise = TYPICAL * parameters * sum((whole_noise(each) / each.n_hat) ** 2 for each in every)
+    noise = ratio * parameters * sum((whole_noise(each) / each.n_hat) ** 2 for each in every)
     return plan.n_hat * (sampling + noise) / len(every) ** 2
 
 
-def sites_needed(plan: Plan, parameters: int) -> int:
+def sites_needed(plan: Plan, parameters: int, ratio: float = TYPICAL) -> int:
     """Sites of this one's size, itself among them, from which on joining can help."""
-    return 1 + math.floor(1 + TYPICAL * parameters * whole_noise(plan) ** 2 / plan.n_hat)
+    return 1 + math.floor(1 + ratio * parameters * whole_noise(plan) ** 2 / plan.n_hat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +131,13 @@ def outlooks(study: Study, sizes: Mapping[str, int]) -> list[Outlook]:
     if not study.privacy.enabled:
         return []
     plans, parameters = {name: _plan(study, size) for name, size in sizes.items()}, shared_parameters(study)
+    ratio = typical(study)
     return [
         Outlook(
             site=name,
             patients=plan.n_hat,
-            ratio=error_ratio(plan, [other for of, other in plans.items() if of != name], parameters),
-            needed=sites_needed(plan, parameters),
+            ratio=error_ratio(plan, [other for of, other in plans.items() if of != name], parameters, ratio),
+            needed=sites_needed(plan, parameters, ratio),
             sites=len(plans),
             parameters=parameters,
             noise=whole_noise(plan),
@@ -150,7 +163,7 @@ def alone_warning(study: Study, plan: Plan) -> str | None:
         None where the study's quorum is enough.
     """
     parameters = shared_parameters(study)
-    needed = sites_needed(plan, parameters)
+    needed = sites_needed(plan, parameters, typical(study))
     if needed <= max(2, study.aggregation.quorum):
         return None
     few = (
@@ -186,6 +199,6 @@ def schedule_advice(study: Study, patients: int) -> tuple[str, str]:
     full = whole_noise(_plan(study.model_copy(update={"training": whole}), patients))
     return "fedsgd", (
         f"{steps} gradients of all {patients} patients carry noise of {full:.2g} over the whole training at this "
-        f"epsilon, {steps} steps of the study's batch carry {whole_noise(now):.2g}; with momentum at the server "
-        "(aggregation.server_optimizer): recipe=linear"
+        f"epsilon, {steps} steps of the study's batch carry {whole_noise(now):.2g}; of a linear model whose modalities "
+        "are heard alike (model.feature_norm): recipe=linear"
     )

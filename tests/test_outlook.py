@@ -11,6 +11,7 @@ import pytest
 from commandline import done, edit, hospitals, site_file
 from hospitals import plan_of
 
+from gapweave.shared.config.study import Study
 from gapweave.shared.outlook import (
     TYPICAL,
     alone_warning,
@@ -19,6 +20,7 @@ from gapweave.shared.outlook import (
     schedule_advice,
     shared_parameters,
     sites_needed,
+    typical,
     whole_noise,
 )
 from gapweave.shared.privacy.accountant import fixed_epsilon
@@ -163,3 +165,24 @@ def test_a_target_that_protects_little_is_said(tmp_path: Path, epsilon: float, w
     assert "weak to no formal protection" not in done("study", "check", study, *chosen, *off).out
     told = json.loads(done("privacy", "plan", study, "--patients", 200, "--epsilon", epsilon, "--json").out)["warnings"]
     assert any("weak to no formal protection" in text for text in told) is warned
+
+
+@pytest.mark.parametrize(
+    ("norm", "modalities", "bound", "expected"),
+    [(None, 4, 1.0, TYPICAL), (10.0, 4, 1.0, 1.0), (4.0, 4, 2.0, 4.0), (1.0, 4, 2.0, TYPICAL)],
+)
+def test_rows_of_one_norm_say_how_long_gradients_are(
+    norm: float | None, modalities: int, bound: float, expected: float
+) -> None:
+    labs = {"kind": "table", "columns": {"sodium": {"low": 100, "high": 180}}}
+    of = Study.model_validate(
+        {
+            "version": 1,
+            "name": "lengths",
+            "task": {"kind": "binary", "label": "died"},
+            "modalities": {f"labs{at}": labs for at in range(modalities)},
+            "model": {"linear_path": True, "feature_norm": norm},
+            "privacy": {"max_grad_norm": bound},
+        }
+    )
+    assert typical(of) == pytest.approx(expected)
