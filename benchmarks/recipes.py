@@ -43,15 +43,13 @@ def prevalence(share: float) -> Overrides:
 
 
 SERIES = tuple(f"ts_{name}" for name in ("bp", "resp", "io", "infusion", "exam"))
-EVERY = ["last", "mean", "min", "max", "slope", "count", "since", "observed", "hinges"]
 EICU: Overrides = {
     "model.embedding": 16,
     **{f"modalities.{name}.encoder": None for name in ("static", "labs", "severity", "note", *SERIES)},
-    **{f"modalities.{name}.statistics": EVERY for name in SERIES},
     "modalities.severity.start": 0,
     "modalities.note.buckets": 512,
 }
-"""The eICU study with all its features: its own file has the few that pay under noise."""
+"""The eICU study with its encoders and more buckets, and without a score that votes from the start."""
 DEATH: Overrides = {"task.label": "label_hosp_mortality", **prevalence(0.09)}
 HEADS, TRUSTING = "heads", "trusting"
 ASIDE = {
