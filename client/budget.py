@@ -9,7 +9,7 @@ and then never gives its rest back, since to stop early because of a result is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from gapweave.shared.privacy.accountant import fixed_epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
@@ -69,12 +69,11 @@ class Budget:
     def _reserved(self, run: str, event: PrivacyEvent) -> bool:
         """Whether the event is planned in a reservation that is still open, and not charged yet."""
         reservation = self._view.reservation(run)
-        return (
-            reservation is not None
-            and not self._view.closed(run)
-            and event.to_dict() in reservation["events"]
-            and not any(_charges(entry.body, run, event) for entry in self._view.entries if entry.kind == "charge")
-        )
+        if reservation is None or self._view.closed(run):
+            return False
+        asked, charges = event.to_dict(), [entry.body for entry in self._view.entries if entry.kind == "charge"]
+        charged = any(body["run"] == run and body["event"] == asked for body in charges)
+        return asked in reservation["events"] and not charged
 
     def _less_room(self, run: str) -> bool:
         """Whether, since the run's reservation, the hospital lowered its cap or declared lost entries."""
@@ -82,7 +81,3 @@ class Budget:
         at = next(n for n, entry in enumerate(entries) if entry.kind == "reserve" and entry.body["run"] == run)
         before = next(entry.body["cap"] for entry in reversed(entries[:at]) if entry.kind == "open")
         return self.cap < before or any(entry.kind == "recover" for entry in entries[at:])
-
-
-def _charges(body: dict[str, Any], run: str, event: PrivacyEvent) -> bool:
-    return bool(body["run"] == run and body["event"] == event.to_dict())

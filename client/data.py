@@ -63,7 +63,8 @@ class Cohort:
 
     def training(self) -> Batch:
         """Patients who are not held out and have a usable record, renumbered."""
-        return self.batch.of_patients((self._usable() & ~self.test).nonzero()[:, 0])
+        chosen = self._usable() & ~self.test
+        return self.batch if chosen.all() else self.batch.of_patients(chosen.nonzero()[:, 0])
 
     def training_ids(self) -> list[str]:
         """Ids of the patients of `training`, in their order."""

@@ -278,9 +278,10 @@ class Participant:
 
     def _by_parameter(self, arrays: Arrays) -> dict[str, torch.Tensor]:
         """Groups' tensors by parameter name, on the site's device."""
-        stored = to_tensors(arrays)
-        result = {}
-        for parameter, _ in self.model.named_parameters():
+        if not arrays:
+            return {}
+        stored, result = to_tensors(arrays), {}
+        for parameter in self.model.named:
             group, name = group_of(parameter)
             if name in stored.get(group, {}):
                 result[parameter] = stored[group][name].to(self.device)

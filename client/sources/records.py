@@ -111,13 +111,15 @@ def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
     number = pl.DataFrame({"id": patient[order]}).join(
         pl.DataFrame({"id": names, "at": np.arange(len(names))}), on="id", how="left", maintain_order="left"
     )["at"]
+    ids = record[order].to_list()
+    kept_once = dict(zip(ids, ids, strict=True))  # where a patient is a record, many sites in one process notice
     return Records(
         table=table.take(order),
         id_column=site.data.records.id,
         line=line[order].to_numpy().astype(np.int64),
-        ids=tuple(record[order].to_list()),
+        ids=tuple(ids),
         patient=number.to_numpy().astype(np.int64),
-        patient_ids=tuple(names.to_list()),
+        patient_ids=tuple(kept_once.get(name, name) for name in names.to_list()),
     )
 
 

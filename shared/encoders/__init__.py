@@ -8,7 +8,7 @@ which per-patient gradients are known. One module a kind of data; `DEFAULTS` nam
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -24,20 +24,20 @@ ENCODERS: Registry[EncoderFactory] = Registry("encoder", "gapweave.shared.encode
 DEFAULTS = {"table": "table", "series": "series", "image": "image", "text": "text", "public_score": "table"}
 
 
-@runtime_checkable
-class TwoStage(Protocol):
-    """An encoder whose first stage has no parameters: a site runs that once for all its records.
-
-    `forward` is `embed(features(inputs))`.
-    """
+class TwoStage(nn.Module):
+    """An encoder whose first stage has no parameters: a site runs that once for all its records."""
 
     def features(self, inputs: Tensor) -> Tensor:
         """[B, *shape] -> [B, F], row by row."""
-        ...
+        raise NotImplementedError
 
     def embed(self, features: Tensor) -> Tensor:
         """[B, F] -> [B, d]."""
-        ...
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, *shape] -> [B, d]: both stages."""
+        return self.embed(self.features(inputs))
 
 
 def build_encoder(modality: Modality, embedding: int) -> nn.Module:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from gapweave.shared.encoders import ENCODERS
+from gapweave.shared.encoders import ENCODERS, TwoStage
 from gapweave.shared.schema import Modality
 
 
 @ENCODERS.register("none")
-class NoEncoder(nn.Module):
+class NoEncoder(TwoStage):
     """[B, ...] -> zeros [B, d].
 
     Under noise every parameter costs signal: with `model.linear_path` a modality then votes by a linear function of its
@@ -27,7 +27,3 @@ class NoEncoder(nn.Module):
     def embed(self, features: Tensor) -> Tensor:
         """[B, 0] -> [B, d]."""
         return features.new_zeros(len(features), self.embedding)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Read nothing."""
-        return self.embed(self.features(inputs))

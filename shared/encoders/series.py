@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from gapweave.shared.config.modalities import SeriesModality
-from gapweave.shared.encoders import ENCODERS
+from gapweave.shared.encoders import ENCODERS, TwoStage
 from gapweave.shared.features.series import summary, summary_width
 from gapweave.shared.schema import Modality
 
 
 @ENCODERS.register("series")
-class SeriesEncoder(nn.Module):
+class SeriesEncoder(TwoStage):
     """[B, T, 2V] -> [B, d].
 
     The wide path reads the summary statistics (last, mean, ..., time since the last value); the deep path reads
@@ -31,10 +31,6 @@ class SeriesEncoder(nn.Module):
         self.wide = nn.Linear(statistics, embedding)
         self.hidden = nn.Linear(statistics + 2 * hidden, hidden)
         self.deep = nn.Linear(hidden, embedding)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Embed a window of hours."""
-        return self.embed(self.features(inputs))
 
     def features(self, inputs: Tensor) -> Tensor:
         """[B, T, 2V] -> [B, 2VT + S]: the hours, channels first, then the summary statistics."""

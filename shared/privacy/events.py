@@ -6,7 +6,7 @@ adding or removing all records of one patient.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 from gapweave.shared.errors import GapweaveError
@@ -56,7 +56,7 @@ class PrivacyEvent:
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in a ledger."""
-        return asdict(self)
+        return dict(vars(self))  # all fields are plain; `asdict` copies each in depth, and ledgers ask often
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> PrivacyEvent:
