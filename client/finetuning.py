@@ -7,6 +7,9 @@ it. Their data enter neither the steps' sums nor the sampling, so each of the ot
 and the charged event holds for all; the denominator shrinks by the same public fifth. They were trained on in the
 rounds, by the model that the copy is compared with: that speaks against the copy, if at all.
 
+*With `aggregation.shrink`* only that share of the change is kept which its noise does not explain, as of the federated
+model itself: a few steps of one site at a small budget are mostly noise.
+
 *The gate* compares each patient's log-loss under both models, and keeps the copy for predictions only when the mean
 gain is above one standard error of itself (Breiman et al. 1984, section 3.4.3). It is computed without noise: its
 result stays in the copy's card, and nothing that answers a server reads it.
@@ -14,12 +17,13 @@ result stays in the copy's card, and nothing that answers a server reads it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gapweave.client.predict import predict
 from gapweave.client.sources.split import validation_fold
@@ -28,6 +32,7 @@ from gapweave.shared.model import MultimodalModel
 from gapweave.shared.paired import Truth, losses
 from gapweave.shared.privacy.plan import VALIDATION_FOLDS
 from gapweave.shared.schema import Batch
+from gapweave.shared.shrinkage import share_kept
 
 FEWEST_TO_JUDGE = 5
 """Validation patients of the rarer class without whom the federated model stays in use."""
@@ -75,10 +80,27 @@ def fine_tune(model: MultimodalModel, data: Batch, ids: Sequence[str], step: Ste
     change = {"lr": study.training.finetune_lr or study.training.lr, "proximal": study.training.finetune_pull}
     tuning = study.model_copy(update={"training": study.training.model_copy(update=change)})
     start = {name: value.detach().clone() for name, value in model.named.items()}
-    train(model, learning, replace(step, plan=fewer), Sgd(tuning, {}, start), plan.finetune_steps)
+    step = replace(step, study=tuning, plan=fewer)
+    train(model, learning, step, Sgd(tuning, {}, start), plan.finetune_steps)
+    if study.aggregation.shrink:
+        _shrink(model, start, step)
     return judge(
         before, predict(model, judging, study, data.prevalence()).probabilities, Truth.of(judging, study.task.kind)
     )
+
+
+def _shrink(model: MultimodalModel, start: Mapping[str, Tensor], step: Step) -> None:
+    """Keep of the change what its noise does not explain; every parameter got the same noise at every step."""
+    training, plan = step.study.training, step.plan
+    sd = training.lr * plan.noise_multiplier * step.engine.sensitivity / (plan.sample_rate * plan.n_hat)
+    left = 1 - training.lr * (step.study.shrinkage + training.proximal)  # of an earlier step's noise, a step later
+    variance = sd**2 * sum(left ** (2 * later) for later in range(plan.finetune_steps))
+    numbers = sum(value.numel() for value in start.values())
+    square = sum(float((value.detach() - start[name]).double().square().sum()) for name, value in model.named.items())
+    kept = share_kept(square, numbers * variance, numbers)
+    with torch.no_grad():
+        for name, value in model.named.items():
+            value.lerp_(start[name], 1 - kept)
 
 
 def _of(data: Batch, patients: NDArray[np.bool_]) -> Batch:

@@ -3,11 +3,7 @@
 The final parameters are the public start plus a change. The change holds noise whose variance is public: each site's
 plan says what its updates carry, and server momentum, histories and averages over rounds are linear in the updates. A
 change that is hardly longer than its noise says little, so the start is kept; one that is much longer is kept whole.
-One factor k serves all shared groups: a signal of length s and noise of expected square V make a change whose square
-is V / (1 - k) on average, where k = s^2 / (s^2 + V) is the best share to keep. The factor is the mean of k given the
-square that came out, all k equally likely beforehand. Where that square is sure it is the positive-part estimator of
-James and Stein (1961) and Baranchik (1964), max(0, 1 - V / |change|^2); but it is never quite 0, so that a model
-without a public start still ranks its patients. That k is best for the parameters; predictions want more (`ALONG`).
+One share serves all shared groups (`shared/shrinkage.py`).
 
 Guarantee: costs no privacy: it reads what was released, and public plans.
 Assumes: that a rule acts on noise beside a signal as it does on noise alone, on which it is tried; that all sites
@@ -27,13 +23,8 @@ from gapweave.server.rules import rule_of
 from gapweave.shared.config.study import Study
 from gapweave.shared.late import add_late, late_mean
 from gapweave.shared.optimizers import ServerOptimizer
+from gapweave.shared.shrinkage import share_kept
 from gapweave.shared.tensorfile import Arrays
-
-SHARES = (np.arange(10_000) + 0.5) / 10_000
-"""That may be kept of a change."""
-ALONG = 4.0
-"""How much more a unit of signal moves predictions than a unit of noise: what is learnt lies along directions in which
-patients differ, noise lies along all. Chosen on runs (docs/decisions/0024); 1 is best for the parameters themselves."""
 
 Variances = Mapping[str, Sequence[float]]
 """Group -> round by round, the variance of the noise in each coordinate of the aggregate; 0 for a round without."""
@@ -91,28 +82,6 @@ def noise_square(study: Study, variances: Variances, sizes: Mapping[str, int]) -
     return square, square**2 / spread if spread else math.inf
 
 
-def factor(start: Arrays, reached: Arrays, noise: float, freedom: float) -> float:
-    """What is best kept of the change for the parameters themselves, from 0 to 1.
-
-    Args:
-        start: public initial values.
-        reached: values that the rounds led to.
-        noise: V.
-        freedom: its degrees of freedom.
-    """
-    square = sum(
-        float(((value.astype(np.float64) - start[group][name]) ** 2).sum())
-        for group, part in reached.items()
-        for name, value in part.items()
-    )
-    if square == 0 or noise == 0:
-        return 1.0
-    expected = 1 / (1 - SHARES)  # of square / noise, a noncentral chi-squared over its degrees of freedom, about normal
-    variance = (4 * expected - 2) / freedom
-    likely = -((square / noise - expected) ** 2) / (2 * variance) - np.log(variance) / 2
-    return float(np.average(SHARES, weights=np.exp(likely - likely.max())))
-
-
 def shrunk(study: Study, start: Arrays, reached: Arrays, variances: Variances) -> tuple[Arrays, float]:
     """The start and what is kept of the change; and how much that is, from 0 to 1.
 
@@ -123,8 +92,12 @@ def shrunk(study: Study, start: Arrays, reached: Arrays, variances: Variances) -
         variances: of the rounds' noise.
     """
     sizes = {group: sum(value.size for value in part.values()) for group, part in reached.items()}
-    of_length = factor(start, reached, *noise_square(study, variances, sizes))
-    kept = ALONG * of_length / (1 + (ALONG - 1) * of_length)
+    square = sum(
+        float(((value.astype(np.float64) - start[group][name]) ** 2).sum())
+        for group, part in reached.items()
+        for name, value in part.items()
+    )
+    kept = share_kept(square, *noise_square(study, variances, sizes))
     share = np.float32(kept)
     return {
         group: {name: start[group][name] + share * (value - start[group][name]) for name, value in part.items()}

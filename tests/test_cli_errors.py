@@ -183,6 +183,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "seed below 0": (("--seed", "-1"), ("seed", "greater than or equal to 0")),
     "unknown path": (("--set", "training.roundz=3"), ("did you mean 'rounds'",)),
     "path through a value": (("--set", "name.x=3"), ("'name.x' is no path",)),
+    "two numbers of rounds": (
+        ("--rounds", "3", "--set", "training.rounds=4"),
+        ("training.rounds is given twice: 3 and 4", "--rounds, --set"),
+    ),
     "no assignment": (("--set", "epsilon"), ("'epsilon' is not key=value",)),
     "unknown method": (("--set", "method=magic"), ("no method is called 'magic'", "concat")),
     "unknown sharing": (("--set", "sharing=some"), ("sharing",)),

@@ -41,6 +41,7 @@ from gapweave.shared.privacy.draws import SeededDraws
 from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.report.joining_page import joining_page
 from gapweave.shared.rundir import RunDirectory
+from gapweave.shared.shrinkage import share_kept
 
 RUN = "run-1"
 pytestmark = pytest.mark.usefixtures("fresh_sites")
@@ -201,6 +202,27 @@ def test_fine_tuning_is_pulled_towards_the_federated_parameters(tmp_path: Path) 
     fine_tune(tuned, training, ids, fresh)
     for name, value in tuned.named.items():
         torch.testing.assert_close(value.detach(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_of_fine_tuning_that_is_noise_little_is_kept(tmp_path: Path) -> None:
+    """Two steps at a small budget: the change is as long as the noise in it, and shorter by the share that is kept."""
+    changes = []
+    for shrink in (False, True):
+        settings: dict[str, Any] = {"aggregation": {"shrink": shrink}, "privacy": {"enabled": True, "epsilon": 0.05}}
+        of = study_of(training={**FINETUNE, "finetune_steps": 2}, **settings)
+        cohort = cohort_of(tmp_path / str(shrink), of)
+        model, step = tuning(of, cohort)
+        start = torch.cat([value.detach().flatten() for value in model.named.values()]).double()
+        fine_tune(model, cohort.training(), cohort.training_ids(), step)
+        changes.append(torch.cat([value.detach().flatten() for value in model.named.values()]).double() - start)
+    whole, kept = changes
+    assert step.plan.sample_rate == 1
+    sd = 0.2 * step.plan.noise_multiplier * step.engine.sensitivity / round(0.8 * step.plan.n_hat)
+    noise, square = len(whole) * sd**2 * (1 + (1 - 0.2 * 0.5) ** 2), float(whole @ whole)
+    assert square == pytest.approx(noise, rel=0.3)
+    share = share_kept(square, noise, len(whole))
+    assert share < 0.6
+    torch.testing.assert_close(kept, share * whole, rtol=1e-3, atol=1e-6 * float(whole.abs().max()))
 
 
 def truth(positives: int, negatives: int) -> Truth:

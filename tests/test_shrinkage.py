@@ -14,10 +14,11 @@ from pretence import study_of
 from gapweave.server.aggregation import GroupAggregation
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.history import History, decay_of
-from gapweave.server.shrinkage import ALONG, factor, noise_square, responses, shrunk
+from gapweave.server.shrinkage import noise_square, responses, shrunk
 from gapweave.shared.config.study import Study
 from gapweave.shared.late import add_late, late_mean
 from gapweave.shared.optimizers import ServerOptimizer
+from gapweave.shared.shrinkage import ALONG, best_share, share_kept
 from gapweave.shared.tensorfile import Arrays
 
 
@@ -57,23 +58,17 @@ def test_a_history_brings_a_unit_in_parts() -> None:
     assert responses(of(3), 3, decay)[0] == pytest.approx(sum(by_hand))
 
 
-def change(square: float) -> tuple[Arrays, Arrays]:
-    start: Arrays = {"head/labs": {"w": np.zeros(1, np.float32)}}
-    return start, {"head/labs": {"w": np.array([square**0.5], np.float32)}}
-
-
 def test_what_is_kept_where_the_square_is_sure() -> None:
     for square in (1.5, 2.5, 10.0, 1e4, 1e12):
-        assert factor(*change(square), 1.0, 1e6) == pytest.approx(1 - 1 / square, abs=2e-3)
-    start, _ = change(1.0)
-    assert factor(start, start, 1.0, 100.0) == 1, "nothing was learnt, nothing is taken away"
-    assert factor(*change(1.0), 0.0, math.inf) == 1, "no noise"
+        assert best_share(square, 1.0, 1e6) == pytest.approx(1 - 1 / square, abs=2e-3)
+    assert share_kept(0.0, 1.0, 100.0) == 1, "nothing was learnt, nothing is taken away"
+    assert share_kept(1.0, 0.0, math.inf) == 1, "no noise"
 
 
 @pytest.mark.parametrize("freedom", [2.0, 60.0, 777.0])
 @pytest.mark.parametrize("square", [1e-6, 0.5, 1.0])
 def test_something_is_kept_of_what_may_all_be_noise(freedom: float, square: float) -> None:
-    kept = factor(*change(square), 1.0, freedom)
+    kept = best_share(square, 1.0, freedom)
     assert 0 < kept < 1.5 / math.sqrt(freedom), "half a normal with the sd of the estimate, sqrt(2 / freedom)"
 
 
@@ -85,7 +80,7 @@ def test_it_errs_less_than_the_positive_part_where_any_share_may_be_signal() -> 
         signal *= math.sqrt(share / (1 - share) * n / float(signal @ signal))
         learnt = signal + generator.normal(size=n)
         square = float(learnt @ learnt)
-        for name, kept in (("mean", factor(*change(square), n, n)), ("positive part", max(0.0, 1 - n / square))):
+        for name, kept in (("mean", best_share(square, n, n)), ("positive part", max(0.0, 1 - n / square))):
             errors[name].append(float(((kept * learnt - signal) ** 2).sum()))
     gained = np.subtract(errors["positive part"], errors["mean"])
     assert gained.mean() > 3 * gained.std() / math.sqrt(len(gained))
@@ -103,7 +98,7 @@ def test_the_start_and_the_share_that_is_kept() -> None:
     reached: Arrays = {"head/labs": {"w": np.array([4.0, 1.0], np.float32)}}
     # 2 numbers, 4 rounds that each bring a unit, variance .5 each
     found, kept = shrunk(of(4, default="mean"), start, reached, {"head/labs": [0.5] * 4})
-    odds = factor(start, reached, 2 * 4 * 0.5, 2.0)
+    odds = best_share(3**2 + 1**2, 2 * 4 * 0.5, 2.0)
     odds /= 1 - odds
     assert kept == pytest.approx(ALONG * odds / (1 + ALONG * odds))
     np.testing.assert_allclose(found["head/labs"]["w"], [1 + 3 * kept, kept], rtol=1e-6)

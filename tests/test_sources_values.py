@@ -143,6 +143,18 @@ def test_minutes_for_hours_are_noted(hospital: Hospital, factor: int, noted: boo
     assert all("are 24 hours or later, and not read" in text for text in found)
 
 
+@pytest.mark.parametrize(("shift", "noted"), [(0, False), (-10, False), (-14, True)])
+def test_series_that_end_before_they_begin_are_noted(hospital: Hospital, shift: int, noted: bool) -> None:
+    """With a wrong index time nearly everything was dropped, and nobody was told."""
+    timed(hospital, [(f"r{row % 4}", row % 24 + shift, 130.0) for row in range(96)])
+    findings: list[Finding] = []
+    card = {"low": 110, "high": 170}
+    series = {"kind": "series", "hours": 24, "columns": {"sodium": card}}
+    hospital.load(study({"labs": series}), labels=False, findings=findings)
+    found = [one.message for one in findings if one.id == "time"]
+    assert found == ([f"{-4 * shift} of 96 values lie before the record's index time, and are not read"] * noted)
+
+
 def test_time_without_prediction_time_is_refused(hospital: Hospital) -> None:
     timed(hospital, [("r0", 5.0, 130.0)])
     with pytest.raises(UsageError, match="no prediction time"):

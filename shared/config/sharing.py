@@ -142,8 +142,8 @@ class Aggregation(StrictModel):
     )
     shrink: bool = Field(
         False,
-        description="shrink what was learnt towards the public start, by how much of it may be noise "
-        "(docs/decisions/0022-shrinkage.md); without noise nothing is shrunk",
+        description="shrink what was learnt towards the public start, and what a site fine-tunes towards the federated "
+        "model, by how much of it may be noise (docs/decisions/0022-shrinkage.md); without noise nothing is shrunk",
     )
     sample: int | None = Field(None, ge=1, description="sites asked in a round (default: all that can take part)")
     sampling: Literal["random", "coverage"] = Field(

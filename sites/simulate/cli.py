@@ -48,11 +48,7 @@ def simulate(
     """
     from gapweave.sites.simulate import commands
 
-    overrides = commands.read_assignments(assignments or [])
-    if rounds is not None:
-        overrides["training.rounds"] = rounds
-    if seed is not None:
-        overrides["seed"] = seed
+    overrides = commands.read_assignments(assignments or [], rounds=rounds, seed=seed)
     commands.check_engine(engine)
     summary, directory = commands.start(
         study,

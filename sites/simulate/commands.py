@@ -35,9 +35,30 @@ class Places:
     state: Path | None
 
 
-def read_assignments(texts: list[str]) -> dict[str, Any]:
-    """`--set` options as overrides."""
-    return dict(parse_assignment(text) for text in texts)
+OPTIONS = {"rounds": "training.rounds", "seed": "seed"}
+"""Study keys that have an option of their own beside `--set`."""
+
+
+def read_assignments(texts: list[str], **named: Any) -> dict[str, Any]:
+    """`--set` options as overrides, with keys that have an option of their own.
+
+    Args:
+        texts: of `--set`.
+        named: by option (`rounds`, `seed`) its value, None where it was not given.
+
+    Raises:
+        UsageError: for a key that is given in both ways, with two values.
+    """
+    overrides = dict(parse_assignment(text) for text in texts)
+    for option, value in named.items():
+        key = OPTIONS[option]
+        if value is not None and overrides.setdefault(key, value) != value:
+            raise UsageError(
+                f"{key} is given twice: {value} and {overrides[key]}",
+                where=f"--{option}, --set",
+                remedy="Leave one of the two out",
+            )
+    return overrides
 
 
 def read_baselines(text: str) -> tuple[str, ...]:

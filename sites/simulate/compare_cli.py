@@ -63,9 +63,7 @@ def compare(
 
     if engine != "inline":
         raise UsageError("compare runs its cells inline", where="--engine", remedy="Leave --engine out")
-    overrides = commands.read_assignments(assignments or [])
-    if rounds is not None:
-        overrides["training.rounds"] = rounds
+    overrides = commands.read_assignments(assignments or [], rounds=rounds)
     request = Request(
         study=study,
         overrides=overrides,
