@@ -19,8 +19,8 @@ from gapweave.shared.config import load_site, load_study
 from gapweave.shared.config.overrides import METHODS
 from gapweave.shared.errors import RefusedError
 from gapweave.sites.demo import write_demo
+from gapweave.sites.simulate import baselines, compare_unit
 from gapweave.sites.simulate import compare as work
-from gapweave.sites.simulate import compare_unit
 from gapweave.sites.simulate.compare_unit import load_scores
 
 HOLDS = {"alder": ["labs"], "birch": ["labs", "note"], "cedar": ["note"]}
@@ -353,15 +353,27 @@ def test_baselines_are_fitted_once_for_cells_that_share_them(study_file, tmp_pat
     fits = []
     fit = compare_unit.fit_baselines
 
-    def counted(study, cohorts, names):
+    def counted(study, cohorts, names, **alone):
         fits.append((names[0], study.model.fusion, study.sharing.policy))
-        return fit(study, cohorts, names)
+        return fit(study, cohorts, names, **alone)
 
     monkeypatch.setattr(compare_unit, "fit_baselines", counted)
     vary = ["--vary", "fusion=late,concat", "--vary", "sharing=heads,all"]
     assert run(study_file, tmp_path / "out", *vary, "--seeds", "0", "--baselines", "local,lr") == 0
     assert fits == [("local", "late", "heads"), ("lr", "late", "heads"), ("local", "concat", "heads")]
     assert len(rows_in(tmp_path / "out")) == 4 * 4 * len(HOLDS)
+
+
+def test_with_the_joining_check_local_baselines_are_what_sites_trained_for_it(study_file, tmp_path, monkeypatch):
+    words, local = ["--seeds", "0", "--baselines", "local,lr"], ("local", "lr_local")
+    assert run(study_file, tmp_path / "plain", *words) == 0
+    monkeypatch.setattr(baselines, "train_alone", lambda *asked: pytest.fail("trained twice"))
+    assert run(study_file, tmp_path / "joining", *words, "--joining") == 0
+    first, second = (
+        [row for row in rows_in(tmp_path / name) if row["model"] in local] for name in ("plain", "joining")
+    )
+    assert len(first) == 2 * len(HOLDS)
+    assert first == second
 
 
 def test_cells_that_come_down_to_one_study_run_once(study_file, tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "modalities.*.encoder": "none",
         "scheme.settings.vote_weight": 0,
         "training.rounds": 20,
+        "training.finetune_steps": 5,  # each takes budget from the rounds
         "aggregation.server_optimizer": "none",  # robust rules see histories, which are a momentum already
         "aggregation.server_lr": 5,
         "aggregation.average_last": 0.5,

@@ -13,7 +13,7 @@ import torch
 
 from gapweave.client.classical import fit_classical
 from gapweave.client.data import Cohort
-from gapweave.client.local_models import train_alone, without_privacy
+from gapweave.client.local_models import Local, LocalNetwork, train_alone, without_privacy
 from gapweave.client.mixture import Predictor
 from gapweave.client.predict import Predictions, predict
 from gapweave.shared.config import Study
@@ -23,11 +23,11 @@ BASELINES = ("local", "pooled", "lr", "gbm")
 """Values of `--baselines`; lr and gbm are fitted both locally and pooled."""
 
 
-def local_network(study: Study, cohort: Cohort) -> Predictor:
+def local_network(study: Study, cohort: Cohort) -> LocalNetwork:
     """The same network, trained at one site alone."""
     training = cohort.training()
     model = train_alone(study, training, list(training.inputs), cohort.site)
-    return lambda batch: predict(model, batch, study, training.prevalence())
+    return LocalNetwork(study=study, model=model, prior=training.prevalence())
 
 
 def pooled_network(study: Study, cohorts: Mapping[str, Cohort]) -> Predictor:
@@ -67,6 +67,7 @@ def fit_baselines(
     cohorts: Mapping[str, Cohort],
     names: list[str],
     progress: Callable[[str], None] = lambda name: None,
+    alone: Mapping[str, Mapping[str, Local]] | None = None,
 ) -> dict[str, dict[str, Predictor]]:
     """All baselines asked for: model name -> site -> predictor.
 
@@ -75,26 +76,30 @@ def fit_baselines(
         cohorts: by site.
         names: of `BASELINES`.
         progress: told the name of each fit.
+        alone: by site, what `fit_local` gave: these models are not trained again.
     """
     result: dict[str, dict[str, Predictor]] = {}
     if "local" in names:
         result["local"] = {}
         for site, cohort in cohorts.items():
             progress(f"local {site}")
-            result["local"][site] = local_network(study, cohort)
+            result["local"][site] = alone[site]["local"] if alone else local_network(study, cohort)
     if "pooled" in names:
         progress("pooled")
         result["pooled"] = dict.fromkeys(cohorts, pooled_network(study, cohorts))
     for name in ("lr", "gbm"):
         if name in names:
             progress(name)
-            result |= _fit_classical_both(study, cohorts, name)
+            result |= _fit_classical_both(study, cohorts, name, alone)
     return result
 
 
-def _fit_classical_both(study: Study, cohorts: Mapping[str, Cohort], name: str) -> dict[str, dict[str, Predictor]]:
+def _fit_classical_both(
+    study: Study, cohorts: Mapping[str, Cohort], name: str, alone: Mapping[str, Mapping[str, Local]] | None
+) -> dict[str, dict[str, Predictor]]:
     local: dict[str, Predictor] = {
-        site: fit_classical(study, cohort.training(), name) for site, cohort in cohorts.items()
+        site: alone[site][f"{name}_local"] if alone else fit_classical(study, cohort.training(), name)
+        for site, cohort in cohorts.items()
     }
     together = fit_classical(study, pool(study, [cohort.training() for cohort in cohorts.values()]), name)
 

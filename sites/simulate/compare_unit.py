@@ -107,10 +107,7 @@ class Baselines:
         if not self._joining:
             return {}
         cohort = site.participant.cohort
-        key = _baseline_key("own", study, [cohort.site])
-        if key not in self._own:
-            self._own[key] = train_own(study, cohort)
-        choices = choose_models(study, cohort, run, self._own[key])
+        choices = choose_models(study, cohort, run, self._alone(study, cohort))
         names = {"blend": "blend", "best": choices.used, "own": choices.strongest, "score_local": "score_local"}
         return {
             model: load_mixture(run.path, choices.mixtures[name], study)(cohort.testing()).probabilities
@@ -118,13 +115,20 @@ class Baselines:
             if name in choices.mixtures
         }
 
+    def _alone(self, study: Study, cohort: Cohort) -> Own:
+        key = _baseline_key("own", study, [cohort.site])
+        if key not in self._own:
+            self._own[key] = train_own(study, cohort)
+        return self._own[key]
+
     def scores(self, study: Study, cohorts: Mapping[str, Cohort]) -> ByModel:
         """Scores of all baselines on the sites' held-out records."""
         result: ByModel = {}
         for name in self._names:
             key = _baseline_key(name, study, list(cohorts))
             if key not in self._known:
-                fitted = fit_baselines(study, cohorts, [name])
+                own = {site: self._alone(study, at).models for site, at in cohorts.items()} if self._joining else None
+                fitted = fit_baselines(study, cohorts, [name], alone=own)
                 self._known[key] = {
                     model: {site: at(cohorts[site].testing()).probabilities for site, at in by_site.items()}
                     for model, by_site in fitted.items()
