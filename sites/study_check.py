@@ -128,6 +128,10 @@ def foretell(study: Study, sites: Sequence[Site]) -> Iterator[tuple[str, str, st
     """What can be expected of a study, and at its sites from their declared sizes: (status, id, one line)."""
     if study.privacy.enabled and (weak := weakness(study.privacy.epsilon)):
         yield "warning", "epsilon", weak
+    quorum = study.aggregation.quorum
+    if 0 < len(sites) < quorum:
+        few = f"a round needs {quorum} sites, and there are {len(sites)} site files here: is that all?"
+        yield "warning", "quorum", few
     unscaled = [f"{one.modality}.{one.name}" for one in numeric_columns(study, study.order) if not one.scaled]
     if unscaled and study.preparation.standardisation == "public":
         why = "a quarter of the range counts as 1, and training hardly sees values that vary by much less"

@@ -57,6 +57,15 @@ def test_study_check_for_a_machine(study: Path) -> None:
     assert "scan [1, 16, 16]" in told["inputs"]
 
 
+@pytest.mark.parametrize(("quorum", "warned"), [(3, False), (4, True)])
+def test_study_check_counts_the_site_files(study: Path, quorum: int, warned: bool) -> None:
+    lines = done("study", "check", study, "--set", f"aggregation.quorum={quorum}").out.splitlines()
+    found = [
+        line for line in lines if line.startswith("warning  quorum: a round needs 4 sites, and there are 3 site files")
+    ]
+    assert bool(found) is warned
+
+
 def test_study_check_says_what_leaves(study: Path) -> None:
     lines = done("study", "check", study, "--set", "sharing=heads").out.splitlines()
     shared = next(line for line in lines if "shared:" in line)
