@@ -82,7 +82,8 @@ def run_ours(folder: Path, out: Path, engine: str) -> dict[str, Any]:
     """One simulation, in this process.
 
     Returns:
-        s_round, start_s (to the first round, without importing torch), wall_s and mb.
+        s_round, start_s (to the first round, without importing torch), wall_s, and mb (after the last round, as of the
+        floor: what the report draws comes later).
     """
     begun = time.perf_counter()
     import torch  # noqa: F401 - its import is not ours to shorten
@@ -92,22 +93,32 @@ def run_ours(folder: Path, out: Path, engine: str) -> dict[str, Any]:
 
     places = commands.Places(sites=None, data=None, out=out, state=None)
     first: list[float] = []
+    memory: list[float] = []
 
     class Watch(commands.Bars):
-        """Notes when the handshake is over."""
+        """Notes when the handshake is over, and the memory after the last round."""
 
         def prepared(self, sites: int, rounds: int, done: int) -> None:
             first.append(time.perf_counter())
 
+        def round_done(self, number: int, auroc: float | None) -> None:
+            if number == ROUNDS:
+                memory.append(anonymous_mb())
+
     commands.Bars = Watch  # type: ignore[misc]
     summary, _ = commands.start(folder / "study.yaml", {}, places, baselines=(), continue_without=False, engine=engine)
-    memory = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").split("Anonymous:")[1].split()[0]
     return {
         "s_round": summary["wall_s"] / ROUNDS,
         "start_s": first[0] - begun - imported,
         "wall_s": time.perf_counter() - begun,
-        "mb": int(memory) / 1024,
+        "mb": memory[0],
     }
+
+
+def anonymous_mb() -> float:
+    """Anonymous memory of this process."""
+    text = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8")
+    return int(text.split("Anonymous:")[1].split()[0]) / 1024
 
 
 def difference(folder: Path, out: Path) -> float:
