@@ -30,7 +30,7 @@ from gapweave.client.sources.split import validation_fold
 from gapweave.client.training import Sgd, Step, train
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.paired import Truth, losses
-from gapweave.shared.privacy.plan import VALIDATION_FOLDS
+from gapweave.shared.privacy.plan import VALIDATION_FOLDS, noise_of_steps
 from gapweave.shared.schema import Batch
 from gapweave.shared.shrinkage import share_kept
 
@@ -91,13 +91,12 @@ def fine_tune(model: MultimodalModel, data: Batch, ids: Sequence[str], step: Ste
 
 def _shrink(model: MultimodalModel, start: Mapping[str, Tensor], step: Step) -> None:
     """Keep of the change what its noise does not explain; every parameter got the same noise at every step."""
-    training, plan = step.study.training, step.plan
-    sd = training.lr * plan.noise_multiplier * step.engine.sensitivity / (plan.sample_rate * plan.n_hat)
-    left = 1 - training.lr * (step.study.shrinkage + training.proximal)  # of an earlier step's noise, a step later
-    variance = sd**2 * sum(left ** (2 * later) for later in range(plan.finetune_steps))
+    plan = step.plan
+    of_a_step = plan.noise_multiplier * step.engine.sensitivity / (plan.sample_rate * plan.n_hat)
+    sd = noise_of_steps(step.study, plan.finetune_steps, of_a_step)
     numbers = sum(value.numel() for value in start.values())
     square = sum(float((value.detach() - start[name]).double().square().sum()) for name, value in model.named.items())
-    kept = share_kept(square, numbers * variance, numbers)
+    kept = share_kept(square, numbers * sd**2, numbers)
     with torch.no_grad():
         for name, value in model.named.items():
             value.lerp_(start[name], 1 - kept)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapweave.shared.config.study import Study
+from gapweave.shared.privacy.plan import noise_of_steps
 
 LONGEST = 30.0
 """Norm of an update, over the median one of its group, from which it is a fault of scale."""
@@ -85,16 +86,13 @@ def noise_sd(study: Study, plan: Mapping[str, Any]) -> float:
 
 
 def _noise_sd(study: Study, plan: Mapping[str, Any]) -> float:
-    training = study.training
     numbers = [plan.get(key) for key in ("noise_multiplier", "sample_rate", "n_hat")]
     known = [float(number) for number in numbers if isinstance(number, (int, float)) and 0 < number < math.inf]
-    if not study.privacy.enabled or training.momentum or len(known) < 3:
+    if not study.privacy.enabled or study.training.momentum or len(known) < 3:
         return 0.0
     multiplier, rate, n_hat = known
-    # Each step shrinks what earlier ones did.
-    kept = 1 - training.lr * (study.shrinkage + training.proximal)
-    steps = sum(kept ** (2 * step) for step in range(training.steps_for(int(n_hat))))
-    return training.lr * math.sqrt(steps) * multiplier * study.privacy.max_grad_norm / (rate * n_hat)
+    of_a_step = multiplier * study.privacy.max_grad_norm / (rate * n_hat)
+    return noise_of_steps(study, study.training.steps_for(int(n_hat)), of_a_step)
 
 
 def too_quiet(length: float, numbers: int, sd: float) -> str | None:

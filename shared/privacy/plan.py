@@ -185,3 +185,16 @@ def longest_prefix(events: Sequence[PrivacyEvent], fits: Callable[[Sequence[Priv
         low, high = (middle, high) if fits(events[:middle]) else (low, middle - 1)
         middle = (low + high + 1) // 2
     return low
+
+
+def noise_of_steps(study: Study, steps: int, sd: float) -> float:
+    """Standard deviation of the noise in each parameter after plain local steps; each shrinks what earlier ones did.
+
+    Args:
+        study: gives the learning rate and what pulls parameters back.
+        steps: how many.
+        sd: of the noise in each coordinate of a step's mean gradient.
+    """
+    training = study.training
+    left = 1 - training.lr * (study.shrinkage + training.proximal)
+    return training.lr * sd * math.sqrt(sum(left ** (2 * later) for later in range(steps)))
