@@ -29,6 +29,8 @@ BUDGETS = (8.0, 3.0, 1.0)
 SEEDS = (10, 11, 12)
 WORLDS = (100, 101, 102)
 """Generator seeds of the demo."""
+NOISES = (11, 12)
+"""Splits of a demo under noise beside the first, which its other panels have: noise is drawn afresh in each."""
 PLANTED = (200, 201, 202)
 """Generator seeds of the demo with a useless and a tiny site in it. One at first, whose interval was +-.01."""
 SITES = Path(__file__).parent.parent / "sites"
@@ -81,6 +83,7 @@ class Panel:
         baselines: fitted beside it.
         joining: whether sites choose between the federated model and their own.
         sites: folder of site files beside the study file.
+        world: generator seed of a cohort that is written, of which there are several; None for patients as they are.
         seeds: of splits; None for those of the command.
     """
 
@@ -92,6 +95,7 @@ class Panel:
     baselines: tuple[str, ...] = ()
     joining: bool = True
     sites: str = "sites"
+    world: int | None = None
     seeds: tuple[int, ...] | None = None
 
 
@@ -109,21 +113,23 @@ def _pair(cohort: str, study: Callable[[Path], Path], plain: Overrides, private:
 
 def _world(seed: int) -> dict[str, Panel]:
     """A demo of its own: its study without privacy, the same with heads only shared, and a linear one at epsilon 3."""
-    common: Any = {"cohort": "demo", "study": populations.demo(seed), "seeds": (seed,)}
+    common: Any = {"cohort": "demo", "study": populations.demo(seed), "world": seed}
     plain = {"privacy.enabled": False}
     heads = {**plain, "sharing.policy": "heads"}
     private = {**PRIVATE, **prevalence(0.25), "training.finetune": True}
     return {
-        f"demo-{seed}": Panel(recipe="plain", overrides=plain, baselines=ALL, **common),
-        f"demo-{seed}-heads": Panel(recipe=HEADS, overrides=heads, joining=False, **common),
-        f"demo-{seed}-private": Panel(recipe="private", overrides=private, budgets=(3.0,), **common),
+        f"demo-{seed}": Panel(recipe="plain", overrides=plain, baselines=ALL, seeds=(seed,), **common),
+        f"demo-{seed}-heads": Panel(recipe=HEADS, overrides=heads, joining=False, seeds=(seed,), **common),
+        f"demo-{seed}-private": Panel(
+            recipe="private", overrides=private, budgets=(3.0,), seeds=(seed, *NOISES), **common
+        ),
     }
 
 
 def _planted(world: int) -> dict[str, Panel]:
     """Six hospitals with a useless and a tiny one beside them, and without."""
-    common: Any = {"cohort": "planted", "study": populations.planted(world), "seeds": (world,)}
-    common |= {"overrides": {**PLAIN, **prevalence(0.25)}, "joining": False}
+    common: Any = {"cohort": "planted", "study": populations.planted(world), "world": world, "seeds": (world,)}
+    common |= {"overrides": {**PLAIN, **prevalence(0.25)}}
     return {
         f"planted-{world}": Panel(recipe="planted", **common),
         f"honest-{world}": Panel(recipe="honest", sites="honest", **common),

@@ -29,7 +29,7 @@ FOLDS = 5
 
 def study_of(panel: Panel, out: Path) -> Path:
     """The panel's study file; panels of one cohort that is written share a folder."""
-    folder = out / "cohorts" / "-".join([panel.cohort, *(map(str, panel.seeds or ()))])
+    folder = out / "cohorts" / (panel.cohort if panel.world is None else f"{panel.cohort}-{panel.world}")
     return folder / "study.yaml" if (folder / "study.yaml").exists() else panel.study(folder)
 
 
@@ -83,7 +83,7 @@ class Judged:
         recipe: of its panel.
         budget: epsilon, or None.
         model: its name in results.json.
-        auroc: mean over judged sites, by seed.
+        auroc: mean over judged sites; of each split, or of each world's splits.
     """
 
     recipe: str
@@ -113,20 +113,21 @@ def judge(cohort: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> tuple[
     from gapweave.sites.simulate.compare_intervals import Draws
     from gapweave.sites.simulate.compare_plan import make_plan
 
-    found: dict[tuple[str, float | None, str], list[float]] = {}
+    found: dict[tuple[str, float | None, str], dict[int, list[float]]] = {}
     draws = Draws("binary")
     for name in [name for name, panel in PANELS.items() if panel.cohort == cohort and (out / name).exists()]:
         panel, request = PANELS[name], request_of(name, out, seeds, smoke)
-        world = "" if panel.seeds is None else f"{panel.seeds[0]}/"  # each seed writes other patients
+        world = "" if panel.world is None else f"{panel.world}/"  # other patients
         for trial in make_plan(request, study_of(panel, out)).trials:
             if not finished(trial, out / name):
                 continue
             budget = trial.cell.get("privacy.epsilon")
             pooled = {f"{world}{site}": of for site, of in pooled_scores(trial, out / name).items()}
             for model, auroc in draws.add({"recipe": panel.recipe, "budget": budget}, pooled).items():
-                found.setdefault((panel.recipe, budget, model), []).append(auroc)
+                of_model = found.setdefault((panel.recipe, budget, model), {})
+                of_model.setdefault(trial.seed if panel.world is None else panel.world, []).append(auroc)
     models = [
-        Judged(recipe=recipe, budget=budget, model=model, auroc=tuple(values))
+        Judged(recipe=recipe, budget=budget, model=model, auroc=tuple(map(fmean, values.values())))
         for (recipe, budget, model), values in found.items()
     ]
     return (models, draws) if models else None
@@ -285,19 +286,23 @@ def planted(out: Path, seeds: tuple[int, ...], smoke: bool) -> str:
     """What six hospitals lose by a useless and a tiny one beside them, and what those two are told."""
     found = judge("planted", out, seeds, smoke)
     models, draws = found or ([], None)
-    with_them, alone = (
-        next((entry for entry in models if (entry.recipe, entry.model) == (recipe, "federated")), None)
-        for recipe in ("planted", "honest")
-    )
-    if draws is None or with_them is None or alone is None:
-        return "Not run."
-    first, second = draws.sites(with_them.cell, "federated"), draws.sites(alone.cell, "federated")
-    lost = fmean(float(second[site][0] - first[site][0]) for site in second)
-    low, high = draws.difference(alone.cell, "federated", with_them.cell, "federated") or (0.0, 0.0)
+    worlds, lost = 0, {}
+    for model in ("federated", "best"):
+        with_them, alone = (
+            next((entry for entry in models if (entry.recipe, entry.model) == (recipe, model)), None)
+            for recipe in ("planted", "honest")
+        )
+        if draws is None or with_them is None or alone is None:
+            return "Not run."
+        first, second = draws.sites(with_them.cell, model), draws.sites(alone.cell, model)
+        mean = fmean(float(second[site][0] - first[site][0]) for site in second)
+        low, high = draws.difference(alone.cell, model, with_them.cell, model) or (0.0, 0.0)
+        worlds, lost[model] = len(alone.auroc), f"{mean:+.3f} AUROC ({low:+.3f} to {high:+.3f})"
     told = "\n".join(f"- {line}" for line in told_lines(out, smoke=smoke))
     return (
-        f"A hospital with shuffled labels and one with 20 patients beside six others, worlds: {len(alone.auroc)}. "
-        f"The others lose {lost:+.3f} AUROC ({low:+.3f} to {high:+.3f}). In the first world the two are told:\n\n{told}"
+        f"A hospital with shuffled labels and one with 20 patients beside six others, worlds: {worlds}. "
+        f"The others lose {lost['federated']}, and {lost['best']} of what `predict` takes. "
+        f"In the first world the two are told:\n\n{told}"
     )
 
 
