@@ -176,8 +176,7 @@ COHORTS = {
     "heart": Cohort(title="Heart disease, four hospitals", note="**Seen before**, when earlier versions were tried."),
     "demo": Cohort(
         title="Demo, six synthetic hospitals",
-        note="Three worlds that no part was developed on. Intervals resample patients, not noise: a run with fresh "
-        "noise moves the rows at epsilon 3 by .01.",
+        note="Three worlds that no part was developed on.",
     ),
     "diabetes": Cohort(
         title="Diabetes, 442 patients at three sites", note="Not used in development: the frozen recipes as they are."

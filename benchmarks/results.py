@@ -1,7 +1,8 @@
 """Is it worth joining? `make results` runs it and writes that section of docs/results.md, and docs/results-joining.svg.
 
 Each panel is a comparison: a cohort, a recipe, budgets (recipes.py). Every model is judged out of fold, five folds by
-patient; differences are paired by patient, with the same resamples for all models of a cohort. Resumable: run it again.
+patient; differences are paired by patient and split, with the same resamples for all models of a cohort. Resumable:
+run it again.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def judge(cohort: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> tuple[
                 continue
             budget = trial.cell.get("privacy.epsilon")
             pooled = {f"{world}{site}": of for site, of in pooled_scores(trial, out / name).items()}
-            for model, auroc in draws.add({"recipe": panel.recipe, "budget": budget}, pooled).items():
+            for model, auroc in draws.add({"recipe": panel.recipe, "budget": budget}, trial.seed, pooled).items():
                 of_model = found.setdefault((panel.recipe, budget, model), {})
                 of_model.setdefault(trial.seed if panel.world is None else panel.world, []).append(auroc)
     models = [
@@ -279,7 +280,7 @@ def plot(found: dict[str, tuple[list[Judged], Draws]], file: Path) -> None:
             axes.plot([difference], [at], "o", color=colour)
         axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
         axes.invert_yaxis()
-        axes.set_xlabel("AUROC minus that of the strongest local model (line: 95 %, patients resampled)")
+        axes.set_xlabel("AUROC minus that of the strongest local model (line: 95 %, patients and splits resampled)")
 
 
 def planted(out: Path, seeds: tuple[int, ...], smoke: bool) -> str:
@@ -328,13 +329,15 @@ def told_lines(out: Path, *, smoke: bool) -> list[str]:
 PAGE = """## Is it worth joining?
 
 By `make results` (resumable). Every figure is out of fold, five folds by patient: mean over the sites with 8 patients
-or more of each class, mean over splits with seeds {seeds} (± sd over splits; the demo: over worlds with generator seeds
-{worlds}). Differences with the 95 % interval of 1,000 resamples of each site's patients, the same for all models. Local
-and pooled models train without privacy, as nobody would spend a budget on them; federated ones at the epsilon that
-stands beside them, for each patient, delta 1e-5, noise added at each site. *Strongest local* is the one of the highest
-mean in this very table: hindsight that favours staying alone. Of a baseline that the recipes with and without privacy
-train each in their own way, the better one stands here. Recipes and how they were chosen, before these numbers:
-[benchmarks/recipes.py](../benchmarks/recipes.py). A site chooses what `predict` takes on its training patients.
+or more of each class, mean over splits with seeds {seeds} (± sd over splits; the demo: over worlds with generator
+seeds {worlds}). Differences with the 95 % interval of 1,000 resamples of each site's patients and of the splits, the
+same for all models; splits have noise of their own, so that it is in the intervals. The demo has three splits a world
+where there is noise, one elsewhere. Local and pooled models train without privacy, as nobody would spend a budget on
+them; federated ones at the epsilon that stands beside them, for each patient, delta 1e-5, noise added at each site.
+*Strongest local* is the one of the highest mean in this very table: hindsight that favours staying alone. Of a
+baseline that the recipes with and without privacy train each in their own way, the better one stands here. Recipes
+and how they were chosen, before these numbers: [benchmarks/recipes.py](../benchmarks/recipes.py). A site chooses what
+`predict` takes on its training patients.
 
 Five things were changed after figures of these splits had been seen, and what they touch was measured again. Distances
 between updates are corrected for noise, because of what attacks cost on synthetic hospitals

@@ -28,7 +28,7 @@ def scores_of(seed, patients=60, order=None, **models):
 
 def test_the_first_value_is_the_auroc_of_the_patients_as_they_are():
     draws, site = Draws("binary"), scores_of(0, good=2.0)
-    means = draws.add(CELL, {"north": site})
+    means = draws.add(CELL, 0, {"north": site})
     expected = roc_auc_score(site.target[:, 0], site.models["good"][:, 1])
     assert means == {"good": pytest.approx(expected)}
     assert draws.sites(CELL, "good")["north"][0] == pytest.approx(expected)
@@ -37,20 +37,20 @@ def test_the_first_value_is_the_auroc_of_the_patients_as_they_are():
 def test_the_order_in_which_folds_hold_records_out_does_not_matter():
     draws = Draws("binary")
     for seed, order in enumerate((np.arange(60), np.random.default_rng(5).permutation(60))):
-        draws.add({"seed": seed}, {"north": scores_of(0, order=order, good=2.0)})
+        draws.add({"seed": seed}, 0, {"north": scores_of(0, order=order, good=2.0)})
     first, second = (draws.sites({"seed": seed}, "good")["north"] for seed in (0, 1))
     np.testing.assert_allclose(first, second)
 
 
 def test_models_that_rank_alike_differ_by_nothing_in_every_resample():
     draws = Draws("binary")
-    draws.add(CELL, {"north": scores_of(0, loud=3.0, quiet=0.3)})
+    draws.add(CELL, 0, {"north": scores_of(0, loud=3.0, quiet=0.3)})
     assert draws.difference(CELL, "loud", CELL, "quiet") == (0.0, 0.0)
 
 
 def test_a_model_that_ranks_backwards_is_told_apart():
     draws = Draws("binary")
-    draws.add(CELL, {"north": scores_of(0, good=2.0, bad=-2.0), "south": scores_of(1, good=2.0, bad=-2.0)})
+    draws.add(CELL, 0, {"north": scores_of(0, good=2.0, bad=-2.0), "south": scores_of(1, good=2.0, bad=-2.0)})
     low, high = draws.difference(CELL, "good", CELL, "bad")
     assert 0 < low < high
 
@@ -60,19 +60,48 @@ def test_a_site_with_seven_patients_of_a_class_is_left_out():
     positives = np.flatnonzero(small.target[:, 0])
     small.target[positives[7:]] = 0
     draws = Draws("binary")
-    draws.add(CELL, {"small": small, "north": scores_of(1, good=2.0)})
+    draws.add(CELL, 0, {"small": small, "north": scores_of(1, good=2.0)})
     assert list(draws.sites(CELL, "good")) == ["north"]
     small.target[positives[7]] = 1
-    draws.add({"epsilon": 2}, {"small": small})
+    draws.add({"epsilon": 2}, 0, {"small": small})
     assert list(draws.sites({"epsilon": 2}, "good")) == ["small"]
 
 
 def test_seeds_are_averaged_and_sites_weigh_alike():
     draws = Draws("binary")
     for seed in (0, 1):
-        draws.add(CELL, {"north": scores_of(seed, good=2.0), "south": scores_of(seed + 10, 100, good=1.0)})
-    assert draws.sites(CELL, "good")["north"].shape == (1001,)
+        draws.add(CELL, seed, {"north": scores_of(seed, good=2.0), "south": scores_of(seed + 10, 100, good=1.0)})
+    by_site = draws.sites(CELL, "good")
+    assert by_site["north"].shape == (1001,)
+    one_by_one = [Draws("binary").add(CELL, seed, {"north": scores_of(seed, good=2.0)})["good"] for seed in (0, 1)]
+    assert by_site["north"][0] == pytest.approx(np.mean(one_by_one))
     assert draws.difference(CELL, "good", CELL, "never run") is None
+
+
+def test_seeds_that_agree_change_no_interval():
+    draws = Draws("binary")
+    for cell, seeds in (({"seeds": 1}, 1), ({"seeds": 3}, 3)):
+        for seed in range(seeds):
+            draws.add(cell, seed, {"north": scores_of(0, good=2.0)})
+    first, second = (draws.sites({"seeds": seeds}, "good")["north"] for seeds in (1, 3))
+    np.testing.assert_allclose(first, second)
+
+
+def test_seeds_that_disagree_widen_the_interval_as_much_as_their_mean_varies():
+    """A model is right in some seeds and at random in others; the other never changes. Patients are many, so that
+    what is left of the interval is the seeds'."""
+    draws, seeds = Draws("binary"), 6
+    strength = [3.0, 0.2, 1.0, 0.5, 2.0, 0.3]
+    rng = np.random.default_rng(0)
+    site = scores_of(0, 4000, steady=2.0)
+    found = []
+    for seed in range(seeds):
+        positive = site.target[:, 0] * strength[seed] + rng.normal(0, 1, 4000)
+        of = {**site.models, "noisy": np.stack([-positive, positive], 1)}
+        again = Scores(record=site.record, patient=site.patient, target=site.target, known=site.known, models=of)
+        found.append(draws.add(CELL, seed, {"north": again})["noisy"])
+    values = draws.sites(CELL, "noisy")["north"] - draws.sites(CELL, "steady")["north"]
+    assert np.std(values[1:]) == pytest.approx(np.std(found, ddof=1) / np.sqrt(seeds), rel=0.1)
 
 
 def test_resamples_take_whole_patients():
@@ -86,7 +115,7 @@ def test_resamples_take_whole_patients():
         models={"good": np.repeat(single.models["good"], 2, 0)},
     )
     draws = Draws("binary")
-    draws.add({"records": 1}, {"north": single})
-    draws.add({"records": 2}, {"north": twice})
+    draws.add({"records": 1}, 0, {"north": single})
+    draws.add({"records": 2}, 0, {"north": twice})
     first, second = (draws.sites({"records": number}, "good")["north"] for number in (1, 2))
     np.testing.assert_allclose(first, second)

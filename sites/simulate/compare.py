@@ -222,13 +222,13 @@ def write_results(plan: Plan, out: Path, failures: list[Failure]) -> Result:
 
 
 def _draws(plan: Plan, out: Path) -> Draws | None:
-    """Resamples of the patients of all finished trials whose folds are pooled."""
+    """Resamples of all finished trials whose folds are pooled."""
     if plan.folds is None:
         return None
     draws = Draws(plan.trials[0].units[0].study.task.kind)
     for trial in plan.trials:
         if finished(trial, out):
-            draws.add(trial.cell, pooled_scores(trial, out))
+            draws.add(trial.cell, trial.seed, pooled_scores(trial, out))
     return draws
 
 

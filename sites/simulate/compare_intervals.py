@@ -1,7 +1,8 @@
-"""How far the patients at hand let one tell two models of a comparison apart.
+"""How far patients, splits and noise let one tell two models of a comparison apart.
 
 Each site's patients are resampled; the resamples are the same for every model, cell and seed, so that differences are
-paired by patient. Of several seeds, which split the same patients into other folds, a resample's AUROCs are averaged.
+paired by patient. Seeds split the same patients into other folds and draw other noise: they are resampled too, the same
+ones for all models and sites.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from gapweave.shared.joining import Interval
 from gapweave.shared.judging import FEWEST
 from gapweave.shared.objective import TaskKind
-from gapweave.shared.paired import Bootstrap, Truth, interval
+from gapweave.shared.paired import DRAWS, SEED, Bootstrap, Truth, interval
 from gapweave.sites.simulate.compare_plan import Cell
 from gapweave.sites.simulate.compare_unit import Scores
 
@@ -32,13 +33,14 @@ class Draws:
     def __init__(self, kind: TaskKind) -> None:
         self._kind = kind
         self._bootstraps: dict[tuple[str, bytes, bytes, bytes], Bootstrap | None] = {}
-        self._found: dict[tuple[str, str], dict[str, list[Array]]] = {}
+        self._found: dict[tuple[str, str], dict[str, dict[int, Array]]] = {}
 
-    def add(self, cell: Cell, pooled: dict[str, Scores]) -> dict[str, float]:
+    def add(self, cell: Cell, seed: int, pooled: dict[str, Scores]) -> dict[str, float]:
         """Take in a cell's scores of one seed; gives each model's mean AUROC over the sites that are judged.
 
         Args:
             cell: of the comparison.
+            seed: of training and split.
             pooled: out-of-fold scores by site. A site with fewer than 8 patients of a class is left out.
         """
         found: dict[str, list[float]] = {}
@@ -48,8 +50,8 @@ class Draws:
             if bootstrap is not None:
                 for model, values in of.models.items():
                     by_site = self._found.setdefault((json.dumps(cell), model), {})
-                    by_site.setdefault(site, []).append(bootstrap.aurocs(values[order]))
-                    found.setdefault(model, []).append(float(by_site[site][-1][0]))
+                    by_site.setdefault(site, {})[seed] = bootstrap.aurocs(values[order])
+                    found.setdefault(model, []).append(float(by_site[site][seed][0]))
         return {model: fmean(values) for model, values in found.items()}
 
     def _of_site(self, site: str, of: Scores, order: NDArray[np.int64]) -> Bootstrap | None:
@@ -64,11 +66,30 @@ class Draws:
         return self._bootstraps[key]
 
     def sites(self, cell: Cell, model: str) -> dict[str, Array]:
-        """By site, [1 + draws]: AUROC, mean over seeds; first that of the patients as they are."""
-        return {site: np.mean(arrays, 0) for site, arrays in self._found.get((json.dumps(cell), model), {}).items()}
+        """By site, [1 + draws]: AUROC, mean over seeds; first of patients and seeds as they are, then resampled."""
+        by_site = self._found.get((json.dumps(cell), model), {})
+        return {site: _over_seeds(np.stack([of[seed] for seed in sorted(of)])) for site, of in by_site.items()}
 
     def difference(self, cell: Cell, model: str, other_cell: Cell, other_model: str) -> Interval:
         """The interval of the first model's mean AUROC minus the second's, over the sites that both were judged at."""
         first, second = self.sites(cell, model), self.sites(other_cell, other_model)
         common = [site for site in first if site in second]
         return interval(np.mean([first[site] - second[site] for site in common], 0)) if common else None
+
+
+def _over_seeds(aurocs: Array) -> Array:
+    """Mean over seeds; each draw takes others of them.
+
+    Of n seeds n - 1 are drawn, with replacement: the variance of such a mean is the unbiased estimate of that of the
+    mean of n, which the usual n would make too small by 1/n (Rao & Wu 1988, Resampling inference with complex survey
+    data, section 2). From one seed nothing can be told.
+
+    Args:
+        aurocs: [seeds, 1 + draws].
+    """
+    seeds = len(aurocs)
+    means: Array = np.mean(aurocs, 0)
+    if seeds > 1:
+        chosen = np.random.default_rng(SEED).integers(seeds, size=(seeds - 1, DRAWS))
+        means[1:] = np.mean(aurocs[chosen, np.arange(1, DRAWS + 1)], 0)
+    return means

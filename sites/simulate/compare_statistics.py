@@ -59,7 +59,7 @@ class Paired:
         pairs: number of pairs.
         mean: over pairs.
         sd: over pairs; None for one pair.
-        interval: 95 % interval of the mean over sites, patients resampled; None where folds are not pooled.
+        interval: 95 % interval of the mean over sites, patients and seeds resampled; None where folds are not pooled.
     """
 
     cell: Cell

@@ -89,9 +89,9 @@ _NOTE = (
     "Each metric: mean over sites, then over seeds (± standard deviation over seeds); worst site: lowest mean "
     "AUROC; epsilon: the most that a site spent. Metrics are exact (simulation). Baselines train without privacy. "
     "Seeds are not new patients: their spread is no confidence interval. Where folds are pooled, differences have the "
-    "95 % interval of 1,000 resamples of each site's patients, the same ones for every model, cell and seed, and one "
-    f"that holds 0 is not told apart from chance. It is over the sites with {FEWEST} or more patients of each class, "
-    "the difference beside it over all sites."
+    "95 % interval of 1,000 resamples of each site's patients, and of the seeds where there are several, the same ones "
+    "for every model and cell; one that holds 0 is not told apart from chance. It is over the sites with "
+    f"{FEWEST} or more patients of each class, the difference beside it over all sites."
 )
 _CHOICES = (
     "*own*: the best that a site has alone, by its training patients; *score local*: its best model beside a public "
