@@ -36,7 +36,7 @@ def black_box(scene: Scene) -> tuple[Finding, float]:
     model = scaled_model(scene, FAINT)
     quiet = silent_step(scene, model)
     spikes, directions = independent_canaries(scene, quiet)
-    step = scene.step(quiet.engine, Scripted(scene.participant("box").real_draws()))
+    step = scene.step(quiet.engine, Scripted(scene.participant("box").learner.real_draws()))
     inside, outside = _guesses(scene, step, spikes, directions)
     mu = mu_bound(inside, outside)
     claimed = 1 / scene.plan.noise_multiplier

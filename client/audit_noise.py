@@ -42,7 +42,7 @@ def noise_law(scene: Scene) -> Finding:
 
 def _law(scene: Scene, model: MultimodalModel, sd: float) -> list[str]:
     quiet = silent_step(scene, model)
-    step = scene.step(quiet.engine, Scripted(scene.participant("law").real_draws()))
+    step = scene.step(quiet.engine, Scripted(scene.participant("law").learner.real_draws()))
     tally = Tally({name: parameter.numel() for name, parameter in model.named_parameters()})
     rounds = math.ceil(VALUES / tally.width)
     faults = []
@@ -61,12 +61,12 @@ def _law(scene: Scene, model: MultimodalModel, sd: float) -> list[str]:
 def _repeats(scene: Scene) -> list[str]:
     """Noise of two steps and rounds, of a restarted site, and of a forked process: without pattern or repetition."""
     first, again = (scene.participant("twin") for _ in range(2))
-    step = _zero_step(scene, first.real_draws())
+    step = _zero_step(scene, first.learner.real_draws())
     vectors = {
         "a round": _noise(scene, step),
         "the next step": _noise(scene, step),
-        "another round": _noise(scene, _zero_step(scene, first.real_draws(2))),
-        "a restart": _noise(scene, _zero_step(scene, again.real_draws())),
+        "another round": _noise(scene, _zero_step(scene, first.learner.real_draws(2))),
+        "a restart": _noise(scene, _zero_step(scene, again.learner.real_draws())),
         "a fork": _in_fork(scene, step),
         "the fork's parent": _noise(scene, step),
     }

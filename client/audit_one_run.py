@@ -107,7 +107,7 @@ def _spikes(study: Study) -> Batch:
 def _releases(site: CanarySite, start: Arrays) -> NDArray[np.float64]:
     """The sum of what a site sends to a server that asks about the same model again and again."""
     site.prepare(RUN)
-    order, total = groups(site.model), np.zeros(0)
+    order, total = groups(site.learner.model), np.zeros(0)
     for number in range(1, ROUNDS + 1):
         reply = site.train(RUN, number, f"one run, round {number}", start).reply
         update = np.concatenate([reply[group][name].ravel() for group in order for name in order[group]])

@@ -16,7 +16,7 @@ from gapweave.client.audit_site import RUN, CanarySite, Finding, Heard, Scene, f
 from gapweave.client.gradients import Gradient
 from gapweave.client.state import Groups, RoundState, to_arrays, to_tensors
 from gapweave.shared.config import Study
-from gapweave.shared.config.study import Training
+from gapweave.shared.config.training import Training
 from gapweave.shared.messages import as_corrections, split_corrections
 from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups
 from gapweave.shared.privacy.events import PrivacyEvent
@@ -67,7 +67,7 @@ def rehearse(scene: Scene) -> Rehearsal:
     received = to_arrays({group: site.initial[group] for group in site.shared})
     corrections = as_corrections(received) if scene.study.training.scaffold else {}
     for number in range(1, min(2, scene.plan.rounds) + 1):
-        done, before = len(charged), len(site.watched.sums)
+        done, before = len(charged), len(site.learner.engine.sums)
         sent = {**received, **corrections}
         state = site.train(RUN, number, f"rehearsed request {number}", sent)
         rounds.append(
@@ -76,8 +76,8 @@ def rehearse(scene: Scene) -> Rehearsal:
                 state=state,
                 event=_event(site, number - 1),
                 charged_before=charged[done:],
-                sums=site.watched.sums[before:],
-                heard=site.heard[-1],
+                sums=site.learner.engine.sums[before:],
+                heard=site.learner.heard[-1],
             )
         )
         received = {
@@ -100,8 +100,8 @@ def provenance(scene: Scene, rehearsal: Rehearsal) -> Finding:
     faults = list(_hidden_tensors(site))
     if any(one.event is None or one.event.n_hat is None for one in rehearsal.rounds):
         return finding("provenance", [*faults, "no event was charged for a round"], {})
-    trained = {name for one in site.watched.sums[:1] for name in one}
-    parameters = dict(site.model.named_parameters()).keys()
+    trained = {name for one in site.learner.engine.sums[:1] for name in one}
+    parameters = dict(site.learner.model.named_parameters()).keys()
     faults += [f"{name} is not in the noised gradient" for name in sorted(parameters - trained)]
     if not faults:
         faults += _differences(rehearsal)
@@ -111,7 +111,7 @@ def provenance(scene: Scene, rehearsal: Rehearsal) -> Finding:
 def _hidden_tensors(site: CanarySite) -> Iterator[str]:
     """Buffers and attributes of the model that training on patients changed."""
     fresh = dict(_constants(MultimodalModel(site.study, site.held)))
-    for name, value in _constants(site.model):
+    for name, value in _constants(site.learner.model):
         if name not in fresh or not torch.equal(fresh[name], value.cpu()):
             yield f"{name} holds a number from data and has no noise"
 

@@ -44,7 +44,7 @@ def _charge(scene: Scene, site: CanarySite, one: Round) -> Iterator[str]:
         yield "the engine worked on data before the event was in the ledger"
     if len(one.charged_before) != event.steps:
         yield f"{len(one.charged_before)} steps were taken, {event.steps} charged"
-    if not site.watched.sensitivity <= event.max_grad_norm * (1 + SLACK):
+    if not site.learner.engine.sensitivity <= event.max_grad_norm * (1 + SLACK):
         yield "the engine declares a larger sensitivity than the event"
     declared = (plan.noise_multiplier, plan.sample_rate, plan.max_grad_norm, plan.n_hat)
     if (event.noise_multiplier, event.sample_rate, event.max_grad_norm, event.n_hat) != declared:
@@ -69,8 +69,8 @@ def _inclusion(scene: Scene) -> Iterator[str]:
 
 def _entered(scene: Scene, data: Batch) -> Iterator[str]:
     watched = Watched(None)
-    site = scene.participant("inclusion")
-    train(site.model, data, scene.step(watched, site.real_draws()), _NoOptimizer(scene.study, {}), SAMPLES)
+    learner = scene.participant("inclusion").learner
+    train(learner.model, data, scene.step(watched, learner.real_draws()), _NoOptimizer(scene.study, {}), SAMPLES)
     records = Counter(data.patient.tolist())
     entered = np.zeros((SAMPLES, data.patients))
     for at, batch in enumerate(watched.batches[:SAMPLES]):
@@ -157,7 +157,7 @@ def _around(rate: float) -> list[tuple[float, bool]]:
 
 def _secret_draws(scene: Scene) -> Iterator[str]:
     """Two sites of equal study, name and round sample and hide differently."""
-    one, other = (scene.participant("seed").real_draws() for _ in range(2))
+    one, other = (scene.participant("seed").learner.real_draws() for _ in range(2))
     if np.array_equal(one.uniform(64), other.uniform(64)):
         yield "the sampling follows from the study's seed"
     if np.array_equal(one.normal(64), other.normal(64)):

@@ -103,7 +103,7 @@ def _after_round(scene: Scene, batch: Batch) -> tuple[NDArray[np.float64], float
     """All that a round without noise changed at a site with these patients; the length of what it began with."""
     site = scene.participant("neighbours", batch, draws=Scripted())
     start = to_arrays(site.initial)
-    state = site._train(scene.plan, 1, "a round", RoundState(), {group: start[group] for group in site.shared})
+    state = site.learner.round(scene.plan, 1, "a round", RoundState(), {group: start[group] for group in site.shared})
     moved = [
         state.reply[group][name] if group in state.reply else state.private[group][name] - value
         for group, part in start.items()

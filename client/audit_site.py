@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gapweave.client.data import Cohort
 from gapweave.client.gradients import Gradient, GradientEngine
+from gapweave.client.learner import Learner
 from gapweave.client.participant import Participant
 from gapweave.client.training import Step
 from gapweave.shared.config.site import Patients, Site
@@ -183,6 +184,38 @@ class Watched:
         return self.sums[-1]
 
 
+class CanaryLearner(Learner):
+    """The real learner of a site, its draws and engine heard.
+
+    Args:
+        site: whose.
+        at_work: called before the engine sees a batch.
+        draws: in place of the real ones.
+
+    Attributes:
+        heard: the draws of each round.
+    """
+
+    def __init__(self, site: Participant, at_work: Callable[[], object], draws: Draws | None) -> None:
+        super().__init__(site.study, site.site.name, site.held, site.device, lambda: site.training)
+        self._at_work, self._given = at_work, draws
+        self.heard: list[Heard] = []
+
+    @cached_property
+    def engine(self) -> Watched:
+        """The site's engine."""
+        return Watched(super().engine, self._at_work)
+
+    def draws(self, number: int | str) -> Draws:
+        """Those of the site, or the given ones."""
+        self.heard.append(Heard(self._given or super().draws(number)))
+        return self.heard[-1]
+
+    def real_draws(self, number: int = 1) -> Draws:
+        """The draws that the site would use in a round."""
+        return super().draws(number)
+
+
 class CanarySite(Participant):
     """The real participant over synthetic patients, its draws and engine heard.
 
@@ -206,8 +239,8 @@ class CanarySite(Participant):
         draws: Draws | None = None,
     ) -> None:
         super().__init__(study, site, site_file=Path("audit"), state=state, simulation=True)
-        self._batch, self._at_work, self._given = batch, at_work, draws
-        self.heard: list[Heard] = []
+        self._batch = batch
+        self.learner: CanaryLearner = CanaryLearner(self, at_work, draws)
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -220,23 +253,6 @@ class CanarySite(Participant):
             test=torch.zeros(self._batch.patients, dtype=torch.bool),
             subgroups={},
         )
-
-    @cached_property
-    def watched(self) -> Watched:
-        """The site's engine."""
-        return Watched(super()._engine, self._at_work)
-
-    @property
-    def _engine(self) -> Any:
-        return self.watched
-
-    def _draws(self, number: int | str) -> Draws:
-        self.heard.append(Heard(self._given or super()._draws(number)))
-        return self.heard[-1]
-
-    def real_draws(self, number: int = 1) -> Draws:
-        """The draws that the site would use in a round."""
-        return super()._draws(number)
 
 
 @dataclass(frozen=True, kw_only=True)

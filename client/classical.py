@@ -85,11 +85,32 @@ def _strength(features: Array, target: NDArray[np.bool_], patient: NDArray[np.in
     return STRENGTHS[int(losses.argmin())]
 
 
-def gradient_boosting(features: Array, target: NDArray[np.bool_], patient: NDArray[np.int64]) -> Any:
-    """Gradient boosting of 80 small trees, as in the data sets' reference numbers."""
-    from sklearn.ensemble import HistGradientBoostingClassifier
+LEAF = 20
+"""Fewest records of a leaf; scikit-learn's default."""
 
-    return HistGradientBoostingClassifier(max_iter=80, max_leaf_nodes=8, random_state=0).fit(features, target)
+
+def gradient_boosting(features: Array, target: NDArray[np.bool_], patient: NDArray[np.int64]) -> Any:
+    """Gradient boosting of 80 small trees, as in the data sets' reference numbers.
+
+    A feature that no threshold can split into two leaves is left out: no tree would use it. Of a small site's, most
+    words and flags are such, and boosting looked at them again for each node.
+    """
+    from sklearn.compose import ColumnTransformer
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.pipeline import make_pipeline
+
+    trees = HistGradientBoostingClassifier(max_iter=80, max_leaf_nodes=8, min_samples_leaf=LEAF, random_state=0)
+    kept = ColumnTransformer([("splittable", "passthrough", _splittable(features))])
+    return make_pipeline(kept, trees).fit(features, target)
+
+
+def _splittable(features: Array) -> NDArray[np.int64]:
+    """Columns that have a threshold with `LEAF` records on either side; the first one where none has."""
+    if len(features) < 2 * LEAF:
+        return np.zeros(1, np.int64)
+    ordered = np.partition(features, (LEAF - 1, len(features) - LEAF), axis=0)
+    found = np.flatnonzero(ordered[LEAF - 1] < ordered[-LEAF])
+    return found if len(found) else np.zeros(1, np.int64)
 
 
 CLASSICAL: dict[str, Fit] = {"lr": logistic_regression, "gbm": gradient_boosting}
@@ -129,19 +150,21 @@ class Trees:
     @classmethod
     def of(cls, model: Any) -> Trees:
         """A fitted `gradient_boosting`; scikit-learn shows its trees under private names only."""
-        nodes = [predictor.nodes for (predictor,) in model._predictors]
+        (_, kept), (_, trees) = model.steps
+        ((_, _, columns),) = kept.transformers
+        nodes = [predictor.nodes for (predictor,) in trees._predictors]
         roots = np.cumsum([0, *(len(tree) for tree in nodes[:-1])])
         joined = np.concatenate(nodes)
         offset = np.repeat(roots, [len(tree) for tree in nodes])
         leaf, own = joined["is_leaf"].astype(bool), np.arange(len(joined))
         return cls(
-            feature=joined["feature_idx"].astype(np.int64),
+            feature=columns[joined["feature_idx"]],
             threshold=joined["num_threshold"],
             left=np.where(leaf, own, joined["left"] + offset),
             right=np.where(leaf, own, joined["right"] + offset),
             value=joined["value"],
             roots=roots,
-            bias=model._baseline_prediction.ravel(),
+            bias=trees._baseline_prediction.ravel(),
         )
 
     def logits(self, features: Array) -> Array:

@@ -18,30 +18,25 @@ import torch
 from gapweave.client.capability import Capability, stated
 from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.evaluation import ReleasedModel, score_table, table_answer
-from gapweave.client.finetuning import fine_tune
-from gapweave.client.gradients import GradientEngine
-from gapweave.client.gradients.probe import probe_independence
+from gapweave.client.learner import Learner
 from gapweave.client.ledger import Ledger
-from gapweave.client.network import Network, Networks
+from gapweave.client.network import Networks
 from gapweave.client.policy import check_guarantee, check_policy, check_size
 from gapweave.client.preparation import Preparation, noised_counts
 from gapweave.client.requests import check_groups, check_open, check_round, check_same_model
 from gapweave.client.setting import run_setting
 from gapweave.client.sources.findings import Finding
-from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_arrays, to_tensors
-from gapweave.client.training import Sgd, Step, train
+from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_tensors
 from gapweave.shared.config import Site, Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.errors import BudgetExhausted, RefusedError
 from gapweave.shared.messages import split_corrections
-from gapweave.shared.model import MultimodalModel, group_of, groups, load_groups, shared_groups
-from gapweave.shared.privacy.draws import Draws, SecretDraws, SeededDraws
+from gapweave.shared.model import MultimodalModel, groups
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.privacy.ledger import LedgerView
 from gapweave.shared.privacy.plan import Plan
 from gapweave.shared.schema import Batch
-from gapweave.shared.schemes import Moment
 from gapweave.shared.tensorfile import Arrays
 
 
@@ -79,11 +74,9 @@ class Participant:
         self.findings: list[Finding] = []
         self.held = site.held(study)
         self.device = _device(site.device)
-        self._networks: Networks = {} if networks is None else networks
-        self._constants = Constants()
+        self.learner = Learner(study, site.name, self.held, self.device, lambda: self.training, networks)
         self._checked: LedgerView | None = None
-        self._plans: dict[str, Plan] = {}
-        self._features: tuple[Constants, Batch] | None = None
+        self._plans: dict[str, tuple[Plan, Constants]] = {}
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -97,27 +90,15 @@ class Participant:
         """Records of the training patients, on the site's device."""
         return self.cohort.training().to(self.device)
 
-    @cached_property
-    def _network(self) -> Network:
-        key = (self.study.sha256, tuple(self.held), str(self.device))
-        if key not in self._networks:
-            self._networks[key] = Network(self.study, self.held, self.device)
-        return self._networks[key]
-
-    @cached_property
-    def model(self) -> MultimodalModel:
-        """The site's model; its parameters and constants are overwritten before each use."""
-        return self._network.model
-
-    @cached_property
+    @property
     def initial(self) -> Groups:
         """The public initial parameters."""
-        return self._network.initial
+        return self.learner.initial
 
-    @cached_property
+    @property
     def shared(self) -> list[str]:
         """Groups that this site sends and receives."""
-        return shared_groups(self.study, self.initial)
+        return self.learner.shared
 
     @contextmanager
     def ledger(self) -> Iterator[Ledger]:
@@ -171,19 +152,17 @@ class Participant:
             raise
 
     def _plan(self, ledger: Ledger, run: str) -> Plan:
-        """What the site does in this study, from public and released numbers; the model gets its constants.
+        """What the site does in this study, from public and released numbers; the learner gets the model's constants.
 
         The ledger holds what a run's plan follows from, so that it is the same for the whole run.
         """
-        if run in self._plans:
-            self.model.constants = self._constants
-            return self._plans[run]
-        preparation = self._preparation(ledger)
-        n_hat, counted = preparation.patients(ledger, run, lambda: self.training)
-        self._constants = preparation.constants(ledger, run, lambda: self.training)
-        self.model.constants = self._constants
-        self._plans[run] = preparation.plan(n_hat, counted)
-        return self._plans[run]
+        if run not in self._plans:
+            preparation = self._preparation(ledger)
+            n_hat, counted = preparation.patients(ledger, run, lambda: self.training)
+            constants = preparation.constants(ledger, run, lambda: self.training)
+            self._plans[run] = preparation.plan(n_hat, counted), constants
+        plan, self.learner.constants = self._plans[run]
+        return plan
 
     def _preparation(self, ledger: Ledger) -> Preparation:
         return Preparation(self.study, self.site, self.held, min(self.study.privacy.delta, ledger.view.delta))
@@ -218,7 +197,7 @@ class Participant:
             event = plan.event(f"update of round {number}")
             ledger.charge(run, self.study.sha256, request, event)
             check_size(self.training.patients, self.site)
-            trained = self._train(plan, number, request, before, received)
+            trained = self.learner.round(plan, number, request, before, received)
             after = replace(trained, ledger=ledger.view.head.to_dict())
             folder.save(replace(after, reply={}) if self._repeatable(after) else after)
             ledger.released(request)
@@ -239,7 +218,7 @@ class Participant:
 
     def _again(self, ledger: Ledger, run: str, number: int, before: RoundState, received: Arrays) -> RoundState:
         self._check_round(received)
-        trained = self._train(self._plan(ledger, run), number, before.request, before, received)
+        trained = self.learner.round(self._plan(ledger, run), number, before.request, before, received)
         return replace(trained, ledger=before.ledger)
 
     def _check_groups(self, received: Arrays) -> None:
@@ -251,80 +230,12 @@ class Participant:
         corrected = self.shared if self.study.training.scaffold else []
         check_groups(corrections, {group: self.initial[group] for group in corrected if group in corrections})
 
-    def _train(self, plan: Plan, number: int, request: str, before: RoundState, received: Arrays) -> RoundState:
-        shared, corrections = split_corrections(received)
-        start = to_tensors(shared)
-        self._load(before, start)
-        pulled = self._by_parameter(shared) if self.study.training.proximal else None
-        optimizer = Sgd(self.study, self._by_parameter(before.momentum), pulled, self._by_parameter(corrections))
-        self._steps(plan, self._draws(number), optimizer, plan.steps, self._moment(number))
-        trained = groups(self.model)
-        update = {
-            group: {name: trained[group][name].cpu() - value for name, value in part.items()}
-            for group, part in start.items()
-        }
-        momentum: Groups = {}
-        for parameter, value in optimizer.buffers.items():
-            group, name = group_of(parameter)
-            momentum.setdefault(group, {})[name] = value
-        return RoundState(
-            round=number,
-            request=request,
-            event=plan.event(f"update of round {number}").to_dict(),
-            private=to_arrays({group: part for group, part in trained.items() if group not in self.shared}),
-            momentum=to_arrays(momentum),
-            reply=to_arrays(update),
-        )
-
-    def _by_parameter(self, arrays: Arrays) -> dict[str, torch.Tensor]:
-        """Groups' tensors by parameter name, on the site's device."""
-        if not arrays:
-            return {}
-        stored, result = to_tensors(arrays), {}
-        for parameter in self.model.named:
-            group, name = group_of(parameter)
-            if name in stored.get(group, {}):
-                result[parameter] = stored[group][name].to(self.device)
-        return result
-
     def assemble(self, run: str, received: Arrays) -> MultimodalModel:
         """The site's model from its private groups after the last round and the given shared ones."""
         if run not in self._plans:  # another process trains this virtual site: learn what constants it uses
             with self.ledger() as ledger:
                 self._plan(ledger, run)
-        self._load(RunFolder(self.state, run).load(), to_tensors(received))
-        return self.model
-
-    def _load(self, before: RoundState, received: Groups) -> None:
-        self.model.constants = self._constants
-        load_groups(self.model, {**self.initial, **to_tensors(before.private), **received})
-
-    def _draws(self, number: int | str) -> Draws:
-        if self.study.privacy.enabled:
-            return SecretDraws()
-        return SeededDraws(self.study.seed, self.site.name, number)
-
-    def _moment(self, number: int) -> Moment:
-        return Moment(number, self.study.training.rounds)
-
-    def _steps(self, plan: Plan, draws: Draws, optimizer: Sgd, steps: int, at: Moment) -> None:
-        step = Step(study=self.study, plan=plan, engine=self._engine, draws=draws, at=at)
-        train(self.model, self._ready(step), step, optimizer, steps)
-
-    def _ready(self, step: Step) -> Batch:
-        """The training patients as the encoders read them; done once, since the model's constants stay."""
-        constants, ready = self._features or (None, None)
-        if ready is None or constants != self.model.constants:
-            if self.study.privacy.enabled:
-                # Before features are taken: engines see what is left to the encoders only.
-                probe_independence(self.model, step.objective, self.training)
-            ready = replace(self.training, inputs=self.model.features(self.training.inputs, self.training.present))
-            self._features = (self.model.constants, ready)
-        return ready
-
-    @cached_property
-    def _engine(self) -> GradientEngine:
-        return self._network.engine
+        return self.learner.load(RunFolder(self.state, run).load(), to_tensors(received))
 
     def evaluate(self, run: str, request: str, received: Arrays, after: int | None = None) -> Mapping[str, Any]:
         """Tell how well a released model does, as a noised table of counts; the same request again, the same table.
@@ -368,13 +279,13 @@ class Participant:
         return value
 
     def _released(self, ledger: Ledger, trained: RoundState, received: Arrays) -> ReleasedModel:
-        """The final model, anew from what the ledger paid for: `self.model` may have been fine-tuned meanwhile."""
+        """The final model, anew from what the ledger paid for: the learner's may have been fine-tuned meanwhile."""
         return ReleasedModel(
             self.study,
             initial=self.initial,
             trained=trained,
             received=received,
-            constants=self.model.constants,
+            constants=self.learner.constants,
             ledger=ledger,
         )
 
@@ -415,15 +326,8 @@ class Participant:
             ledger.charge(run, self.study.sha256, request, event)
         except BudgetExhausted:
             return
-        step = Step(
-            study=self.study,
-            plan=plan,
-            engine=self._engine,
-            draws=self._draws("fine-tuning"),
-            at=self._moment(self.study.training.rounds),
-        )
-        gate = fine_tune(self.model, self._ready(step), self.cohort.training_ids(), step)
-        folder.save_model("finetuned", groups(self.model), {**self._card(), "gate": asdict(gate)})
+        gate = self.learner.fine_tune(plan, self.cohort.training_ids())
+        folder.save_model("finetuned", groups(self.learner.model), {**self._card(), "gate": asdict(gate)})
 
     def _card(self) -> dict[str, Any]:
         """What prediction needs beside the parameters; it stays at the site."""
@@ -435,7 +339,7 @@ class Participant:
             "modalities": self.held,
             "prior": data.prevalence(),
             "patterns": sorted({"+".join(pattern) for pattern in names if pattern}),
-            "constants": self.model.constants.to_dict(),
+            "constants": self.learner.constants.to_dict(),
         }
 
 

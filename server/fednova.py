@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from gapweave.server.aggregators import Update
-from gapweave.shared.config.study import Training
+from gapweave.shared.config.training import Training
 
 
 def path(training: Training, patients: int) -> float:

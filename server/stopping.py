@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from gapweave.server.evaluation import Released
-from gapweave.shared.config.study import Training
+from gapweave.shared.config.training import Training
 
 Look = dict[str, Any]
 """As kept and logged: round, auroc, sites, reasons, and whether it ended the run."""

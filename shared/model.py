@@ -197,6 +197,15 @@ class MultimodalModel(nn.Module):
         """All parameters by name: walking the modules at every step would take a third of a small step."""
         return dict(self.named_parameters())
 
+    @cached_property
+    def grouped(self) -> dict[str, dict[str, nn.Parameter]]:
+        """All parameters by group and name within it."""
+        result: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in self.named.items():
+            group, key = group_of(name)
+            result.setdefault(group, {})[key] = parameter
+        return result
+
     def features(self, inputs: Mapping[str, Tensor], present: Tensor) -> Features:
         """What encoders read: absent rows blanked, the site's constants applied, parameter-free features taken.
 
@@ -287,11 +296,7 @@ def group_of(parameter: str) -> tuple[str, str]:
 
 def groups(model: MultimodalModel) -> dict[str, dict[str, Tensor]]:
     """Parameters by group: `encoder/<m>`, `head/<m>`, `imputer`, `fusion`; each tensor is in exactly one."""
-    result: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in model.named.items():
-        group, key = group_of(name)
-        result.setdefault(group, {})[key] = parameter.detach()
-    return result
+    return {group: {key: value.detach() for key, value in part.items()} for group, part in model.grouped.items()}
 
 
 def load_groups(model: MultimodalModel, values: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -300,10 +305,10 @@ def load_groups(model: MultimodalModel, values: Mapping[str, Mapping[str, Tensor
     Raises:
         KeyError: for a group or tensor that the model does not have.
     """
-    own = groups(model)
-    for group, tensors in values.items():
-        for key, value in tensors.items():
-            own[group][key].copy_(value)
+    with torch.no_grad():
+        for group, tensors in values.items():
+            for key, value in tensors.items():
+                model.grouped[group][key].copy_(value)
 
 
 def shared_groups(study: Study, names: Collection[str]) -> list[str]:

@@ -8,7 +8,8 @@ Adagrad, Adam and Yogi, without bias correction as there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,26 +44,42 @@ class ServerOptimizer:
         kind, rate = self._settings.server_optimizer, self._settings.server_lr
         if kind == "none":
             return aggregate if rate == 1 else {name: np.float32(rate) * value for name, value in aggregate.items()}
-        return {name: self._change(group, name, value.astype(np.float64)) for name, value in aggregate.items()}
+        change = self._change(group, aggregate)
+        return _apart(change.astype(np.float32), aggregate)
 
-    def _change(self, group: str, name: str, value: Floats) -> NDArray[np.float32]:
+    def _change(self, group: str, aggregate: Mapping[str, NDArray[Any]]) -> Floats:
+        """Of the group's numbers in one row: a few operations a group, and not a few for each of its tensors."""
         settings, kind = self._settings, self._settings.server_optimizer
         decay, rate = settings.server_momentum, settings.server_lr
+        value = _joined(aggregate)
         share = 1.0 if kind == "momentum" else 1 - decay
-        first = decay * self._moment("first", group, name, value) + share * value
-        change = rate * self._keep("first", group, name, first)
+        first = decay * self._moment("first", group, aggregate) + share * value
+        change: Floats = rate * self._keep("first", group, aggregate, first)
         if kind != "momentum":
-            before = self._moment("second", group, name, value)
-            second = self._keep("second", group, name, SECOND[kind](before, value**2, settings.server_beta2))
+            before = self._moment("second", group, aggregate)
+            second = self._keep("second", group, aggregate, SECOND[kind](before, value**2, settings.server_beta2))
             change = change / (np.sqrt(second) + settings.server_floor)
-        return change.astype(np.float32)
+        return change
 
-    def _moment(self, which: str, group: str, name: str, value: Floats) -> Floats:
-        stored = self.moments.get(which, {}).get(group, {}).get(name)
-        return np.zeros_like(value) if stored is None else stored.astype(np.float64)
+    def _moment(self, which: str, group: str, like: Mapping[str, NDArray[Any]]) -> Floats:
+        stored = self.moments.get(which, {}).get(group)
+        return _joined(stored) if stored else np.zeros(sum(value.size for value in like.values()))
 
-    def _keep(self, which: str, group: str, name: str, value: Floats) -> Floats:
+    def _keep(self, which: str, group: str, like: Mapping[str, NDArray[Any]], value: Floats) -> Floats:
         """Keep a moment as a checkpoint does: a resumed run goes on with the very same numbers."""
         kept = np.asarray(value, np.float32)
-        self.moments.setdefault(which, {}).setdefault(group, {})[name] = kept
+        self.moments.setdefault(which, {})[group] = _apart(kept, like)
         return kept.astype(np.float64)
+
+
+def _joined(part: Mapping[str, NDArray[Any]]) -> Floats:
+    """The tensors of a group in one row, by name."""
+    return np.concatenate([part[name].ravel() for name in sorted(part)]).astype(np.float64)
+
+
+def _apart(row: NDArray[np.float32], like: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    """A row of `_joined` as tensors again."""
+    names = sorted(like)
+    ends = np.cumsum([like[name].size for name in names])
+    parts = np.split(row, ends[:-1])
+    return {name: values.reshape(like[name].shape) for name, values in zip(names, parts, strict=True)}

@@ -10,7 +10,7 @@ from typing import Any
 from gapweave.server.aggregation import initial_groups
 from gapweave.server.rules import resolve, rule_for, start
 from gapweave.shared.config import Site, Study
-from gapweave.shared.config.study import Training
+from gapweave.shared.config.training import Training
 from gapweave.shared.encoders import ENCODERS
 from gapweave.shared.errors import TooFewSites, UsageError
 from gapweave.shared.features.numeric import SCALE_IT, numeric_columns

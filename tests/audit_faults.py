@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import nn
 
-from gapweave.client import participant, training
+from gapweave.client import learner, participant, training
 from gapweave.client.gradients import fast
 from gapweave.client.ledger import Ledger
 from gapweave.client.training import Step
@@ -205,9 +205,7 @@ def true_n_in_the_plan(patch: Patch) -> None:
 
 
 def study_seed(patch: Patch) -> None:
-    patch.setattr(
-        participant.Participant, "_draws", lambda self, number: SeededDraws(self.study.seed, self.site.name, number)
-    )
+    patch.setattr(learner.Learner, "draws", lambda self, number: SeededDraws(self._study.seed, self._site, number))
 
 
 def sampling_from_the_seed(patch: Patch) -> None:
@@ -220,7 +218,7 @@ def sampling_from_the_seed(patch: Patch) -> None:
         def uniform(self, *shape: int) -> Any:
             return self.seeded.uniform(*shape)
 
-    patch.setattr(participant.Participant, "_draws", lambda self, number: Half(self.study.seed, number))
+    patch.setattr(learner.Learner, "draws", lambda self, number: Half(self._study.seed, number))
 
 
 def per_record(patch: Patch) -> None:
@@ -250,7 +248,7 @@ def late_charge(patch: Patch) -> None:
 
 def a_step_more(patch: Patch) -> None:
     real = training.train
-    patch.setattr(participant, "train", lambda model, data, step, sgd, steps: real(model, data, step, sgd, steps + 1))
+    patch.setattr(learner, "train", lambda model, data, step, sgd, steps: real(model, data, step, sgd, steps + 1))
 
 
 def unnoised_step_at_home(patch: Patch) -> None:
@@ -263,7 +261,7 @@ def unnoised_step_at_home(patch: Patch) -> None:
             for parameter in model.encoders.parameters():
                 parameter.add_(0.01 * float(data.target.mean()))
 
-    patch.setattr(participant, "train", train)
+    patch.setattr(learner, "train", train)
 
 
 FAULTS: dict[str, tuple[Callable[[Patch], None], set[str]]] = {

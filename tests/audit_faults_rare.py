@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from gapweave.client import participant, training
+from gapweave.client import learner, training
 from gapweave.client.gradients import fast
+from gapweave.client.learner import Learner
 from gapweave.client.ledger import Ledger
 from gapweave.client.participant import Participant
 from gapweave.client.training import Sgd, Step
@@ -167,11 +168,11 @@ def random_scale(size: int) -> Any:
 def from_the_round(patch: Patch) -> None:
     """A recomputed round repeats its noise: draws follow from a key that the site keeps."""
 
-    def kept(self: Participant, number: int | str) -> Any:
-        key = hashlib.sha256(f"{self.state}/{number}".encode()).hexdigest()
+    def kept(self: Learner, number: int | str) -> Any:
+        key = hashlib.sha256(f"{self._site}/{number}".encode()).hexdigest()
         return SeededDraws(key)
 
-    patch.setattr(Participant, "_draws", kept)
+    patch.setattr(Learner, "draws", kept)
 
 
 # Faults of clipping.
@@ -386,53 +387,53 @@ def drawn_in_vain(step: Step, total: Total) -> Total:
 
 def later_rounds_bare(patch: Patch) -> None:
     """Noise in the first round only."""
-    real = Participant._train
+    real = Learner.round
 
-    def trained(self: Participant, plan: Plan, number: int, *rest: Any) -> Any:
+    def trained(self: Learner, plan: Plan, number: int, *rest: Any) -> Any:
         if number > 1:
             with pytest.MonkeyPatch.context() as inner:
                 inner.setattr(Step, "_noised", drawn_in_vain)
                 return real(self, plan, number, *rest)
         return real(self, plan, number, *rest)
 
-    patch.setattr(Participant, "_train", trained)
+    patch.setattr(Learner, "round", trained)
 
 
 def loss_in_the_reply(patch: Patch) -> None:
     """The reply tells how the round went."""
-    real = Participant._train
+    real = Learner.round
 
-    def trained(self: Participant, *arguments: Any) -> Any:
+    def trained(self: Learner, *arguments: Any) -> Any:
         state = real(self, *arguments)
-        return replace(state, event={**state.event, "loss": float(self.training.target.mean())})
+        return replace(state, event={**state.event, "loss": float(self._training().target.mean())})
 
-    patch.setattr(Participant, "_train", trained)
+    patch.setattr(Learner, "round", trained)
 
 
 def statistics_in_the_reply(patch: Patch) -> None:
-    real = Participant._train
+    real = Learner.round
 
-    def trained(self: Participant, *arguments: Any) -> Any:
+    def trained(self: Learner, *arguments: Any) -> Any:
         state = real(self, *arguments)
-        mean = self.training.target.mean(0).numpy()
+        mean = self._training().target.mean(0).numpy()
         return replace(state, reply={**state.reply, "statistics": {"mean": mean}})
 
-    patch.setattr(Participant, "_train", trained)
+    patch.setattr(Learner, "round", trained)
 
 
 def first_layers_of_data(patch: Patch) -> None:
     """Biases start at the site's own log-odds."""
-    real = Participant._train
+    real = Learner.round
 
-    def trained(self: Participant, *arguments: Any) -> Any:
-        rate = float(self.training.target.mean())
+    def trained(self: Learner, *arguments: Any) -> Any:
+        rate = float(self._training().target.mean())
         for part in self.initial.values():
             for name, value in part.items():
                 if name.endswith("bias"):
                     value.fill_(rate)
         return real(self, *arguments)
 
-    patch.setattr(Participant, "_train", trained)
+    patch.setattr(Learner, "round", trained)
 
 
 def one_step_unnoised(patch: Patch) -> None:
@@ -445,7 +446,7 @@ def one_step_unnoised(patch: Patch) -> None:
             real(model, data, step, sgd, 1)
         real(model, data, step, sgd, steps - 1)
 
-    patch.setattr(participant, "train", train)
+    patch.setattr(learner, "train", train)
 
 
 RARE_FAULTS: dict[str, tuple[Callable[[Patch], None], set[str]]] = {

@@ -1,15 +1,16 @@
-"""The strength of a logistic regression's penalty is the one that scikit-learn's own search finds."""
+"""Baselines are those of scikit-learn: found with less work, and no other."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from gapweave.client.classical import STRENGTHS, logistic_regression
+from gapweave.client.classical import STRENGTHS, Trees, gradient_boosting, logistic_regression
 
 
 @pytest.mark.parametrize(("rows", "width", "signal"), [(60, 40, 0.2), (120, 8, 1.0), (300, 5, 2.0), (400, 60, 0.0)])
@@ -38,3 +39,17 @@ def test_few_patients_of_a_class_are_learnt_from(patient: list[int], target: lis
     features = np.random.default_rng(0).normal(size=(len(patient), 3))
     found = logistic_regression(features, np.array(target) > 0, np.array(patient))
     assert np.isfinite(found.decision_function(features)).all()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(30, 6), (45, 200), (90, 300), (500, 20)])
+def test_boosting_without_columns_that_cannot_be_split_is_boosting_with_them(rows: int, width: int) -> None:
+    """Columns from rare to common, with ties; also where no column can be split at all."""
+    generator = np.random.default_rng([rows, width])
+    common = generator.random((rows, width)) < generator.random(width)
+    features = common * np.round(generator.random((rows, width)), 1)
+    target = features[:, :5].sum(1) + generator.normal(0, 0.5, rows) > 1
+    whole = HistGradientBoostingClassifier(max_iter=80, max_leaf_nodes=8, random_state=0).fit(features, target)
+    found = gradient_boosting(features, target, np.arange(rows))
+    others = np.concatenate([features, generator.random((200, width))])
+    np.testing.assert_array_equal(found.decision_function(others), whole.decision_function(others))
+    np.testing.assert_allclose(Trees.of(found).logits(others), whole.decision_function(others), atol=1e-12)

@@ -21,7 +21,8 @@ from gapweave.server.stopping import EarlyStop
 from gapweave.server.strategy import Observer, RoundLoop
 from gapweave.server.summary import summarise_deployment
 from gapweave.shared import wire
-from gapweave.shared.config.study import Study, Training
+from gapweave.shared.config.study import Study
+from gapweave.shared.config.training import Training
 from gapweave.shared.errors import BudgetExhausted, RefusedError
 from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_epsilon
 from gapweave.shared.privacy.ledger import read_ledger

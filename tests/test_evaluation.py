@@ -253,7 +253,7 @@ def test_the_scored_model_is_the_final_one_and_not_the_fine_tuned_one(
     scores = torch.cat([scored[0].scores(records.rows(torch.tensor([at]))) for at in range(len(records))]).double()
     torch.testing.assert_close(scores, score(final), rtol=0, atol=1e-6)
     assert apart(final, tuned) > 1e-4
-    assert apart(final, site.model) > 1e-4, "the site's own object was fine-tuned in place"
+    assert apart(final, site.learner.model) > 1e-4, "the site's own object was fine-tuned in place"
 
 
 def test_no_release_opens_what_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.app import run_study
 from gapweave.server.fednova import path
 from gapweave.server.screening import noise_sd
-from gapweave.shared.config.study import MOST_STEPS, Study, Training
+from gapweave.shared.config.study import Study
+from gapweave.shared.config.training import MOST_STEPS, Training
 from gapweave.shared.privacy.ledger import read_ledger
 from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.rundir import RunDirectory

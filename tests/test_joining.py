@@ -95,7 +95,7 @@ def test_a_kept_classical_model_says_what_scikit_learn_says(
     for found in (model, again):
         np.testing.assert_allclose(found(training).probabilities, expected, rtol=1e-9)
     if name == "gbm":
-        assert isinstance(fitted[0], HistGradientBoostingClassifier)
+        assert isinstance(fitted[0][-1], HistGradientBoostingClassifier)
 
 
 def test_out_of_fold_no_patient_is_judged_by_a_model_that_saw_it(tmp_path: Path) -> None:

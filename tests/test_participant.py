@@ -14,6 +14,7 @@ import torch
 from cohorts import Hospital
 from hospitals import KINDS, Wire, build, die, participant, plan_of, publish
 
+from gapweave.client import learner as learner_module
 from gapweave.client import participant as participant_module
 from gapweave.client.app import FIXED_TEXTS
 from gapweave.client.local_models import train_alone
@@ -24,6 +25,7 @@ from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import BudgetExhausted, DataError, RefusedError
+from gapweave.shared.model import group_of
 from gapweave.shared.privacy.ledger import read_ledger
 from gapweave.shared.tensorfile import Arrays
 from gapweave.sites.simulate.baselines import pool
@@ -137,7 +139,7 @@ def test_one_full_step_with_a_plain_mean_equals_the_pooled_step(tmp_path: Path) 
     pooled = train_alone(of, pool(of, [site.training for site in sites]), list(of.order), "pooled")
     moved = 0.0
     for name, parameter in pooled.named_parameters():
-        group, key = participant_module.group_of(name)
+        group, key = group_of(name)
         torch.testing.assert_close(
             torch.from_numpy(federated[group][key]), parameter.detach(), rtol=0, atol=1e-6, msg=name
         )
@@ -151,7 +153,7 @@ def test_one_full_step_with_a_plain_mean_equals_the_pooled_step(tmp_path: Path) 
 def test_the_proximal_term_pulls_shared_parameters_only(tmp_path: Path) -> None:
     # By hand: w1 = w0 - lr g; w2 = w1 - lr (g + mu (w1 - w0)), so w2 - w0 = -lr g (2 - lr mu). Private ones: -2 lr g.
     of = plan_of(private=False, training={"lr": 0.5, "proximal": 0.4})
-    model = participant(build(tmp_path / "one", "north"), of).model
+    model = participant(build(tmp_path / "one", "north"), of).learner.model
     start = {name: value.detach().clone() for name, value in model.named.items()}
     sent = {name: value for name, value in start.items() if name.startswith("fusion")}
     assert sent
@@ -179,7 +181,7 @@ def test_the_charge_is_durable_before_any_work(tmp_path: Path, monkeypatch: pyte
         seen.extend(kinds(site))
         raise RuntimeError("the machine died")
 
-    monkeypatch.setattr(participant_module, "train", work)
+    monkeypatch.setattr(learner_module, "train", work)
     with pytest.raises(RuntimeError):
         train(site)
     assert seen == ["open", "approve", "charge", "value", "reserve", "charge"], "n_hat, then the round"

@@ -51,7 +51,7 @@ def test_the_last_message_in_a_process_of_its_own_keeps_the_models_constants(tmp
     first = participant(hospital, of)
     first.prepare(RUN)
     train(first)
-    offset = first.model.constants.offset
+    offset = first.learner.constants.offset
     assert offset
     participant(hospital, of).finish(RUN, groups_for(first))
     kept = load_site_model(RunFolder(first.state, RUN).path / "model.safetensors")

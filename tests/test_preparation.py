@@ -277,7 +277,7 @@ def test_no_data_are_read_before_the_first_charge(tmp_path: Path, monkeypatch: p
 def test_values_are_used_again_by_a_restart_and_by_a_second_run_at_no_cost(tmp_path: Path) -> None:
     site = ready(tmp_path / "a", study_of())
     site.prepare(RUN)
-    first = site.model.constants
+    first = site.learner.constants
     assert first.offset
     assert first.rescaling.keys() == {"labs", "vitals"}
     spent = charged(site)
@@ -285,13 +285,13 @@ def test_values_are_used_again_by_a_restart_and_by_a_second_run_at_no_cost(tmp_p
     again.state = site.state
     for run in (RUN, "run-2"):
         again.prepare(run)
-        assert again.model.constants == first
+        assert again.learner.constants == first
     assert charged(site) == spent
     other = ready(tmp_path / "c", study_of(seed=9))
     other.state = site.state
     other.prepare("run-3")
     assert len(charged(site)) == 2 * len(spent), "another study is another release"
-    assert other.model.constants != first
+    assert other.learner.constants != first
 
 
 def test_after_a_crash_between_charge_and_value_the_release_is_made_once_more(
@@ -365,7 +365,7 @@ def test_each_release_costs_its_share() -> None:
 def test_declared_prevalences_cost_nothing(tmp_path: Path) -> None:
     site = ready(tmp_path / "a", study_of(preparation={"class_balance": 0.3}))
     site.prepare(RUN)
-    assert site.model.constants.offset == pytest.approx((math.log(0.3 / 0.7),))
+    assert site.learner.constants.offset == pytest.approx((math.log(0.3 / 0.7),))
     assert charged(site) == []
 
 

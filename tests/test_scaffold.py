@@ -11,7 +11,7 @@ import torch
 from hospitals import Wire, build, participant, plan_of
 from pretence import ALL, Answer, Pretence, Pretender, loop
 
-from gapweave.client import participant as participant_module
+from gapweave.client import learner as learner_module
 from gapweave.client.participant import Participant
 from gapweave.client.training import Step
 from gapweave.server.aggregation import GroupAggregation, initial_groups
@@ -22,7 +22,8 @@ from gapweave.server.peers import Peer
 from gapweave.server.scaffold import Variates
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared import tensorfile, wire
-from gapweave.shared.config.study import Study, Training
+from gapweave.shared.config.study import Study
+from gapweave.shared.config.training import Training
 from gapweave.shared.errors import RefusedError, TooFewSites
 from gapweave.shared.messages import as_corrections, split_corrections
 from gapweave.shared.model import MultimodalModel, group_of
@@ -293,7 +294,7 @@ def test_a_correction_is_added_after_the_noise_and_is_charged_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same draws, one step's update differs by just what the server added; the ledgers are alike."""
-    monkeypatch.setattr(participant_module, "SecretDraws", lambda: SeededDraws(0, "north", 1))
+    monkeypatch.setattr(learner_module, "SecretDraws", lambda: SeededDraws(0, "north", 1))
     of = of_the_real_model(private=True, local_steps=1)
     start, replies, charged = initial_groups(of), [], []
     for at, corrections in enumerate([{}, sent(of, 1000.0)]):
