@@ -128,12 +128,21 @@ def predict(
             "prefer it, else federated), federated, finetuned, local (the site's own strongest), or blend.",
         ),
     ] = "best",
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--calibrated",
+            help="Probabilities as risks: log-odds with the slope and shift that suit the site's training patients, "
+            "which the joining check found.",
+        ),
+    ] = False,
 ) -> None:
     """Predict with a site's finished model; the server is not needed, and labels are not read.
 
     Example: gapweave predict runs/first --site sites/north.yaml --out predictions.csv
     """
-    from gapweave.client.mixture import choose, load_mixture
+    from gapweave.client.calibration import Calibrated, calibration_of
+    from gapweave.client.mixture import Predictor, choose, load_mixture
     from gapweave.client.predict import find_model, load_site_model, predict_file
     from gapweave.client.sources.findings import Finding, warnings_of
     from gapweave.shared.config import load_site
@@ -143,8 +152,11 @@ def predict(
     name, shares = choose(file.parent, model)
     kept = load_site_model(file)
     findings: list[Finding] = []
-    predictor = load_mixture(file.parent, shares, kept.study)
+    predictor: Predictor = load_mixture(file.parent, shares, kept.study)
+    if calibrated:
+        found = calibration_of(file.parent, name)
+        predictor = Calibrated(predictor=predictor, calibration=found, kind=kept.study.task.kind)
     records = predict_file(kept, predictor, hospital, site_file, data, out, findings)
     for finding in warnings_of(findings):
         typer.echo(f"{finding.status}: {finding.where}: {finding.message}. {finding.remedy}".rstrip(" ."), err=True)
-    typer.echo(f"{records} records: {out} (model: {name})")
+    typer.echo(f"{records} records: {out} (model: {name}{', calibrated' if calibrated else ''})")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gapweave.client.calibration import Calibration, calibrate, log_loss
 from gapweave.client.data import Cohort
 from gapweave.client.local_models import SCORE, Own, keep, train_own
 from gapweave.client.mixture import Weights, base_of, load_mixture, mix
@@ -26,7 +27,7 @@ from gapweave.shared.config import Study
 from gapweave.shared.joining import JOINED, JOINING_FILE, guessing, verdict
 from gapweave.shared.judging import FEWEST
 from gapweave.shared.metrics import exact_metrics
-from gapweave.shared.paired import SMALLEST, Bootstrap, Truth, interval, losses
+from gapweave.shared.paired import Bootstrap, Truth, interval
 from gapweave.shared.report.joining_page import joining_page
 
 Array = NDArray[np.float64]
@@ -43,11 +44,13 @@ class Choices:
         strongest: key of its best local model.
         used: key of the model that `predict --model best` takes: federated, finetuned, blend, or the strongest local.
         mixtures: by key, kept models with their shares.
+        said: by key, [R, classes] of the training records, by local models that did not see the patient.
     """
 
     strongest: str
     used: str
     mixtures: Mapping[str, Weights]
+    said: Mapping[str, Array]
 
 
 def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any]:
@@ -70,6 +73,8 @@ def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any
     scored = {
         key: load_mixture(run.path, shares, study)(test).probabilities for key, shares in choices.mixtures.items()
     }
+    learnt = Truth.of(training, study.task.kind)
+    calibrations = {key: calibrate(choices.said[key], learnt) for key in scored if learnt.rarer() >= FEWEST}
     content = {
         "site": cohort.site,
         "run": run.path.name,
@@ -83,7 +88,8 @@ def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any
         "used": choices.used,
         "mixtures": choices.mixtures,
         "gate": base_of(run.path)[1],
-        **_judged(scored, truth, choices),
+        "calibrations": {key: calibration.to_dict() for key, calibration in calibrations.items()},
+        **_judged(scored, truth, choices, calibrations),
     }
     run.save_own(JOINING_FILE, json.dumps(content, indent=1).encode())
     run.save_own("report.html", joining_page(content).encode())
@@ -119,23 +125,24 @@ def choose_models(study: Study, cohort: Cohort, run: RunFolder, own: Own) -> Cho
         mixtures["score_local"] = {strongest: 1 - share, SCORE: share}
         alone["score_local"] = mix([alone[strongest], alone[SCORE]], [1 - share, share], truth.kind)
         strongest = "score_local" if share > 0 else strongest
-    ours = load_mixture(run.path, mixtures[base], study)(training).probabilities
-    share = _share(ours, alone[strongest], truth)
+    joined: dict[str, Array] = {
+        key: load_mixture(run.path, mixtures[key], study)(training).probabilities
+        for key in ("federated", "finetuned")
+        if key in mixtures
+    }
+    share = _share(joined[base], alone[strongest], truth)
     (name,) = mixtures[base]
     local = {of: share * part for of, part in mixtures[strongest].items()}
     mixtures["blend"] = {name: 1 - share, **local}
+    blend = mix([joined[base], alone[strongest]], [1 - share, share], truth.kind)
     used = {0.0: base, 1.0: strongest}.get(share, "blend")
-    return Choices(strongest=strongest, used=used, mixtures=mixtures)
+    return Choices(strongest=strongest, used=used, mixtures=mixtures, said={**alone, **joined, "blend": blend})
 
 
 def _strength(probabilities: Array, truth: Truth) -> tuple[float, float]:
     """AUROC, by which verdicts are given; then the log-loss, where no AUROC is defined."""
     auroc = exact_metrics(probabilities, truth.target, truth.known, truth.kind)["auroc"]
-    return 0.0 if auroc is None else auroc, -_loss(probabilities, truth)
-
-
-def _loss(probabilities: Array, truth: Truth) -> float:
-    return float(np.nanmean(losses(probabilities, truth)))
+    return 0.0 if auroc is None else auroc, -log_loss(probabilities, truth)
 
 
 def _share(ours: Array, other: Array, truth: Truth) -> float:
@@ -146,72 +153,19 @@ def _share(ours: Array, other: Array, truth: Truth) -> float:
     """
     if truth.rarer() < FEWEST:
         return 0.0
-    first, second = slope(ours, truth), slope(other, truth)
+    first, second = calibrate(ours, truth).slope, calibrate(other, truth).slope
 
     def loss(part: float) -> float:
         blend = mix([ours, other], [(1 - part) * first, part * second], truth.kind)
-        return _loss(at_prevalence(mix([blend], [slope(blend, truth)], truth.kind), truth), truth)
+        return log_loss(calibrate(blend, truth)(blend, truth.kind), truth)
 
     part = min(SHARES, key=loss)
     return float(part * second / ((1 - part) * first + part * second))
 
 
-SLOPES = tuple(2.0 ** (quarter / 4) for quarter in range(-12, 17))
-"""Factors of logits, from 1/8 to 16, among which the log-loss chooses."""
-
-
-def slope(probabilities: Array, truth: Truth) -> float:
-    """The factor of the logits that gives the least log-loss, each tried at the prevalence of the records.
-
-    Args:
-        probabilities: [R, classes]; for binary both classes.
-        truth: of the records.
-    """
-    best: float = min(SLOPES, key=lambda of: _loss(at_prevalence(mix([probabilities], [of], truth.kind), truth), truth))
-    return best
-
-
-ROUNDS, NEAR = 50, 1e-5
-"""Rounds of iterative scaling at most; each brings the mean prediction closer to the prevalence, until it is near."""
-
-
-def at_prevalence(probabilities: Array, truth: Truth) -> Array:
-    """The probabilities with log-odds shifted, a class each, so that their means are the prevalences of the records.
-
-    That is the shift of the least log-loss. Without it a blend would be chosen for how unlike the site's prevalence is
-    to that of the others, and not for how well a model ranks.
-
-    Args:
-        probabilities: [R, classes]; for binary both classes.
-        truth: of the records.
-    """
-    if truth.kind == "multiclass":
-        return _scaled(probabilities, truth.target, truth.known[:, 0])
-    scores = probabilities[:, 1:] if truth.kind == "binary" else probabilities
-    columns = [
-        _scaled(_pair(scores[:, k]), _pair(truth.target[:, k]), truth.known[:, k])[:, 1] for k in range(scores.shape[1])
-    ]
-    positive = np.stack(columns, 1)
-    return np.concatenate([1 - positive, positive], 1) if truth.kind == "binary" else positive
-
-
-def _pair(positive: Array) -> Array:
-    return np.stack([1 - positive, positive], 1)
-
-
-def _scaled(probabilities: Array, target: Array, known: NDArray[np.bool_]) -> Array:
-    """[R, C] probabilities, each class multiplied by one number and a record's sum kept 1."""
-    found = np.clip(probabilities, SMALLEST, 1.0)
-    for _ in range(ROUNDS if known.any() else 0):
-        wanted, mean = target[known].mean(0), found[known].mean(0)
-        if np.abs(mean - wanted).max() < NEAR:
-            break
-        found = found * (wanted / np.maximum(mean, SMALLEST))
-        found = found / np.maximum(found.sum(1, keepdims=True), SMALLEST)
-    return found
-
-
-def _judged(scored: Mapping[str, Array], truth: Truth, choices: Choices) -> dict[str, Any]:
+def _judged(
+    scored: Mapping[str, Array], truth: Truth, choices: Choices, calibrations: Mapping[str, Calibration]
+) -> dict[str, Any]:
     """AUROCs on the held-out patients, and differences to the strongest local model, paired by patient."""
     empty = truth.patients == 0
     bootstrap = None if empty else Bootstrap(truth)
@@ -228,10 +182,18 @@ def _judged(scored: Mapping[str, Array], truth: Truth, choices: Choices) -> dict
             "difference": _number(difference[0]),
             "difference_interval": interval(difference),
             "verdict": verdict(interval(difference), rarer) if key in JOINED else None,
+            "ece": _error(scored[key], truth),
+            "ece_calibrated": _error(calibrations[key](scored[key], truth.kind), truth)
+            if key in calibrations
+            else None,
         }
         for key, difference in differences.items()
     }
     return {"models": models, "guessing": guessing(intervals[choices.used], intervals[choices.strongest])}
+
+
+def _error(probabilities: Array, truth: Truth) -> float | None:
+    return exact_metrics(probabilities, truth.target, truth.known, truth.kind)["ece"]
 
 
 def _number(value: float) -> float | None:

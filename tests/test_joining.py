@@ -19,10 +19,11 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from typer.testing import CliRunner
 
 from gapweave.client import classical, cli
+from gapweave.client.calibration import at_prevalence
 from gapweave.client.classical import Classical, fit_classical
 from gapweave.client.data import Cohort
 from gapweave.client.finetuning import fine_tune, judge
-from gapweave.client.joining import at_prevalence, joining_check
+from gapweave.client.joining import joining_check
 from gapweave.client.local_models import fit_local, out_of_fold, train_alone
 from gapweave.client.mixture import MODELS, base_of, choose, load_mixture, mix
 from gapweave.client.sources.split import validation_fold
