@@ -32,6 +32,8 @@ SLOPES = tuple(2.0 ** (quarter / 4) for quarter in range(-12, 17))
 """Factors of logits, from 1/8 to 16, among which the log-loss chooses."""
 ROUNDS, NEAR = 50, 1e-5
 """Rounds of iterative scaling at most; each brings the mean prediction closer to the prevalence, until it is near."""
+FARTHEST = 30.0
+"""Shift of log-odds beyond which none is looked for: both `SMALLEST` and its complement are reached within it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +151,19 @@ def _shift(probabilities: Array, truth: Truth) -> tuple[float, ...]:
     if truth.kind == "multiclass":
         return tuple(_log_factors(probabilities, truth.target, truth.known[:, 0]).tolist())
     scores = probabilities[:, 1:] if truth.kind == "binary" else probabilities
-    factors = [
-        _log_factors(_pair(scores[:, k]), _pair(truth.target[:, k]), truth.known[:, k]) for k in range(scores.shape[1])
-    ]
-    return tuple(float(positive - negative) for negative, positive in factors)
+    columns = ((scores[known, k], truth.target[known, k]) for k, known in enumerate(truth.known.T))
+    return tuple(_offset(score, target) for score, target in columns)
 
 
-def _pair(positive: Array) -> Array:
-    return np.stack([1 - positive, positive], 1)
+def _offset(score: Array, target: Array) -> float:
+    """What added to the log-odds makes their mean probability the share of ones; 0 without records."""
+    from scipy.optimize import brentq
+    from scipy.special import expit, logit
+
+    if not len(score):
+        return 0.0
+    odds, share = logit(np.clip(score, SMALLEST, 1 - SMALLEST)), np.clip(target.mean(), SMALLEST, 1 - SMALLEST)
+    return float(brentq(lambda shift: expit(odds + shift).mean() - share, -FARTHEST, FARTHEST, xtol=NEAR))
 
 
 def _log_factors(probabilities: Array, target: Array, known: NDArray[np.bool_]) -> Array:
