@@ -55,7 +55,7 @@ def judged(bench: ModuleType) -> tuple[list, Draws]:
                 known=np.ones((200, 1), bool),
                 models={name: np.stack([1 - of, of], 1) for name, of in scores.items()},
             )
-        means = draws.add({"recipe": recipe, "budget": budget}, pooled)
+        means = draws.add({"recipe": recipe, "budget": budget}, 0, pooled)
         models += [
             bench.Judged(recipe=recipe, budget=budget, model=name, auroc=(auroc,)) for name, auroc in means.items()
         ]
