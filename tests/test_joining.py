@@ -352,7 +352,7 @@ def test_what_answers_a_server_does_not_even_import_the_check() -> None:
     code = (
         "import sys, gapweave.client.app, gapweave.client.supernode\n"
         "print([name for name in sys.modules if name.split('.')[-1] in "
-        "('joining', 'local_models', 'classical', 'mixture', 'joining_page')])"
+        "('joining', 'local_models', 'classical', 'mixture', 'calibration', 'joining_page')])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
