@@ -72,7 +72,7 @@ docs: setup         ## regenerate docs/reference.md and docs/methods.md
 methods-measured: setup  ## docs/methods.json from RESULTS, the results.json of a comparison of methods on the demo
 	python benchmarks/methods_measured.py $(RESULTS)
 
-results: setup      ## is it worth joining? writes a section of docs/results.md (an hour and a half; resumable)
+results: setup      ## is it worth joining? writes a section of docs/results.md (two hours and more; resumable)
 	python benchmarks/results.py
 
 picture: setup      ## make docs/privacy-report.png again (needs chromium)
