@@ -174,10 +174,7 @@ COHORTS = {
         note="**Seen before**: the same patients, another label; nothing was chosen on it for this page.",
     ),
     "heart": Cohort(title="Heart disease, four hospitals", note="**Seen before**, when earlier versions were tried."),
-    "demo": Cohort(
-        title="Demo, six synthetic hospitals",
-        note="Three worlds that no part was developed on.",
-    ),
+    "demo": Cohort(title="Demo, six synthetic hospitals", note="Three worlds that no part was developed on."),
     "diabetes": Cohort(
         title="Diabetes, 442 patients at three sites", note="Not used in development: the frozen recipes as they are."
     ),

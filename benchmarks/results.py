@@ -11,6 +11,7 @@ import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from left_out import left_out
 from page import write_section
+from planted import planted, told_lines
 from recipes import ASIDE, BUDGETS, COHORTS, PANELS, PLANTED, SEEDS, WORLDS, Panel
 
 if TYPE_CHECKING:
@@ -283,49 +285,6 @@ def plot(found: dict[str, tuple[list[Judged], Draws]], file: Path) -> None:
         axes.set_xlabel("AUROC minus that of the strongest local model (line: 95 %, patients and splits resampled)")
 
 
-def planted(out: Path, seeds: tuple[int, ...], smoke: bool) -> str:
-    """What six hospitals lose by a useless and a tiny one beside them, and what those two are told."""
-    found = judge("planted", out, seeds, smoke)
-    models, draws = found or ([], None)
-    worlds, lost = 0, {}
-    for model in ("federated", "best"):
-        with_them, alone = (
-            next((entry for entry in models if (entry.recipe, entry.model) == (recipe, model)), None)
-            for recipe in ("planted", "honest")
-        )
-        if draws is None or with_them is None or alone is None:
-            return "Not run."
-        first, second = draws.sites(with_them.cell, model), draws.sites(alone.cell, model)
-        mean = fmean(float(second[site][0] - first[site][0]) for site in second)
-        low, high = draws.difference(alone.cell, model, with_them.cell, model) or (0.0, 0.0)
-        worlds, lost[model] = len(alone.auroc), f"{mean:+.3f} AUROC ({low:+.3f} to {high:+.3f})"
-    told = "\n".join(f"- {line}" for line in told_lines(out, smoke=smoke))
-    return (
-        f"A hospital with shuffled labels and one with 20 patients beside six others, worlds: {worlds}. "
-        f"The others lose {lost['federated']}, and {lost['best']} of what `predict` takes. "
-        f"In the first world the two are told:\n\n{told}"
-    )
-
-
-def told_lines(out: Path, *, smoke: bool) -> list[str]:
-    """What the joining check tells the planted sites; simulated once, then kept."""
-    from populations import TINY, USELESS
-
-    from gapweave.shared.joining import lines
-    from gapweave.shared.rundir import RunDirectory
-    from gapweave.sites.simulate import commands
-
-    run = out / "planted-told"
-    if not (run / "summary.json").exists():
-        panel = PANELS[f"planted-{PLANTED[0]}"]
-        study = study_of(panel, out)
-        places = commands.Places(sites=study.parent / "sites", data=None, state=None, out=run)
-        overrides = {**panel.overrides, **({"training.rounds": 2} if smoke else {})}
-        commands.start(study, overrides, places, baselines=(), continue_without=False, joining=True)
-    sites = RunDirectory(run).read_json("summary.json")["sites"]
-    return [f"{name}: {line}" for name in (USELESS, TINY) for line in lines(sites[name]["joining"])]
-
-
 PAGE = """## Is it worth joining?
 
 By `make results` (resumable). Every figure is out of fold, five folds by patient: mean over the sites with 8 patients
@@ -365,10 +324,13 @@ def page(found: dict[str, tuple[list[Judged], Draws]], out: Path, seeds: tuple[i
         parts += [f"### {cohort.title}", cohort.note + left, table(models, draws), gates(models, draws)]
     if left := [cohort.title for name, cohort in COHORTS.items() if name not in found]:
         parts.append(f"**Not run for this page yet:** {'; '.join(left)}.")
-    parts += ["### A useless and a tiny site", planted(out, seeds, smoke)]
+    panel = PANELS[f"planted-{PLANTED[0]}"]
+    models, draws = judge("planted", out, seeds, smoke) or ([], None)
+    told = partial(told_lines, out / "planted-told", study_of(panel, out), panel.overrides, smoke)
+    parts += ["### A useless and a tiny site", planted(models, draws, told)]
     if "stay" in found:
-        told = "Trained without privacy on all patients of the nine others; AUROC on all of the site that was left out."
-        parts += ["### A hospital that took no part (eICU stay)", told, left_out(out, data_folder(), smoke=smoke)]
+        how = "Trained without privacy on all patients of the nine others; AUROC on all of the site that was left out."
+        parts += ["### A hospital that took no part (eICU stay)", how, left_out(out, data_folder(), smoke=smoke)]
     words = [", ".join(map(str, values)) for values in (seeds, WORLDS)]
     return PAGE.format(seeds=words[0], worlds=words[1], parts="\n\n".join(parts))
 

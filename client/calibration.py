@@ -115,7 +115,8 @@ def calibrate(probabilities: Array, truth: Truth) -> Calibration:
         truth: of the records.
     """
     tried = [
-        Calibration(slope=slope, shift=_shift(mix([probabilities], [slope], truth.kind), truth)) for slope in SLOPES
+        Calibration(slope=slope, shift=to_prevalence(mix([probabilities], [slope], truth.kind), truth))
+        for slope in SLOPES
     ]
     return min(tried, key=lambda one: log_loss(one(probabilities, truth.kind), truth))
 
@@ -123,18 +124,6 @@ def calibrate(probabilities: Array, truth: Truth) -> Calibration:
 def log_loss(probabilities: Array, truth: Truth) -> float:
     """Mean over patients."""
     return float(np.nanmean(losses(probabilities, truth)))
-
-
-def at_prevalence(probabilities: Array, truth: Truth) -> Array:
-    """The probabilities with log-odds shifted, a class each, so that their means are the prevalences of the records.
-
-    That is the shift of the least log-loss.
-
-    Args:
-        probabilities: [R, classes]; for binary both classes.
-        truth: of the records.
-    """
-    return _shifted(probabilities, _shift(probabilities, truth), truth.kind)
 
 
 def _shifted(probabilities: Array, shift: tuple[float, ...], kind: TaskKind) -> Array:
@@ -147,7 +136,13 @@ def _shifted(probabilities: Array, shift: tuple[float, ...], kind: TaskKind) -> 
     return np.concatenate([1 - positive, positive], 1) if kind == "binary" else np.asarray(positive)
 
 
-def _shift(probabilities: Array, truth: Truth) -> tuple[float, ...]:
+def to_prevalence(probabilities: Array, truth: Truth) -> tuple[float, ...]:
+    """The shift that brings mean probabilities to the prevalences of the records: that of the least log-loss.
+
+    Args:
+        probabilities: [R, classes]; for binary both classes.
+        truth: of the records.
+    """
     if truth.kind == "multiclass":
         return tuple(_log_factors(probabilities, truth.target, truth.known[:, 0]).tolist())
     scores = probabilities[:, 1:] if truth.kind == "binary" else probabilities

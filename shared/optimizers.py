@@ -8,16 +8,17 @@ Adagrad, Adam and Yogi, without bias correction as there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gapweave.shared.config.sharing import Aggregation
-from gapweave.shared.tensorfile import Arrays
+from gapweave.shared.tensorfile import Arrays, flat, shaped
 
 Floats = NDArray[np.float64]
+Shapes = Mapping[str, tuple[int, ...]]
 
 SECOND: dict[str, Callable[[Floats, Floats, float], Floats]] = {
     "adagrad": lambda v, square, beta: v + square,
@@ -44,42 +45,31 @@ class ServerOptimizer:
         kind, rate = self._settings.server_optimizer, self._settings.server_lr
         if kind == "none":
             return aggregate if rate == 1 else {name: np.float32(rate) * value for name, value in aggregate.items()}
-        change = self._change(group, aggregate)
-        return _apart(change.astype(np.float32), aggregate)
+        shapes = {name: value.shape for name, value in aggregate.items()}
+        return shaped(self._change(group, flat(aggregate), shapes), shapes)
 
-    def _change(self, group: str, aggregate: Mapping[str, NDArray[Any]]) -> Floats:
+    def _change(self, group: str, aggregate: NDArray[np.float32], shapes: Shapes) -> NDArray[np.float32]:
         """Of the group's numbers in one row: a few operations a group, and not a few for each of its tensors."""
         settings, kind = self._settings, self._settings.server_optimizer
-        decay, rate = settings.server_momentum, settings.server_lr
-        value = _joined(aggregate)
+        decay, rate, value = settings.server_momentum, settings.server_lr, aggregate.astype(np.float64)
         share = 1.0 if kind == "momentum" else 1 - decay
-        first = decay * self._moment("first", group, aggregate) + share * value
-        change: Floats = rate * self._keep("first", group, aggregate, first)
+        first = decay * self._moment("first", group, shapes) + share * value
+        change = rate * self._keep("first", group, first, shapes)
         if kind != "momentum":
-            before = self._moment("second", group, aggregate)
-            second = self._keep("second", group, aggregate, SECOND[kind](before, value**2, settings.server_beta2))
+            before = self._moment("second", group, shapes)
+            second = self._keep("second", group, SECOND[kind](before, value**2, settings.server_beta2), shapes)
             change = change / (np.sqrt(second) + settings.server_floor)
-        return change
+        return change.astype(np.float32)
 
-    def _moment(self, which: str, group: str, like: Mapping[str, NDArray[Any]]) -> Floats:
+    def _moment(self, which: str, group: str, shapes: Shapes) -> Floats:
         stored = self.moments.get(which, {}).get(group)
-        return _joined(stored) if stored else np.zeros(sum(value.size for value in like.values()))
+        if stored is None:
+            return np.zeros(sum(map(math.prod, shapes.values())))
+        # A checkpoint gives them in another order than the model.
+        return flat({name: stored[name] for name in shapes}).astype(np.float64)
 
-    def _keep(self, which: str, group: str, like: Mapping[str, NDArray[Any]], value: Floats) -> Floats:
+    def _keep(self, which: str, group: str, value: Floats, shapes: Shapes) -> Floats:
         """Keep a moment as a checkpoint does: a resumed run goes on with the very same numbers."""
         kept = np.asarray(value, np.float32)
-        self.moments.setdefault(which, {})[group] = _apart(kept, like)
+        self.moments.setdefault(which, {})[group] = shaped(kept, shapes)
         return kept.astype(np.float64)
-
-
-def _joined(part: Mapping[str, NDArray[Any]]) -> Floats:
-    """The tensors of a group in one row, by name."""
-    return np.concatenate([part[name].ravel() for name in sorted(part)]).astype(np.float64)
-
-
-def _apart(row: NDArray[np.float32], like: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-    """A row of `_joined` as tensors again."""
-    names = sorted(like)
-    ends = np.cumsum([like[name].size for name in names])
-    parts = np.split(row, ends[:-1])
-    return {name: values.reshape(like[name].shape) for name, values in zip(names, parts, strict=True)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,20 @@ def parse(content: bytes) -> tuple[Arrays, dict[str, Any]]:
         group, name = key.split("|")
         arrays.setdefault(group, {})[name] = value
     return arrays, note
+
+
+def flat(part: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """A group's arrays in one vector, in the mapping's order."""
+    return np.concatenate([value.ravel() for value in part.values()])
+
+
+def shaped(vector: NDArray[np.float32], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
+    """One vector as a group's arrays, views of it, in the order of their shapes."""
+    ends = accumulate(map(math.prod, shapes.values()))
+    return {
+        name: vector[end - math.prod(shape) : end].reshape(shape)
+        for (name, shape), end in zip(shapes.items(), ends, strict=True)
+    }
 
 
 def size(arrays: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> int:

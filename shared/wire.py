@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from gapweave.shared import PROTOCOL_VERSION
 from gapweave.shared.errors import GapweaveError
-from gapweave.shared.tensorfile import Arrays
+from gapweave.shared.tensorfile import Arrays, shaped
 
 HEADER = "header"
 PREPARE, TRAIN, EVALUATE, FINISH = "query.prepare", "train", "query.evaluate", "train.finish"
@@ -108,14 +107,9 @@ def _cut(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
         raise ProtocolError("a group of other than one array", remedy="Both sides must run Gapweave")
     [(key, array)] = record.items()
     values, layout = _read(array), _layout(str(key))
-    sizes = [math.prod(shape) for shape in layout.values()]
-    if values.shape != (sum(sizes),):
+    if values.shape != (sum(map(math.prod, layout.values())),):
         raise ProtocolError("an array that its key does not describe", remedy="Both sides must run Gapweave")
-    ends = accumulate(sizes)
-    return {
-        name: values[end - size : end].reshape(shape)
-        for (name, shape), size, end in zip(layout.items(), sizes, ends, strict=True)
-    }
+    return shaped(values, layout)
 
 
 def _layout(key: str) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The scripts import each other by name, as Python runs them."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module("results")
-    for name in ("results", "recipes", "populations", "left_out", "page"):
+    for name in ("results", "recipes", "populations", "left_out", "planted", "page"):
         sys.modules.pop(name, None)
 
 

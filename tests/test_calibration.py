@@ -13,7 +13,7 @@ import torch
 from commandline import OPEN, QUICK, done, gapweave, hospitals, site_file
 from hospitals import build, plan_of
 
-from gapweave.client.calibration import Calibrated, Calibration, at_prevalence, calibrate, log_loss
+from gapweave.client.calibration import Calibrated, Calibration, calibrate, log_loss, to_prevalence
 from gapweave.client.predict import Predictions
 from gapweave.shared.metrics import exact_metrics
 from gapweave.shared.objective import TaskKind
@@ -78,7 +78,8 @@ def test_classes_and_labels_each_get_their_shift(kind: TaskKind) -> None:
     assert found.slope == pytest.approx(1.5, rel=0.2)
     np.testing.assert_allclose(np.diff(shift), [-1, -1], atol=0.3)
     changed = found(said, kind)
-    assert log_loss(changed, of) < log_loss(at_prevalence(said, of), of) < log_loss(said, of)
+    shifted = Calibration(slope=1.0, shift=to_prevalence(said, of))(said, kind)
+    assert log_loss(changed, of) < log_loss(shifted, of) < log_loss(said, of)
     if kind == "multiclass":
         np.testing.assert_allclose(changed.sum(1), 1)
 

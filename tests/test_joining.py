@@ -19,7 +19,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from typer.testing import CliRunner
 
 from gapweave.client import classical, cli
-from gapweave.client.calibration import at_prevalence
+from gapweave.client.calibration import Calibration, to_prevalence
 from gapweave.client.classical import Classical, fit_classical
 from gapweave.client.data import Cohort
 from gapweave.client.finetuning import fine_tune, judge
@@ -121,6 +121,10 @@ def test_a_mixture_is_the_mean_of_logits() -> None:
     np.testing.assert_allclose(mix([one, other], [0.25, 0.75], "binary"), [[1 - positive, positive]])
     np.testing.assert_allclose(mix([one[:, 1:], other[:, 1:]], [0.25, 0.75], "multilabel"), [[positive]])
     np.testing.assert_allclose(mix([one, other], [0.25, 0.75], "multiclass"), [[1 - positive, positive]])
+
+
+def at_prevalence(probabilities: np.ndarray, of: Truth) -> np.ndarray:
+    return Calibration(slope=1.0, shift=to_prevalence(probabilities, of))(probabilities, of.kind)
 
 
 def test_a_blend_is_chosen_at_the_sites_own_prevalence() -> None:

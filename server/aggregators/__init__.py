@@ -20,6 +20,7 @@ from pydantic import Field
 
 from gapweave.shared.config.base import StrictModel
 from gapweave.shared.registry import Registry
+from gapweave.shared.tensorfile import shaped
 
 Update = dict[str, NDArray[np.float32]]
 """One site's update of one group: name -> array."""
@@ -238,12 +239,7 @@ class Gathered:
 
     def finish(self) -> Update:
         """Run the chain."""
-        vector, result, at = combine(self._rows[: self._filled], self._stages, self._f, self._noise), {}, 0
-        for name, shape in self._shapes.items():
-            size = math.prod(shape)
-            result[name] = vector[at : at + size].reshape(shape)
-            at += size
-        return result
+        return shaped(combine(self._rows[: self._filled], self._stages, self._f, self._noise), self._shapes)
 
 
 def combine(rows: Rows, stages: tuple[Stage, ...], f: int, noise: Sequence[float] | None = None) -> Rows:

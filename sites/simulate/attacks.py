@@ -26,7 +26,7 @@ from gapweave.shared.config.sharing import AnyRule
 from gapweave.shared.config.simulation import UPDATE_ATTACKS
 from gapweave.shared.config.study import Task
 from gapweave.shared.schema import Batch
-from gapweave.shared.tensorfile import Arrays
+from gapweave.shared.tensorfile import Arrays, flat, shaped
 from gapweave.sites.simulate.grid import FIRST_NODE, InlineGrid
 
 Rows = NDArray[np.float32]
@@ -255,27 +255,14 @@ class HostileGrid(InlineGrid):
             rule, bad = self._study.aggregation.of(group), len(self._bad)
             noise = [self._noise(other, group, rows.shape[1]) for other in [*heard, *[node] * bad]]
             self._lies[group] = lie(self._attack, flat(own), rows, flat(before), rule, bad, noised, noise)
-        sent = wanted(self._seen, str(node), group, shaped(self._lies[group], own))
+        shapes = {name: value.shape for name, value in own.items()}
+        sent = wanted(self._seen, str(node), group, shaped(self._lies[group], shapes))
         if self._disguises:
             stated = self._sds.get(node, 0.0) ** 2 * rows.shape[1]
-            sent = shaped(disguised(flat(sent), flat(own), stated), own)
+            sent = shaped(disguised(flat(sent), flat(own), stated), shapes)
         self._seen.take(str(node), group, sent)
         return sent
 
     def _noise(self, node: int, group: str, numbers: int) -> float:
         """Expected squared length of the noise in what the server's rule sees of a site."""
         return self._sds.get(node, 0.0) ** 2 * numbers * self._seen.noise(str(node), group)
-
-
-def shaped(vector: Rows, like: Update) -> Update:
-    """One vector as an update."""
-    result, at = {}, 0
-    for name, value in like.items():
-        result[name] = vector[at : at + value.size].reshape(value.shape)
-        at += value.size
-    return result
-
-
-def flat(part: Update) -> Rows:
-    """One update as one vector."""
-    return np.concatenate([value.ravel() for value in part.values()])

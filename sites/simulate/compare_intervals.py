@@ -81,8 +81,8 @@ def _over_seeds(aurocs: Array) -> Array:
     """Mean over seeds; each draw takes others of them.
 
     Of n seeds n - 1 are drawn, with replacement: the variance of such a mean is the unbiased estimate of that of the
-    mean of n, which the usual n would make too small by 1/n (Rao & Wu 1988, Resampling inference with complex survey
-    data, section 2). From one seed nothing can be told.
+    mean of n, which the usual n would make too small by 1/n (Rao and Wu 1988, JASA 83). From one seed nothing can be
+    told.
 
     Args:
         aurocs: [seeds, 1 + draws].
