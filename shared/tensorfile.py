@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -49,7 +49,7 @@ def flat(part: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     return np.concatenate([value.ravel() for value in part.values()])
 
 
-def shaped(vector: NDArray[np.float32], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
+def shaped(vector: NDArray[np.float32], shapes: Mapping[str, Sequence[int]]) -> dict[str, NDArray[np.float32]]:
     """One vector as a group's arrays, views of it, in the order of their shapes."""
     ends = accumulate(map(math.prod, shapes.values()))
     return {
