@@ -6,7 +6,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+from test_compare_intervals import scores_of
 
+from gapweave.sites.simulate.compare_intervals import Draws
 from gapweave.sites.simulate.compare_plan import Plan, Trial, Unit, read_seeds, read_variations
 from gapweave.sites.simulate.compare_plots import plot_auroc, plot_paired
 from gapweave.sites.simulate.compare_statistics import statistics_of
@@ -19,6 +21,7 @@ AUROC = {
     ("pooled", 8): {("a", 0): 0.8, ("a", 1): 0.8, ("b", 0): 0.7, ("b", 1): 0.8, ("c", 0): 0.9, ("c", 1): 0.9},
 }
 VARY = {"epsilon": [1, 8]}
+SIZES = [("north", 60), ("tiny", 8)]
 
 
 def rows_of(table, key="epsilon"):
@@ -66,6 +69,29 @@ def test_differences_are_paired_by_site_and_seed(statistics):
     assert low.mean == pytest.approx(fmean(differences))
     assert low.sd == pytest.approx(stdev(differences))
     assert (high.pairs, high.better, high.worse) == (6, 2, 1)
+
+
+def test_sites_without_an_auroc_are_not_counted_in_its_mean(statistics):
+    first, second = statistics.means[:2]
+    assert (first.sites, first.judged, second.judged) == (3, 2, 3)
+    lines = markdown(plan_of(), statistics, seconds=75, failures=[]).splitlines()
+    assert [line.split(" | ")[2] for line in lines if line.startswith("| epsilon=1 |")][:2] == ["2 of 3", "3"]
+
+
+def test_a_difference_is_of_the_sites_that_its_interval_is_of():
+    """Of two sites one is too small to be judged: what chance makes of it is in neither."""
+    draws = Draws("binary")
+    pooled = {site: scores_of(at, patients, federated=2.0, pooled=1.0) for at, (site, patients) in enumerate(SIZES)}
+    draws.add({"epsilon": 1}, 0, pooled)
+    table = {
+        ("federated", 1): {("north", 0): 0.9, ("tiny", 0): 1.0},
+        ("pooled", 1): {("north", 0): 0.8, ("tiny", 0): 0.0},
+    }
+    (entry,) = statistics_of(rows_of(table), {}, draws).against_models
+    observed = draws.sites({"epsilon": 1}, "federated")["north"][0] - draws.sites({"epsilon": 1}, "pooled")["north"][0]
+    assert set(entry.by_site) == {"north"}
+    assert entry.mean == pytest.approx(observed)
+    assert entry.interval[0] <= entry.mean <= entry.interval[1]
 
 
 def test_cells_are_compared_with_the_first_value_of_their_key(statistics):

@@ -70,6 +70,11 @@ class Draws:
         by_site = self._found.get((json.dumps(cell), model), {})
         return {site: _over_seeds(np.stack([of[seed] for seed in sorted(of)])) for site, of in by_site.items()}
 
+    def aurocs(self, cell: Cell, model: str) -> dict[tuple[str, int], float]:
+        """By judged site and seed: AUROC of the patients as they are."""
+        by_site = self._found.get((json.dumps(cell), model), {})
+        return {(site, seed): float(values[0]) for site, of in by_site.items() for seed, values in of.items()}
+
     def difference(self, cell: Cell, model: str, other_cell: Cell, other_model: str) -> Interval:
         """The interval of the first model's mean AUROC minus the second's, over the sites that both were judged at."""
         first, second = self.sites(cell, model), self.sites(other_cell, other_model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,6 +13,9 @@ from gapweave.shared.metrics import METRICS
 from gapweave.sites.simulate.compare_intervals import Draws
 from gapweave.sites.simulate.compare_plan import Cell
 from gapweave.sites.simulate.compare_unit import MODELS, Row
+
+Aurocs = Mapping[tuple[str, int], float]
+"""By site and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class Mean:
         cell: varied key -> value.
         model: its name.
         sites: number of sites with rows.
+        judged: number of them whose AUROC is defined, with every seed.
         by_seed: metric -> seed -> mean over the sites where it is defined.
         worst_site: the site with the lowest AUROC, averaged over seeds; None if undefined.
         worst: that AUROC.
@@ -32,6 +36,7 @@ class Mean:
     cell: Cell
     model: str
     sites: int
+    judged: int
     by_seed: Mapping[str, Mapping[int, float]]
     worst_site: str | None
     worst: float | None
@@ -57,7 +62,7 @@ class Paired:
         other_model: the second.
         by_site: site -> mean difference over seeds.
         pairs: number of pairs.
-        mean: over pairs.
+        mean: over pairs; where folds are pooled, of the sites with enough patients to be judged.
         sd: over pairs; None for one pair.
         interval: 95 % interval of the mean over sites, patients and seeds resampled; None where folds are not pooled.
     """
@@ -104,6 +109,7 @@ class Statistics:
                 "cell": entry.cell,
                 "model": entry.model,
                 "sites": entry.sites,
+                "judged": entry.judged,
                 "metrics": {name: {"mean": entry.mean(name), "sd": entry.sd(name)} for name in METRICS},
                 "worst": {"site": entry.worst_site, "auroc": entry.worst},
                 "epsilon": entry.epsilon,
@@ -138,12 +144,18 @@ def statistics_of(rows: list[Row], vary: Mapping[str, list[Any]], draws: Draws |
 
     def pair(cell: Cell, model: str, other_cell: Cell, other_model: str) -> Paired | None:
         first, second = found.get((json.dumps(cell), model)), found.get((json.dumps(other_cell), other_model))
-        entry = _paired(first, second) if first and second else None
-        return (
-            replace(entry, interval=draws.difference(cell, model, other_cell, other_model))
-            if entry and draws
-            else entry
+        if not first or not second:
+            return None
+        ends = draws.difference(cell, model, other_cell, other_model) if draws else None
+        # A difference and its interval are of the same sites.
+        aurocs = (
+            (draws.aurocs(cell, model), draws.aurocs(other_cell, other_model))
+            if draws and ends
+            else (_aurocs(first), _aurocs(second))
         )
+        entry = _paired(*aurocs)
+        names = {"cell": cell, "model": model, "other_cell": other_cell, "other_model": other_model}
+        return entry and Paired(**names, **entry, interval=ends)
 
     ours = [pair(cell, "federated", cell, name) for cell in cells for name in names if name != "federated"]
     theirs = [
@@ -176,6 +188,7 @@ def _group_mean(rows: list[Row]) -> Mean:
         cell=rows[0]["cell"],
         model=rows[0]["model"],
         sites=len(sites),
+        judged=sum(len(_defined(rows, "auroc", site=site)) == len(seeds) for site in sites),
         by_seed=by_seed,
         worst_site=worst,
         worst=None if worst is None else aurocs[worst],
@@ -188,25 +201,21 @@ def _defined(rows: list[Row], metric: str, **where: Any) -> list[float]:
     return [value for value in chosen if value is not None]
 
 
-def _paired(rows: list[Row], others: list[Row]) -> Paired | None:
-    first, second = _aurocs(rows), _aurocs(others)
+def _paired(first: Aurocs, second: Aurocs) -> dict[str, Any] | None:
+    """What a `Paired` says of two models' AUROCs; None where they share no site and seed."""
     differences = {key: first[key] - second[key] for key in first if key in second}
     if not differences:
         return None
     sites = sorted({site for site, _ in differences})
-    return Paired(
-        cell=rows[0]["cell"],
-        model=rows[0]["model"],
-        other_cell=others[0]["cell"],
-        other_model=others[0]["model"],
-        by_site={site: fmean(value for (at, _), value in differences.items() if at == site) for site in sites},
-        pairs=len(differences),
-        mean=fmean(differences.values()),
-        sd=_sd(differences.values()),
-    )
+    return {
+        "by_site": {site: fmean(value for (at, _), value in differences.items() if at == site) for site in sites},
+        "pairs": len(differences),
+        "mean": fmean(differences.values()),
+        "sd": _sd(differences.values()),
+    }
 
 
-def _aurocs(rows: list[Row]) -> dict[tuple[str, int], float]:
+def _aurocs(rows: list[Row]) -> Aurocs:
     return {(row["site"], row["seed"]): value for row in rows if (value := row["metrics"]["auroc"]) is not None}
 
 

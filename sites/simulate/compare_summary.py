@@ -42,7 +42,8 @@ def mean_cells(entry: Mean) -> list[str]:
     worst = "-" if entry.worst_site is None else f"{entry.worst_site} {number(entry.worst)}"
     rest = [number(entry.mean(name)) for name in ("auprc", "brier", "ece")]
     spent = "-" if entry.epsilon is None else f"{entry.epsilon:.2f}"
-    return [cell_name(entry.cell), model_name(entry.model), str(entry.sites), auroc, worst, *rest, spent]
+    sites = str(entry.sites) if entry.judged == entry.sites else f"{entry.judged} of {entry.sites}"
+    return [cell_name(entry.cell), model_name(entry.model), sites, auroc, worst, *rest, spent]
 
 
 def tables(statistics: Statistics) -> Iterator[Table]:
@@ -90,8 +91,8 @@ _NOTE = (
     "AUROC; epsilon: the most that a site spent. Metrics are exact (simulation). Baselines train without privacy. "
     "Seeds are not new patients: their spread is no confidence interval. Where folds are pooled, differences have the "
     "95 % interval of 1,000 resamples of each site's patients, and of the seeds where there are several, the same ones "
-    "for every model and cell; one that holds 0 is not told apart from chance. It is over the sites with "
-    f"{FEWEST} or more patients of each class, the difference beside it over all sites."
+    "for every model and cell; one that holds 0 is not told apart from chance. Both are over the sites with "
+    f"{FEWEST} or more patients of each class; *sites* counts those where the AUROC is defined."
 )
 _CHOICES = (
     "*own*: the best that a site has alone, by its training patients; *score local*: its best model beside a public "
