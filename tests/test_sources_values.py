@@ -267,16 +267,27 @@ def test_a_category_stands_once() -> None:
         study({"labs": {"kind": "table", "columns": {"kind": {"categories": ["1", "01"]}}}})
 
 
-@pytest.mark.parametrize("kind", ["text", "date"])
+@pytest.mark.parametrize("kind", ["text", "date", "midnight", "midnight, zoned", "datetime"])
 def test_a_date_alone_counts_from_the_end_of_its_day(hospital: Hospital, kind: str) -> None:
-    """It was read as midnight: a value of that night could come from after the prediction time."""
-    hospital.records(8, start=["2024-05-01 23:00"] * 8)
+    """It was read as midnight: a value of that night could come from after the prediction time.
+
+    Many systems write a date as a timestamp at midnight.
+    """
+    zone = "+02:00" if "zoned" in kind else ""
+    hospital.records(8, start=[f"2024-05-01 23:00{zone}"] * 8)
     days = [date(2024, 5, day) for day in (1, 2, 3)] * 8
-    times = days if kind == "date" else [str(day) for day in days]
+    times: dict[str, list[Any]] = {
+        "text": [str(day) for day in days],
+        "date": list(days),
+        "midnight": [f"{day} 00:00:00" for day in days],
+        "midnight, zoned": [f"{day}T00:00:00.000{zone}" for day in days],
+        "datetime": [datetime.combine(day, datetime.min.time()) for day in days],
+    }
     ids = [f"r{row}" for row in range(8) for _ in range(3)]
-    hospital.write("vitals.parquet", {"id": ids, "when": times, "bp": [100.0, 200.0, 300.0] * 8})
+    hospital.write("vitals.parquet", {"id": ids, "when": times[kind], "bp": [100.0, 200.0, 300.0] * 8})
     hospital.add("vitals", file="vitals.parquet", time="when", index="start", columns={"bp": "bp"})
-    only = {"id": [f"r{row}" for row in range(8)], "when": ["2024-05-02 00:00"] * 8, "bp": [100.0] * 8}
+    true = [f"2024-05-02 00:00{zone}"] * 8 + [f"2024-05-09 13:00{zone}"]  # the last is beyond the window
+    only = {"id": [f"r{row}" for row in (*range(8), 0)], "when": true, "bp": [100.0] * 9}
     found = hospital.load(study({"vitals": VITALS}))
     (finding,) = [one for one in hospital.findings(study({"vitals": VITALS})) if "date alone" in one.message]
     assert finding.message.startswith("24 of 24 rows")

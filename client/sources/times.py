@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ DAY = 24 * MICROSECONDS
 
 _DATE = r"\d{4}-\d{2}-\d{2}"
 _ZONE = r"(Z|[+-]\d{2}:?\d{2})$"
+_MIDNIGHT = rf"^{_DATE}[ T]00:00(:00(\.0+)?)?{_ZONE[:-1]}?$"
 _FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")
 
 
@@ -86,11 +89,20 @@ def _numeric(series: pl.Series, where: str) -> NDArray[np.float64]:
 
 
 def dates_alone(series: pl.Series) -> NDArray[np.bool_]:
-    """Which cells of a column of timestamps are a date without a time of day."""
+    """Which cells of a column of timestamps are a date without a time of day.
+
+    A column that says midnight throughout is one of dates, written as timestamps by the system that it came from.
+    """
+    if series.dtype == pl.Date:
+        return np.full(len(series), True)
+    if isinstance(series.dtype, pl.Datetime):
+        return np.full(len(series), bool((series.dt.time() == datetime.time()).all()))
     if series.dtype != pl.String:
-        return np.full(len(series), series.dtype == pl.Date)
-    alone: NDArray[np.bool_] = series.str.strip_chars().str.contains(rf"^{_DATE}$").fill_null(False).to_numpy()
-    return alone
+        return np.full(len(series), False)
+    text = series.str.strip_chars()
+    dated: NDArray[np.bool_] = text.str.contains(rf"^{_DATE}$").fill_null(False).to_numpy()
+    midnight = text.str.contains(_MIDNIGHT).fill_null(False).to_numpy()
+    return dated | midnight if (dated | midnight | missing(text).to_numpy()).all() else dated
 
 
 def moments(series: pl.Series) -> tuple[NDArray[np.float64], bool]:

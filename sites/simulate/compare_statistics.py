@@ -146,16 +146,24 @@ def statistics_of(rows: list[Row], vary: Mapping[str, list[Any]], draws: Draws |
         first, second = found.get((json.dumps(cell), model)), found.get((json.dumps(other_cell), other_model))
         if not first or not second:
             return None
-        ends = draws.difference(cell, model, other_cell, other_model) if draws else None
-        # A difference and its interval are of the same sites.
-        aurocs = (
-            (draws.aurocs(cell, model), draws.aurocs(other_cell, other_model))
-            if draws and ends
-            else (_aurocs(first), _aurocs(second))
+        interval = draws.difference(cell, model, other_cell, other_model) if draws else None
+        if draws and interval:  # the difference is of the sites that the interval is of
+            differences = _differences(draws.aurocs(cell, model), draws.aurocs(other_cell, other_model))
+        else:
+            differences = _differences(_aurocs(first), _aurocs(second))
+        if not differences:
+            return None
+        return Paired(
+            cell=cell,
+            model=model,
+            other_cell=other_cell,
+            other_model=other_model,
+            by_site=_by_site(differences),
+            pairs=len(differences),
+            mean=fmean(differences.values()),
+            sd=_sd(differences.values()),
+            interval=interval,
         )
-        entry = _paired(*aurocs)
-        names = {"cell": cell, "model": model, "other_cell": other_cell, "other_model": other_model}
-        return entry and Paired(**names, **entry, interval=ends)
 
     ours = [pair(cell, "federated", cell, name) for cell in cells for name in names if name != "federated"]
     theirs = [
@@ -201,18 +209,14 @@ def _defined(rows: list[Row], metric: str, **where: Any) -> list[float]:
     return [value for value in chosen if value is not None]
 
 
-def _paired(first: Aurocs, second: Aurocs) -> dict[str, Any] | None:
-    """What a `Paired` says of two models' AUROCs; None where they share no site and seed."""
-    differences = {key: first[key] - second[key] for key in first if key in second}
-    if not differences:
-        return None
-    sites = sorted({site for site, _ in differences})
-    return {
-        "by_site": {site: fmean(value for (at, _), value in differences.items() if at == site) for site in sites},
-        "pairs": len(differences),
-        "mean": fmean(differences.values()),
-        "sd": _sd(differences.values()),
-    }
+def _differences(first: Aurocs, second: Aurocs) -> Aurocs:
+    return {key: first[key] - second[key] for key in first if key in second}
+
+
+def _by_site(values: Aurocs) -> dict[str, float]:
+    """Mean over seeds."""
+    sites = sorted({site for site, _ in values})
+    return {site: fmean(value for (at, _), value in values.items() if at == site) for site in sites}
 
 
 def _aurocs(rows: list[Row]) -> Aurocs:
