@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gapweave.client.anchor import REMEMBERED_FILE
-from gapweave.client.ledger import PUT_ASIDE, Ledger
+from gapweave.client.journal import PUT_ASIDE
+from gapweave.client.ledger import Ledger
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.privacy.head import Head, read_anchor

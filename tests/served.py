@@ -17,6 +17,7 @@ from flwr.proto.recorddict_pb2 import RecordDict
 from kills import CALLS, Child, Federation, fork, strace
 
 from gapweave.client import app as client_app
+from gapweave.client import journal as journal_module
 from gapweave.client import ledger as ledger_module
 from gapweave.server.aggregation import initial_groups
 from gapweave.shared import files, wire
@@ -80,7 +81,7 @@ def converse(federation: Federation, wire_end: socket.socket) -> list[dict[str, 
 
 def no_sync_of_folders() -> None:
     """A name may be lost although the file is there."""
-    files.sync_folder = ledger_module.sync_folder = lambda folder: None
+    files.sync_folder = journal_module.sync_folder = lambda folder: None
 
 
 def no_sync_of_files() -> None:
@@ -90,8 +91,8 @@ def no_sync_of_files() -> None:
 
 def no_sync_of_entries() -> None:
     """SQLite syncs its log at checkpoints only."""
-    ledger_module.sqlite3 = SimpleNamespace(**vars(sqlite3))  # type: ignore[assignment]
-    ledger_module.sqlite3.connect = lambda *args, **keys: sqlite3.connect(*args, factory=Normal, **keys)
+    journal_module.sqlite3 = SimpleNamespace(**vars(sqlite3))  # type: ignore[assignment]
+    journal_module.sqlite3.connect = lambda *args, **keys: sqlite3.connect(*args, factory=Normal, **keys)
 
 
 class Normal(sqlite3.Connection):

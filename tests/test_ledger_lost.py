@@ -15,7 +15,7 @@ from commandline import gapweave
 from ledgers import filter_cap
 from test_ledger import DELTA, hospital, kinds, update, updates
 
-from gapweave.client import ledger as ledger_module
+from gapweave.client import journal as journal_module
 from gapweave.client.ledger import Ledger
 from gapweave.client.recovery import recover
 from gapweave.shared.errors import BudgetExhausted, LedgerBusy, RefusedError, UsageError
@@ -121,7 +121,7 @@ def test_a_crash_before_the_first_entry_or_the_first_anchor_is_no_loss(
     state: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was believed that the anchor may come after the entry that names it: a crash between them looked like a loss."""
-    written = ledger_module.Anchor.write
+    written = journal_module.Anchor.write
 
     def kill(self: Any, head: Head) -> None:
         if head.length == 1:
@@ -129,7 +129,7 @@ def test_a_crash_before_the_first_entry_or_the_first_anchor_is_no_loss(
         written(self, head)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ledger_module.Anchor, "write", kill)
+        patch.setattr(journal_module.Anchor, "write", kill)
         with pytest.raises(KeyboardInterrupt):
             spend(state, range(1, 2), anchor)
     assert kinds(state) == ["open"]
@@ -336,7 +336,7 @@ def test_the_command_recovers(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_that_waits_too_long_is_told(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(journal_module, "PATIENCE_S", 0.1)
     with Ledger(state, hospital()) as first:
         with pytest.raises(LedgerBusy, match="another process holds the ledger"):
             Ledger(state, hospital())
@@ -346,7 +346,7 @@ def test_a_second_writer_that_waits_too_long_is_told(state: Path, monkeypatch: p
 
 def test_a_writer_past_the_lock_is_found(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without locks: the second of two writers cannot append to what it has not read."""
-    monkeypatch.setattr(ledger_module.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(journal_module.fcntl, "flock", lambda *_: None)
     with Ledger(state, hospital()) as first, Ledger(state, hospital()) as second:
         first.charge("run", "study", "1", update(1))
         with pytest.raises(RefusedError, match="another process wrote"):
