@@ -24,7 +24,7 @@ from gapweave.shared.errors import BudgetExhausted, DataError, GapweaveError, No
 from gapweave.shared.messages import Evaluate, Finish, Prepare, Train, read_request
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.tensorfile import Arrays
-from gapweave.shared.wire import ProtocolError, pack, request_hash, unpack
+from gapweave.shared.wire import EVALUATE, TRAIN, ProtocolError, pack, request_hash, unpack
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def train(message: Message, context: Context) -> Message:
     def work(header: dict[str, Any], arrays: Arrays) -> Answer:
         asked = read_request(Train, header)
         site = participant(context.node_config, _study(context, asked))
-        state = site.train(asked.run, asked.round, request_hash(header, arrays), arrays)
+        state = site.train(asked.run, asked.round, request_hash(TRAIN, header, arrays), arrays)
         return {"round": asked.round, "event": state.event, "ledger": state.ledger}, state.reply
 
     return _reply(message, context, work)
@@ -84,7 +84,7 @@ def evaluate(message: Message, context: Context) -> Message:
         asked = read_request(Evaluate, header)
         site = participant(context.node_config, _study(context, asked))
         after = asked.round if asked.look else None
-        return dict(site.evaluate(asked.run, request_hash(header, arrays), arrays, after)), {}
+        return dict(site.evaluate(asked.run, request_hash(EVALUATE, header, arrays), arrays, after)), {}
 
     return _reply(message, context, work)
 

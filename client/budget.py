@@ -55,8 +55,14 @@ class Budget:
         return (exact, "fixed") if exact > count else (count, "renyi")
 
     def affords(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> bool:
-        """Whether the cap has room for events that nobody reserved."""
-        return self.allows(events) or self._allows_fixed(run, study, [*self._view.outstanding(), *events])
+        """Whether the cap has room for events that nobody reserved.
+
+        Once a run has its reservation, the exact figure pays for nothing beyond that schedule.
+        """
+        if self.allows(events):
+            return True
+        early = self._view.reservation(run) is None
+        return early and self._allows_fixed(run, study, [*self._view.outstanding(), *events])
 
     def covers(self, run: str, study: str, event: PrivacyEvent) -> bool:
         """Whether the run's reservation pays for an event, or the cap has room for it."""

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gapweave.client.anchor import RECOVER, REMEMBERED_FILE, Anchor, check_head
+from gapweave.client.state import kept_heads
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import GapweaveError, LedgerBusy, NotIntact, RefusedError
 from gapweave.shared.files import private_folder, sync_folder
@@ -160,6 +161,9 @@ class Journal:
         remembered = read_anchor(self._state / REMEMBERED_FILE)
         if remembered is not None and remembered.site == self.view.head.site:
             check_head(self.view, remembered, "the server", self._where)
+        if self._checked is None:
+            for head in kept_heads(self._state):
+                check_head(self.view, head, "a run in this state folder", self._where)
         if not self.view.recovered and any(self._state.glob(f"{PUT_ASIDE}*{LEDGER_FILE}")):
             raise NotIntact(
                 "a changed ledger was put aside, and nobody declared what it had spent",

@@ -91,12 +91,11 @@ class Ledger(Journal):
             RefusedError: when the same release of the run was charged for another request.
             BudgetExhausted: when the event is outside the run's reservation and beyond the cap.
         """
+        self._refuse_another(run, request, event)
         again = self.view.charged(request)
         if again and self._never_left(request, event):
             self._append("recompute", {"request": request})
             return
-        if not again:
-            self._refuse_another(run, request, event)
         budget = Budget(self.view)
         if not (budget.affords(run, study, [event]) if again else budget.covers(run, study, event)):
             raise BudgetExhausted(
@@ -113,11 +112,18 @@ class Ledger(Journal):
         return same and not any(self._has(kind, request=request) for kind in ("recompute", "released"))
 
     def _refuse_another(self, run: str, request: str, event: PrivacyEvent) -> None:
-        """Refuse a second request for one release: its answer could differ from what may have left."""
+        """Refuse a second request for one release, and a second release for one request.
+
+        The answer of the one could differ from what may have left; the other is in no schedule.
+        """
         for entry in self.view.entries:
-            if entry.kind != "charge" or entry.body["run"] != run or entry.body["request"] == request:
+            if entry.kind != "charge":
                 continue
-            if entry.body["event"]["released"] == event.released:
+            released = entry.body["event"]["released"]
+            same = entry.body["request"] == request
+            if same and released != event.released:
+                raise RefusedError(f"the request for {released!r} was charged already", where=self._where)
+            if not same and entry.body["run"] == run and released == event.released:
                 raise RefusedError(
                     f"{event.released!r} was charged for another request",
                     where=self._where,

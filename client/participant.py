@@ -6,6 +6,7 @@ The order of every step is the promise: policy, then ledger, then data, then the
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,7 +24,7 @@ from gapweave.client.ledger import Ledger
 from gapweave.client.network import Networks
 from gapweave.client.policy import check_guarantee, check_policy, check_size
 from gapweave.client.preparation import Preparation, noised_counts
-from gapweave.client.requests import check_groups, check_open, check_round, check_same_model
+from gapweave.client.requests import LARGEST, check_groups, check_open, check_round, check_same_model
 from gapweave.client.setting import run_setting
 from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_tensors
@@ -222,13 +223,18 @@ class Participant:
         return replace(trained, ledger=before.ledger)
 
     def _check_groups(self, received: Arrays) -> None:
-        check_groups(received, {group: self.initial[group] for group in self.shared})
+        check_groups(received, {group: self.initial[group] for group in self.shared}, self._largest)
 
     def _check_round(self, received: Arrays) -> None:
         shared, corrections = split_corrections(received)
         self._check_groups(shared)
         corrected = self.shared if self.study.training.scaffold else []
-        check_groups(corrections, {group: self.initial[group] for group in corrected if group in corrections})
+        known = {group: self.initial[group] for group in corrected if group in corrections}
+        check_groups(corrections, known, self._largest)
+
+    @property
+    def _largest(self) -> float:
+        return LARGEST if self.study.privacy.enabled else math.inf
 
     def assemble(self, run: str, received: Arrays) -> MultimodalModel:
         """The site's model from its private groups after the last round and the given shared ones."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from gapweave.client.anchor import REMEMBERED_FILE
 from gapweave.client.journal import PUT_ASIDE
 from gapweave.client.ledger import Ledger
+from gapweave.client.state import kept_heads
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.privacy.head import Head, read_anchor
@@ -38,7 +39,7 @@ def recover(state: Path, site: Site, anchor: Path | None, assume_spent: float) -
     if _changed(state):
         _put_aside(state)
     remembered = state / REMEMBERED_FILE
-    heads = [_head(path) for path in (anchor, remembered) if path is not None]
+    heads = [*(_head(path) for path in (anchor, remembered) if path is not None), *kept_heads(state)]
     with Ledger(state, site, anchor, lost=True) as ledger:
         ledger.recover(assume_spent, [head for head in heads if head is not None])
         remembered.unlink(missing_ok=True)

@@ -5,6 +5,8 @@ Whether it may be worked on at all is the policy's and the ledger's to say.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from gapweave.client.state import Groups
@@ -43,7 +45,12 @@ def check_round(number: int, done: int, planned: int) -> None:
         )
 
 
-def check_groups(received: Arrays, shared: Groups) -> None:
+LARGEST = 1000.0
+"""Largest parameter that a site takes from a server under privacy. No study that learns comes near; far larger ones are
+a way to make the rounding of sums decide what a patient contributes."""
+
+
+def check_groups(received: Arrays, shared: Groups, largest: float = math.inf) -> None:
     """Refuse anything but exactly the shared groups, all of finite numbers.
 
     A copy would spread a smaller tensor over a larger one, and one NaN would end the site's private groups.
@@ -51,6 +58,7 @@ def check_groups(received: Arrays, shared: Groups) -> None:
     Args:
         received: from the server.
         shared: the groups that the site shares, of the shapes that they have.
+        largest: magnitude that no number may exceed.
 
     Raises:
         RefusedError: for others.
@@ -66,6 +74,11 @@ def check_groups(received: Arrays, shared: Groups) -> None:
         raise RefusedError(
             "the server sent parameters that are no numbers",
             remedy="Resume the run from a checkpoint before its model diverged",
+        )
+    if any(np.abs(value).max(initial=0.0) > largest for part in received.values() for value in part.values()):
+        raise RefusedError(
+            f"the server sent parameters beyond {largest:g}",
+            remedy="Start the study again with a smaller learning rate: its model diverged",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gapweave.shared import tensorfile
 from gapweave.shared.errors import GapweaveError, RefusedError
 from gapweave.shared.files import private_folder, write_atomically
+from gapweave.shared.privacy.head import Head
 from gapweave.shared.tensorfile import Arrays
 
 if TYPE_CHECKING:  # who asks a site for its status need not wait for torch
@@ -151,6 +153,15 @@ class RunFolder:
         """The study of the handshake as JSON, if there was one."""
         file = self.path / "study.json"
         return file.read_text(encoding="utf-8") if file.exists() else None
+
+
+def kept_heads(state: Path) -> list[Head]:
+    """Where the ledger stood at the last round of each run that the state folder holds; a damaged file says nothing."""
+    heads = []
+    for file in sorted(state.glob("runs/*/round.safetensors")):
+        with suppress(OSError, ValueError, KeyError, OverflowError, MemoryError):
+            heads.append(Head.from_dict(tensorfile.read_note(file)["ledger"]))
+    return [head for head in heads if head is not None]
 
 
 def read_model(file: Path) -> tuple[Groups, dict[str, Any]]:

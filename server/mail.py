@@ -13,6 +13,7 @@ from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from gapweave.server.handshake import LONGEST_TEXT
 from gapweave.shared import wire
 from gapweave.shared.tensorfile import Arrays
 
@@ -95,4 +96,6 @@ def _read(node: int, reply: Message) -> Answer:
         return Answer(node=node, header={"status": "failed", "text": str(error)}, arrays={})
     if header.get("status") not in ("ok", "refused", "failed"):
         header = {"status": "failed", "text": "an answer without a status"}
+    if "text" in header:
+        header = {**header, "text": str(header["text"])[:LONGEST_TEXT]}
     return Answer(node=node, header=header, arrays=arrays)

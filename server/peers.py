@@ -51,18 +51,3 @@ class Peer:
         """Keep where the site's ledger stands; anything of another form is no memory."""
         if Head.from_dict(ledger) is not None:
             self.ledger = ledger
-
-
-def well_formed(header: dict[str, Any]) -> bool:
-    """Whether a handshake's fields have the types of a capability."""
-    names = [header.get("modalities", []), header.get("groups", [])]
-    return (
-        all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names)
-        and isinstance(header.get("rounds", 0), int)
-        and all(isinstance(header.get(key, {}), dict) for key in ("plan", "ledger"))
-    )
-
-
-def malformed(header: dict[str, Any]) -> dict[str, Any]:
-    """A handshake that cannot be used, as one that failed."""
-    return {"site": header.get("site"), "status": "failed", "text": "a handshake of another form"}

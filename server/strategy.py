@@ -17,9 +17,10 @@ from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.agreement import Agreement
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.evaluation import Released, ask_tables
+from gapweave.server.handshake import malformed, well_formed
 from gapweave.server.history import History, decay_of
 from gapweave.server.mail import POLL_S, Answer, ask
-from gapweave.server.peers import NO_NODE, Peer, malformed, well_formed
+from gapweave.server.peers import NO_NODE, Peer
 from gapweave.server.rules import resolve, rule_for
 from gapweave.server.sampling import sampled
 from gapweave.server.scaffold import Variates

@@ -30,6 +30,8 @@ from gapweave.shared.metrics import METRICS
 EDGES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Public edges of the probability bins: finer where outcomes are rare, as most clinical ones are."""
 BINS = len(EDGES) + 1
+MOST_IN_A_CELL = 1e9
+"""Magnitude beyond which a count is none: no hospital has as many patients, and sums of larger ones overflow."""
 ENDS = (0.005, 0.995)
 """Outer ends of the first and the last bin, where densities are drawn on the log-odds scale."""
 PARTS = 8
@@ -293,6 +295,8 @@ def read_tables(content: Any, problems: int, scale: float) -> list[ScoreTable] |
     except ValueError:
         return None
     if counts.shape != (problems, 2, BINS) or counts.dtype != np.int64:
+        return None
+    if not (np.abs(counts.astype(np.float64)) <= MOST_IN_A_CELL).all():
         return None
     return [ScoreTable(counts=each.astype(np.float64), scale=scale) for each in counts]
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,14 @@ def parse(content: bytes) -> tuple[Arrays, dict[str, Any]]:
         group, name = key.split("|")
         arrays.setdefault(group, {})[name] = value
     return arrays, note
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The note of a file that `dump` wrote, without its arrays."""
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    note: dict[str, Any] = json.loads(json.loads(header)["__metadata__"][_NOTE])
+    return note
 
 
 def flat(part: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -145,9 +145,15 @@ def _read(array: Array) -> NDArray[np.float32]:
     return np.frombuffer(array.data, np.float32, offset=len(header)).reshape(shape)
 
 
-def request_hash(header: Mapping[str, Any], arrays: Arrays) -> str:
-    """SHA-256 over a whole request: what a charge is bound to. Flower's own ids are no part of it."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+def request_hash(kind: str, header: Mapping[str, Any], arrays: Arrays) -> str:
+    """SHA-256 over a whole request: what a charge is bound to. Flower's own ids are no part of it.
+
+    Args:
+        kind: of message: a request to train and one to evaluate may hold the same bytes.
+        header: of the message.
+        arrays: of the message.
+    """
+    digest = hashlib.sha256(json.dumps([kind, header], sort_keys=True).encode())
     for group in sorted(arrays):
         for name in sorted(arrays[group]):
             value = arrays[group][name]

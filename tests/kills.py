@@ -59,14 +59,15 @@ class LoggedGrid(InlineGrid):
         reply = super()._answer(message)
         header, arrays = wire.unpack(reply.content)
         config = self._contexts[message.metadata.dst_node_id].node_config
+        kind = message.metadata.message_type
         line = {
-            "kind": message.metadata.message_type,
+            "kind": kind,
             "run": asked["run"],
             "round": asked.get("round"),
             "site": Path(config["site"]).stem,
             "header": header,
-            "request": wire.request_hash(asked, sent),
-            "result": wire.request_hash(header, arrays),
+            "request": wire.request_hash(kind, asked, sent),
+            "result": wire.request_hash(kind, header, arrays),
         }
         with self.log.open("ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import PAIRS, TRIPLES, flat, four_kinds, length, random_batch, random_model
+from batches import LABS, PAIRS, TRIPLES, flat, four_kinds, length, random_batch, random_model
 from cohorts import study
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -381,3 +381,51 @@ def test_a_parameter_outside_any_layer_has_the_right_gradient(monkeypatch: pytes
             Private(random_model(of), of.task.kind, BOUND)
         return
     assert_equals_naive(of, random_batch(of, [2, 1, 3]))
+
+
+def head_at_the_rounding(of: Study, records: Batch) -> MultimodalModel:
+    """Parameters that a hostile server could send: a head whose huge weights cancel, but for how the sum is rounded.
+
+    Its bias lies between two roundings of one and the same record: by the one there is no loss, by the other a full
+    gradient.
+    """
+    worst: tuple[float, MultimodalModel] | None = None
+    for seed in range(200):
+        model, generator = MultimodalModel(of, of.order), torch.Generator().manual_seed(seed)
+        named = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in named.items():
+                if name.startswith("encoders."):
+                    parameter.zero_()
+            wide = named["encoders.labs.wide.bias"]
+            wide.copy_(torch.where(torch.rand(len(wide), generator=generator) < 0.5, 30.0, -30.0))
+            weight = 1e9 * torch.randn(1, len(wide), generator=generator)
+            weight[0, -1] = -(weight[0, :-1] * wide[:-1].sign()).double().sum() * wide[-1].sign()
+            named["heads.labs.weight"].copy_(weight)
+            named["heads.labs.bias"].zero_()
+            logits = model(records.inputs, records.present, records.present).modality_logits[:, 0, 0]
+            apart = float(logits.max() - logits.min())
+            if worst is None or apart > worst[0]:
+                named["heads.labs.bias"].fill_(-float(logits.min()) - 30)
+                worst = (apart, model)
+    assert worst is not None
+    return worst[1]
+
+
+@pytest.mark.parametrize("patients", [3, 7, 15, 16, 31, 32, 63, 255])
+def test_how_many_patients_there_are_does_not_decide_how_others_are_rounded(patients: int) -> None:
+    """One patient more changed three others' gradients from nothing to the whole bound: products round the rows that
+    are left over of a block in another way, and such a server makes that decide."""
+    of = study({"labs": LABS}, model={"embedding": 16, "fusion": "late", "imputer": "none"})
+
+    def alike(count: int) -> Batch:
+        batch = random_batch(of, [1] * count, seed=1)
+        inputs = {name: torch.full_like(values, 0.5) for name, values in batch.inputs.items()}
+        return replace(
+            batch, inputs=inputs, target=torch.zeros_like(batch.target), present=torch.ones_like(batch.present)
+        )
+
+    engine = Private(head_at_the_rounding(of, alike(7)), "binary", BOUND)
+    sums = [engine.sum(batch, batch.present) for batch in (alike(patients), alike(patients + 1))]
+    change = length(flat(sums[1]).double() - flat(sums[0]).double())
+    assert change <= engine.sensitivity * (1 + 1e-6)

@@ -462,11 +462,33 @@ def test_a_study_that_the_hospital_takes_back_is_over(site: Site, tmp_path: Path
 # Parameters that aim at one patient.
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_parameters_that_no_study_has_are_refused_before_the_ledger_is_asked(
+    sign: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = connect(tmp_path / "hospital")
+    site.prepare()
+    sent = model()
+    group, name = next((group, name) for group, part in sent.items() for name in part)
+    sent[group][name] = sent[group][name].copy()
+    sent[group][name].flat[0] = sign * 1001
+    before = site.traces(tmp_path)
+    assert site.train(1, sent)[0]["status"] == "refused"
+    assert "beyond 1000" in caplog.text
+    assert site.traces(tmp_path) == before
+    sent[group][name].flat[0] = sign * 1000
+    assert site.train(1, sent)[0]["status"] == "ok"
+
+
 @pytest.mark.parametrize("factor", [1e3, 1e10, 1e30, 1e38])
 def test_huge_parameters_get_no_more_than_the_clip(
     factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everyone's contribution is clipped: without noise a round moves the groups by at most lr n C / (q n_hat)."""
+    """Everyone's contribution is clipped: without noise a round moves the groups by at most lr n C / (q n_hat).
+
+    So it is by itself, were the bound on what a site takes not there.
+    """
+    monkeypatch.setattr("gapweave.client.participant.LARGEST", math.inf)
     site = connect(tmp_path / "hospital")
     site.prepare()
     monkeypatch.setattr(Step, "_noised", lambda self, total: total)

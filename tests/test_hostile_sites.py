@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from pretence import ALL, Answer, Pretence, Pretender, loop, study_of
 
 from gapweave.shared import PROTOCOL_VERSION, wire
+from gapweave.shared.tables import BINS, read_tables
 from gapweave.shared.tensorfile import Arrays, dump
 
 pytestmark = pytest.mark.usefixtures("fresh_sites")
@@ -219,3 +220,53 @@ def test_a_name_is_no_path(tmp_path: Path, name: str, monkeypatch: pytest.Monkey
     again = loop(tmp_path, of, Pretence())
     assert dump(again.state.groups, {}) == dump(run.state.groups, {}), "the checkpoint is read back"
     assert again.state.history.keys() == run.history.sums.keys()
+
+
+GOOD = {"noise_multiplier": 1.0, "sample_rate": 0.5, "n_hat": 100, "delta": 1e-5}
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"n_hat": 10**400},
+        {"n_hat": 0},
+        {"noise_multiplier": 1e-6},
+        {"noise_multiplier": -1.0},
+        {"sample_rate": 2.0},
+        {"delta": 2.0},
+        {"delta": 0.0},
+        {"preparation": [{"kind": "noisy_count", "noise_multiplier": 1.0, "steps": 10**9}]},
+        {"table": {"kind": "count_table", "noise_multiplier": "1"}},
+        {"no_table": "x" * 1000},
+    ],
+    ids=str,
+)
+def test_an_absurd_plan_is_refused_at_the_door(tmp_path: Path, stated: dict[str, Any]) -> None:
+    """Each ended a run, its summary, or filled the hub's memory: sums and figures met the number later."""
+    of = study_of(training={"rounds": 2}, aggregation={"default": "mean", "weights": "patients"})
+    sites = [Pretender(site, hello={"plan": GOOD}) for site in HONEST]
+    run = loop(tmp_path, of, Pretence(*sites, Pretender("c", hello={"plan": {**GOOD, **stated}})))
+    run.run()
+    assert (run.peers["c"].status, run.peers["c"].reason) == ("failed", "a handshake of another form")
+    assert {run.peers[site].status for site in HONEST} == {"ok"}
+
+
+def test_a_long_excuse_is_cut(tmp_path: Path) -> None:
+    """Twenty megabytes a round stood in the log and in the report."""
+
+    class Talks(Pretender):
+        def train(self, number: int, arrays: Arrays) -> Answer:
+            return {"status": "failed", "text": "x" * 1_000_000}, {}
+
+    run = loop(tmp_path, study_of(training={"rounds": 1}), Pretence(*[Pretender(site) for site in HONEST], Talks("c")))
+    run.run()
+    (line,) = run.directory.rounds()
+    assert line["sites"]["c"] == {"status": "failed", "reason": "x" * 500}
+
+
+@pytest.mark.parametrize("count", [2**62, -(2**63), 10**10])
+def test_a_table_of_impossible_counts_is_none(count: int) -> None:
+    tables = np.zeros((1, 2, BINS), np.int64)
+    assert read_tables(tables.tolist(), 1, 1.0) is not None
+    tables[0, 1, 3] = count
+    assert read_tables(tables.tolist(), 1, 1.0) is None

@@ -18,6 +18,7 @@ from test_ledger import DELTA, hospital, kinds, update, updates
 from gapweave.client import journal as journal_module
 from gapweave.client.ledger import Ledger
 from gapweave.client.recovery import recover
+from gapweave.client.state import RoundState, RunFolder
 from gapweave.shared.errors import BudgetExhausted, LedgerBusy, RefusedError, UsageError
 from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.head import Head, read_anchor
@@ -212,6 +213,24 @@ def test_an_echo_changes_nothing_but_can_stop_the_site(state: Path) -> None:
             with pytest.raises(RefusedError):
                 ledger.check_echo(Head(site="north", length=length, hash="invented"))
     assert read_ledger(state) == before
+
+
+# What the runs in the state folder remember.
+
+
+def test_a_ledger_that_is_gone_is_noticed_by_the_runs_beside_it(state: Path) -> None:
+    """Without an anchor: a site spent its whole cap a second time after the file was deleted."""
+    head = spend(state, range(1, 3))
+    RunFolder(state, "run").save(RoundState(round=2, request="2", ledger=head.to_dict()))
+    spend(state, range(3, 4))
+    for file in state.glob("ledger.sqlite*"):
+        file.unlink()
+    with pytest.raises(RefusedError, match=f"a run in this state folder has seen {head.length} entries, the ledger"):
+        spend(state, range(4, 5))
+    assert recover(state, hospital(), None, 2.0).spent() >= 2.0
+    spend(state, range(4, 5))
+    (RunFolder(state, "run").path / "round.safetensors").write_bytes(b"torn")
+    spend(state, range(5, 6))
 
 
 # Recovery.
@@ -416,6 +435,25 @@ def test_lost_entries_count_against_what_was_reserved_before(state: Path) -> Non
                 granted = number
     assert granted < 20
     assert read_ledger(state).bound() <= policy["epsilon"]
+
+
+def test_the_exact_figure_pays_for_nothing_beyond_its_schedule(state: Path) -> None:
+    """It has no room by the filter, and would have by the exact figure: but that holds for a fixed schedule alone."""
+    policy = {"epsilon": epsilon(updates(12), DELTA) + 1e-6}
+    assert policy["epsilon"] < filter_cap(updates(11), DELTA)
+    with Ledger(state, hospital(policy=policy)) as ledger:
+        assert ledger.reserve("run", "study", updates(11)) == 11
+        assert ledger.view.reservation("run")["figure"] == "fixed"
+        with pytest.raises(BudgetExhausted):
+            ledger.charge("run", "study", "more", update(12))
+        ledger.charge("run", "study", "1", update(1))
+
+
+def test_a_request_that_was_charged_for_one_release_pays_for_no_other(state: Path) -> None:
+    with Ledger(state, hospital(policy={"epsilon": 1000})) as ledger:
+        ledger.charge("run", "study", "request", update(1))
+        with pytest.raises(RefusedError, match="was charged already"):
+            ledger.charge("run", "study", "request", update(2))
 
 
 def test_what_nobody_planned_leaves_room_for_what_the_exact_figure_granted(state: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_resumed_round_asks_as_it_did_before_whoever_is_there(tmp_path: Path) 
     loop(tmp_path, of, Pretence(Recording("a"), Recording("b"), Recording("c"))).run()
     first, again = [arrays for name, number, arrays in Recording.asked if (name, number) == ("a", 4)]
     assert split_corrections(first)[1].keys() == set(ALL)
-    assert wire.request_hash({}, first) == wire.request_hash({}, again)
+    assert wire.request_hash("train", {}, first) == wire.request_hash("train", {}, again)
 
 
 def test_a_checkpoint_keeps_variates_apart_from_history(tmp_path: Path) -> None:
@@ -401,11 +401,13 @@ def test_the_same_request_with_corrections_gives_the_same_bytes(tmp_path: Path) 
     site = participant(build(tmp_path / "a", "north"), of)
     site.prepare("run")
     received = {**initial_groups(of), **sent(of, 0.1)}
-    request = wire.request_hash({"round": 1}, received)
+    request = wire.request_hash("train", {"round": 1}, received)
     first = site.train("run", 1, request, received)
     again = participant(build(tmp_path / "b", "north"), of, site.state).train("run", 1, request, received)
     assert tensorfile.dump(first.reply, {}) == tensorfile.dump(again.reply, {})
-    assert request != wire.request_hash({"round": 1}, {**received, **sent(of, 0.2)}), "the charge is bound to them"
+    assert request != wire.request_hash("train", {"round": 1}, {**received, **sent(of, 0.2)}), (
+        "the charge is bound to them"
+    )
 
 
 @pytest.mark.parametrize("other", [{"momentum": 0.5}, {"proximal": 0.1}])

@@ -63,6 +63,21 @@ def test_vectors_are_the_mean_over_the_tokens_of_each_text(hospital: Hospital) -
         torch.testing.assert_close(batch.inputs["note"][row], expected, rtol=0, atol=1e-5)
 
 
+def test_a_patients_vectors_do_not_depend_on_the_others_texts(tmp_path: Path) -> None:
+    """To the last bit: texts that were encoded together moved each other's, for many patients at once."""
+    sha256, found = write_transformer(tmp_path / "bert", width=96), []
+    for number, others in enumerate((["well"] * 4, ["fever fever days " * 5, "clear", "days", "cough clear"])):
+        (tmp_path / str(number)).mkdir()
+        hospital = Hospital(tmp_path / str(number))
+        hospital.records()
+        texts = [*others, *["cough fever days"] * 4]
+        hospital.write("note.csv", {"id": [f"r{row}" for row in range(8)], "text": texts})
+        hospital.add("note", file="note.csv", columns=["text"], encoder=str(tmp_path / "bert"))
+        found.append(hospital.load(of_vectors(sha256, 96), labels=False).batch.inputs["note"][4:])
+    assert torch.equal(*found)
+    assert len({row.numpy().tobytes() for row in found[0]}) == 1
+
+
 def no_weights(hospital: Hospital) -> None:
     """A pickle would run code."""
     (hospital.folder / "bert" / "model.safetensors").rename(hospital.folder / "bert" / "pytorch_model.bin")

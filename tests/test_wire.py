@@ -194,11 +194,19 @@ def test_whatever_an_array_says_it_is_read_or_refused(
 
 
 def test_the_same_request_has_the_same_hash() -> None:
-    one = request_hash({"run": "r", "round": 1}, some_arrays())
-    assert one == request_hash({"round": 1, "run": "r"}, dict(reversed(some_arrays().items())))
+    one = request_hash("train", {"run": "r", "round": 1}, some_arrays())
+    assert one == request_hash("train", {"round": 1, "run": "r"}, dict(reversed(some_arrays().items())))
     header, arrays = unpack(pack({"run": "r", "round": 1}, some_arrays()))
-    assert request_hash(header, arrays) == request_hash(*unpack(pack({"round": 1, "run": "r"}, some_arrays())))
+    assert request_hash("train", header, arrays) == request_hash(
+        "train", *unpack(pack({"round": 1, "run": "r"}, some_arrays()))
+    )
     assert len(one) == 64
+
+
+def test_requests_of_two_kinds_are_two() -> None:
+    """A table of scores was had for the charge of a round: the bytes of both requests may be the same."""
+    header, arrays = changed("nothing")
+    assert request_hash("train", header, arrays) != request_hash("query.evaluate", header, arrays)
 
 
 def changed(change: str) -> tuple[dict[str, Any], Arrays]:
@@ -221,7 +229,7 @@ def changed(change: str) -> tuple[dict[str, Any], Arrays]:
 
 @pytest.mark.parametrize("change", ["header", "one bit", "a name", "a group", "a shape", "one array less"])
 def test_any_change_of_a_request_changes_its_hash(change: str) -> None:
-    assert request_hash(*changed(change)) != request_hash(*changed("nothing"))
+    assert request_hash("train", *changed(change)) != request_hash("train", *changed("nothing"))
 
 
 def test_bytes_are_counted() -> None:

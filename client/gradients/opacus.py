@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gapweave.client.gradients import Gradient, plain_objective
 from gapweave.client.gradients.clipping import Grouping, clip_factors, grouped, together
+from gapweave.client.gradients.padding import padded
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import TaskKind
@@ -53,6 +54,7 @@ class OpacusEngine:
         """The sum of clipped per-patient gradients, float64."""
         if len(batch) == 0:
             return {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in self.names.items()}
+        batch, used = padded(batch, used)
         self.module.zero_grad(set_to_none=True)
         with warnings.catch_warnings():
             # Integer indices of an Embedding have no gradient; torch warns about Opacus' backward hook on it.

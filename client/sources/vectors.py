@@ -21,9 +21,6 @@ from gapweave.shared.errors import DataError, UsageError
 WEIGHTS = "model.safetensors"
 """The only format of weights that is read: it holds no code."""
 
-BATCH = 16
-"""Texts that are encoded at a time."""
-
 LONGEST = 512
 """Tokens of a text that are read, where the transformer allows more."""
 
@@ -38,6 +35,9 @@ def encode(
         spec: what the study says of the transformer.
         folder: where it lies, as the site file has it.
         reading: the modality.
+
+    A patient's vectors are the same bit for bit whoever else is in the cohort: a difference of one bit in each of many
+    patients' inputs would be a difference that no clipping bounds.
 
     Returns:
         inputs [R, width]; present [R]: the text has at least one word.
@@ -60,9 +60,8 @@ def encode(
     present = np.array([re.search(r"\w\w", text) is not None for text in texts], np.bool_)
     inputs = np.zeros((len(texts), width), np.float32)
     rows = np.flatnonzero(present)
-    for at in range(0, len(rows), BATCH):
-        some = rows[at : at + BATCH]
-        inputs[some] = _vectors([texts[row] for row in some], tokenizer, model)
+    for row in rows.tolist():  # one at a time: in a batch, the last bits of a vector depend on the other texts
+        inputs[row] = _vector(texts[row], tokenizer, model)
     return inputs, present
 
 
@@ -111,12 +110,10 @@ def _load(path: Path, key: str) -> tuple[Any, Any]:
     return tokenizer, model.eval()
 
 
-def _vectors(texts: list[str], tokenizer: Any, model: Any) -> NDArray[np.float32]:
+def _vector(text: str, tokenizer: Any, model: Any) -> NDArray[np.float32]:
     most = min(LONGEST, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", LONGEST))
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
+    tokens = tokenizer(text, truncation=True, max_length=most, return_tensors="pt")
     with torch.inference_mode():
-        states = model(**tokens).last_hidden_state
-    mask = tokens["attention_mask"][..., None].to(states.dtype)
-    mean = (states * mask).sum(1) / mask.sum(1)
-    result: NDArray[np.float32] = torch.nn.functional.normalize(mean, dim=1).numpy()
+        mean = model(**tokens).last_hidden_state[0].mean(0)
+    result: NDArray[np.float32] = torch.nn.functional.normalize(mean, dim=0).numpy()
     return result

@@ -1,0 +1,76 @@
+"""What a site may state of itself: read once at the door, so that no later sum or figure meets an absurd number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gapweave.shared.privacy.plan import LARGEST_NOISE, SMALLEST_NOISE
+
+MOST_PATIENTS = 10**9
+MOST_STEPS = 10**6
+MOST_EVENTS = 1000
+LONGEST_TEXT = 500
+"""Characters of a site's own words that a hub keeps: each round's stand in its log and in the report."""
+
+
+class _Stated(BaseModel):
+    """What is not known here may be there: a newer site tells more."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Event(_Stated):
+    """A release, as far as its cost follows from it."""
+
+    kind: str = Field(max_length=LONGEST_TEXT)
+    noise_multiplier: float = Field(ge=0, le=LARGEST_NOISE)
+    sample_rate: float = Field(1.0, gt=0, le=1)
+    steps: int = Field(1, ge=1, le=MOST_STEPS)
+    max_grad_norm: float = Field(1.0, ge=0)
+
+
+class _Plan(_Stated):
+    """A site's plan (`client/capability.py`)."""
+
+    noise_multiplier: float = Field(0.0, ge=0, le=LARGEST_NOISE)
+    sample_rate: float = Field(1.0, gt=0, le=1)
+    n_hat: int = Field(1, ge=1, le=MOST_PATIENTS)
+    delta: float = Field(1e-5, gt=0, lt=1)
+    preparation: list[_Event] = Field([], max_length=MOST_EVENTS)
+    table: _Event | None = None
+    no_table: str = Field("", max_length=LONGEST_TEXT)
+    looks: list[_Event] = Field([], max_length=MOST_EVENTS)
+    no_looks: str = Field("", max_length=LONGEST_TEXT)
+
+    @model_validator(mode="after")
+    def _payable(self) -> _Plan:
+        """Less noise than any plan has: what it costs could not even be computed."""
+        if 0 < self.noise_multiplier < SMALLEST_NOISE / 2:
+            raise ValueError("less noise than any plan has")
+        return self
+
+
+class _Handshake(_Stated):
+    """A capability (`client/capability.py`)."""
+
+    modalities: list[str] = Field([], max_length=MOST_EVENTS)
+    groups: list[str] = []
+    rounds: int = Field(0, ge=0, le=MOST_STEPS)
+    plan: _Plan = _Plan()
+    ledger: dict[str, Any] = {}
+
+
+def well_formed(header: dict[str, Any]) -> bool:
+    """Whether a handshake's fields are those of a capability, in bounds that any hospital is within."""
+    try:
+        _Handshake.model_validate(header)
+    except ValidationError:
+        return False
+    return True
+
+
+def malformed(header: dict[str, Any]) -> dict[str, Any]:
+    """A handshake that cannot be used, as one that failed."""
+    return {"site": header.get("site"), "status": "failed", "text": "a handshake of another form"}
