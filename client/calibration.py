@@ -42,11 +42,12 @@ class Calibration:
 
     Attributes:
         slope: their factor.
-        shift: added to the log-odds of class 1 (binary), to those of each label, or to the log of each class.
+        shift: added to the log-odds of class 1 (binary), to those of each label, or to the log of each class; None for
+            a label that the site has never seen, of which the model's own probabilities stay.
     """
 
     slope: float
-    shift: tuple[float, ...]
+    shift: tuple[float | None, ...]
 
     def __call__(self, probabilities: Array, kind: TaskKind) -> Array:
         """The probabilities as the site may read them.
@@ -55,7 +56,10 @@ class Calibration:
             probabilities: [R, classes]; for binary both classes.
             kind: of the task.
         """
-        return _shifted(mix([probabilities], [self.slope], kind), self.shift, kind)
+        known = np.array([value is not None for value in self.shift])
+        shift = tuple(value or 0.0 for value in self.shift)
+        changed = _shifted(mix([probabilities], [self.slope], kind), shift, kind)
+        return np.where(known, changed, probabilities) if kind == "multilabel" else changed
 
     def to_dict(self) -> dict[str, Any]:
         """As joining.json keeps it."""
@@ -64,7 +68,7 @@ class Calibration:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
         """Read it from joining.json."""
-        return cls(slope=float(content["slope"]), shift=tuple(map(float, content["shift"])))
+        return cls(slope=float(content["slope"]), shift=tuple(content["shift"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +140,10 @@ def _shifted(probabilities: Array, shift: tuple[float, ...], kind: TaskKind) -> 
     return np.concatenate([1 - positive, positive], 1) if kind == "binary" else np.asarray(positive)
 
 
-def to_prevalence(probabilities: Array, truth: Truth) -> tuple[float, ...]:
+def to_prevalence(probabilities: Array, truth: Truth) -> tuple[float | None, ...]:
     """The shift that brings mean probabilities to the prevalences of the records: that of the least log-loss.
+
+    None for a label that no record has.
 
     Args:
         probabilities: [R, classes]; for binary both classes.
@@ -150,13 +156,13 @@ def to_prevalence(probabilities: Array, truth: Truth) -> tuple[float, ...]:
     return tuple(_offset(score, target) for score, target in columns)
 
 
-def _offset(score: Array, target: Array) -> float:
-    """What added to the log-odds makes their mean probability the share of ones; 0 without records."""
+def _offset(score: Array, target: Array) -> float | None:
+    """What added to the log-odds makes their mean probability the share of ones; None without records."""
     from scipy.optimize import brentq
     from scipy.special import expit, logit
 
     if not len(score):
-        return 0.0
+        return None
     odds, share = logit(np.clip(score, SMALLEST, 1 - SMALLEST)), np.clip(target.mean(), SMALLEST, 1 - SMALLEST)
     return float(brentq(lambda shift: expit(odds + shift).mean() - share, -FARTHEST, FARTHEST, xtol=NEAR))
 

@@ -189,7 +189,7 @@ class Classical:
         study: gives task and features.
         name: of `CLASSICAL`.
         read: modalities whose features it takes.
-        columns: by output; the constant log-odds of one that had a single class to learn from.
+        columns: by output; of one that had a single class to learn from the constant log-odds, NaN if it had none.
     """
 
     study: Study
@@ -250,8 +250,8 @@ def fit_classical(study: Study, data: Batch, name: str, read: Collection[str] | 
 def _fit_output(
     name: str, features: Array, target: NDArray[np.bool_], patient: NDArray[np.int64], prior: float
 ) -> Linear | Trees:
-    """One two-class model; of one class only, the log-odds of its prevalence."""
+    """One two-class model; of one class only, the log-odds of its prevalence; NaN where nothing is known."""
     if len(np.unique(target)) < 2:
-        share = min(max(prior, 1e-6), 1 - 1e-6)
+        share = np.clip(prior, 1e-6, 1 - 1e-6)
         return Linear(weight=np.zeros(features.shape[1]), bias=np.array([np.log(share / (1 - share))]))
     return FORMS[name].of(CLASSICAL[name](features, target, patient))

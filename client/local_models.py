@@ -80,8 +80,11 @@ class LocalNetwork:
     prior: Sequence[float]
 
     def __call__(self, batch: Batch) -> Predictions:
-        """What it says of records."""
-        return predict(self.model, batch, self.study, self.prior)
+        """What it says of records; nothing of a label that the site has never seen."""
+        found = predict(self.model, batch, self.study, self.prior)
+        if self.study.task.kind != "multilabel":
+            return found
+        return replace(found, probabilities=np.where(np.isnan(self.prior), np.nan, found.probabilities))
 
 
 Local = LocalNetwork | Classical
@@ -119,7 +122,8 @@ def out_of_fold(study: Study, data: Batch, ids: Sequence[str], site: str) -> dic
         rows = torch.isin(data.patient, inside).numpy()
         for name, model in fit_local(study, data.of_patients(outside), site).items():
             empty = np.zeros((len(data), len(study.task.class_names)))
-            found.setdefault(name, empty)[rows] = model(data.of_patients(inside)).probabilities
+            said = model(data.of_patients(inside)).probabilities
+            found.setdefault(name, empty)[rows] = np.nan_to_num(said, nan=0.5)  # of labels none of the others has
     return found
 
 

@@ -34,16 +34,27 @@ def mix(probabilities: Sequence[Array], shares: Sequence[float], kind: TaskKind)
     """The weighted mean of logits, as probabilities.
 
     Args:
-        probabilities: [R, classes] of each model; for binary both classes.
+        probabilities: [R, classes] of each model; for binary both classes. NaN for a label of which a model says
+            nothing: the others have its share.
         shares: of each model.
         kind: of the task.
     """
     clipped = [np.clip(values, SMALLEST, 1 - SMALLEST) for values in probabilities]
-    for_it = np.exp(sum(share * np.log(values) for share, values in zip(shares, clipped, strict=True)))
     if kind == "multilabel":
-        against = np.exp(sum(share * np.log1p(-values) for share, values in zip(shares, clipped, strict=True)))
-        return np.asarray(for_it / (for_it + against))
+        return _mixed_labels(np.stack(clipped), np.reshape(shares, (-1, 1, 1)))
+    for_it = np.exp(sum(share * np.log(values) for share, values in zip(shares, clipped, strict=True)))
     return np.asarray(for_it / for_it.sum(1, keepdims=True))
+
+
+def _mixed_labels(probabilities: Array, shares: Array) -> Array:
+    """[models, R, labels] and [models, 1, 1] to [R, labels]; NaN where no model says anything."""
+    from scipy.special import expit, logit
+
+    silent = np.isnan(probabilities)
+    heard = np.where(silent, 0.0, shares).sum(0)
+    logits = np.where(silent, 0.0, shares * logit(probabilities)).sum(0)
+    scale = np.divide(shares.sum(), heard, out=np.full_like(heard, np.nan), where=heard > 0)
+    return np.asarray(expit(logits * scale))
 
 
 @dataclass(frozen=True, kw_only=True)

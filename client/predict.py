@@ -33,7 +33,7 @@ class Predictions:
     """What the model says of each record.
 
     Attributes:
-        probabilities: [R, classes].
+        probabilities: [R, classes]; NaN where nothing can be said.
         votes: [R, M, classes], of each modality alone; NaN where absent.
         weights: [R, M], shares in the decision; None when the fusion has none.
     """
@@ -50,7 +50,7 @@ def predict(model: MultimodalModel, batch: Batch, study: Study, prior: Sequence[
         model: of the site.
         batch: records.
         study: the model's.
-        prior: [K] training prevalence at the site, given for a record without any modality.
+        prior: [K] training prevalence at the site, given for a record without any modality; NaN where it is not known.
     """
     outputs = []
     with torch.no_grad():
@@ -199,7 +199,7 @@ def table(kept: SiteModel, cohort: Cohort, batch: Batch, predictions: Prediction
         "patient_id": [cohort.patient_ids[at] for at in batch.patient.tolist()],
     }
     for at, name in enumerate(study.task.class_names):
-        columns[f"p_{name}"] = predictions.probabilities[:, at]
+        columns[f"p_{name}"] = polars.Series(predictions.probabilities[:, at]).fill_nan(None)
     columns["present"] = patterns
     columns["imputed"] = absent if imputes else [""] * len(batch)
     for at, name in enumerate(order):

@@ -56,7 +56,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def _two_class(score: NDArray[np.float64], target: NDArray[np.float64]) -> Metrics:
-    if len(target) == 0:
+    if len(target) == 0 or np.isnan(score).any():
         return dict.fromkeys(METRICS)
     from sklearn.metrics import average_precision_score, roc_auc_score
 

@@ -136,6 +136,8 @@ class Bootstrap:
 
 def _weighted(score: Array, positive: NDArray[np.bool_], weights: Array) -> Array:
     """[D]: AUROC of [R] scores under [D, R] weights, a tie counting half; NaN where one class has no weight."""
+    if np.isnan(score).any():
+        return np.full(len(weights), np.nan)
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
     sorted_weights, sign = weights[:, order], positive[order]

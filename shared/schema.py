@@ -104,9 +104,9 @@ class Batch:
         return replace(self.rows(rows), patient=position[self.patient[rows]], patients=len(chosen))
 
     def prevalence(self) -> list[float]:
-        """[K] share of positives among records with a known target, each patient counted once."""
+        """[K] share of positives among records with a known target, each patient counted once; NaN where none is."""
         weight = self.weight.unsqueeze(1) * self.label_mask
-        share: list[float] = ((self.target * weight).sum(0) / weight.sum(0).clamp(min=1e-9)).tolist()
+        share: list[float] = ((self.target * weight).sum(0) / weight.sum(0)).tolist()
         return share
 
     def rows(self, rows: Tensor) -> Batch:
