@@ -17,7 +17,15 @@ from gapweave.client.sources import score
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding, Status
 from gapweave.client.sources.labels import Targets, check_classes, class_counts, read_targets
-from gapweave.client.sources.oddities import beyond_upper, declared, one_valued, read_twice, unused, without_label
+from gapweave.client.sources.oddities import (
+    beyond_upper,
+    declared,
+    label_as_input,
+    one_valued,
+    read_twice,
+    unused,
+    without_label,
+)
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.shared.config.site import Site
@@ -179,7 +187,7 @@ class _Check:
             self._add("split", "ok", self.files.key("split"), message)
         present = self._modalities(study, records)
         self.findings += unused(study, self.site, self.files)
-        self.findings += read_twice(self.site, self.files)
+        self.findings += read_twice(self.site, self.files) + label_as_input(study, self.site, self.files)
         if targets is not None and held_out is not None and present is not None:
             usable = np.logical_and(targets.known.any(axis=1), present.any(axis=1))
             training = usable & ~held_out[records.patient]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from gapweave.client.sources.labels import Targets, check_classes, read_targets,
 from gapweave.client.sources.oddities import (
     beyond_upper,
     declared,
+    label_as_input,
     narrow,
     one_valued,
     read_twice,
@@ -79,6 +81,14 @@ class Cohort:
         rows = (self._usable() & self.test)[self.batch.patient].nonzero()[:, 0].tolist()
         return {name: tuple(codes[row] for row in rows) for name, codes in self.subgroups.items()}
 
+    def digest(self) -> str:
+        """SHA-256 over all that a study reads of the site, and who is held out."""
+        batch, digest = self.batch, hashlib.sha256()
+        for tensor in (*batch.inputs.values(), batch.present, batch.target, batch.label_mask, batch.weight, self.test):
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
+        digest.update(json.dumps([self.record_ids, self.patient_ids, batch.patient.tolist()]).encode())
+        return digest.hexdigest()
+
     def _usable(self) -> Tensor:
         usable = torch.zeros(self.batch.patients, dtype=torch.bool)
         usable[self.batch.patient[self.batch.weight > 0]] = True
@@ -116,7 +126,7 @@ def load_cohort(
     findings = [] if findings is None else findings
     before = len(findings)
     files = Files(site_file=site_file, data_dir=data_dir, database=site.data.database)
-    records = read_records(site, files, findings)
+    records = read_records(site, files, findings, capped=labels)
     refuse_repeats(records)
     targets = read_targets(study.task, site, files, records) if labels else unlabelled(study.task, len(records))
     held_out = split_patients(study, site, records, labels=labels)
@@ -124,7 +134,7 @@ def load_cohort(
     findings += unused(study, site, files)
     if labels:
         findings += beyond_upper(site, len(records.patient_ids), files)
-        findings += read_twice(site, files)
+        findings += read_twice(site, files) + label_as_input(study, site, files)
         findings += without_label(targets, label_where(study, site, records))
         findings += one_valued(study.task, targets, label_where(study, site, records))
         present = hide(present, study, site.name, records, targets)

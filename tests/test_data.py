@@ -57,6 +57,7 @@ def test_cap_keeps_the_first_records_and_counts_the_rest(hospital: Hospital) -> 
     cohort = hospital.load(study({"labs": LABS}), findings=findings)
     assert cohort.record_ids == ("r0", "r1", "r3", "r5", "r6", "r7")
     assert [finding.message[:14] for finding in findings] == ["2 of 8 records"]
+    assert len(hospital.load(study({"labs": LABS}), labels=False).record_ids) == 8, "everybody is predicted for"
 
 
 def test_weight_counts_usable_records_only(hospital: Hospital) -> None:

@@ -172,6 +172,16 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         DataError,
         "damaged",
     ),
+    "a short row": (
+        raw("records.csv", f"id,patient,y,note\nr0,p0,1,\nr1,p1,0,x\nr2,{SECRET}\n".encode()),
+        DataError,
+        "1 rows have fewer cells than the header (the first: line 4)",
+    ),
+    "a file that was cut off": (
+        both(raw("a.csv.gz", gzip.compress(HEADER * 9 + HEADER[:-8])), part("records", file="a.csv.gz")),
+        DataError,
+        "have fewer cells than the header",
+    ),
     "semicolons": (raw("records.csv", b"id;patient;y\n1;2,5;3\n"), DataError, "separated by semicolons, not commas"),
     "tabs": (raw("records.csv", b"id\tpatient\n1\t2\n"), DataError, "separated by tabs, not commas"),
     "no id column": (part("records", id="idd"), DataError, "no column 'idd'. Did you mean 'id'?"),

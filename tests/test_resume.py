@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from commandline import OPEN, done, edit, gapweave, hospitals, process, rounds_of, site_file, summary_of
 
 from gapweave.client.participant import Participant
@@ -250,6 +251,24 @@ def test_a_changed_study_is_not_resumed(study: Path, private: Path, tmp_path: Pa
     outcome = gapweave("resume", run)
     assert outcome.code == 2
     assert "another study" in outcome.error
+
+
+def test_a_run_whose_data_changed_is_not_resumed(study: Path, private: Path, tmp_path: Path) -> None:
+    """Columns that were swapped, another extract, another split: the rest was trained on it without a word."""
+    run, site = shutil.copytree(private, tmp_path / "run"), study.parent / "sites" / "birch.yaml"
+    (run / "summary.json").unlink()
+    before = site.read_text(encoding="utf-8")
+    content = yaml.safe_load(before)
+    (first, one), (second, other), *_ = content["data"]["labs"]["columns"].items()
+    content["data"]["labs"]["columns"] |= {first: other, second: one}
+    site.write_text(yaml.safe_dump(content), encoding="utf-8")
+    try:
+        outcome = gapweave("resume", run)
+        assert outcome.code == 6
+        assert "the data or the site file of birch changed since the run began" in outcome.error
+    finally:
+        site.write_text(before, encoding="utf-8")
+    done("resume", run)
 
 
 def test_a_run_without_its_data_waits_for_them(study: Path, private: Path, tmp_path: Path) -> None:

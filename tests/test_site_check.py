@@ -220,12 +220,12 @@ def test_a_run_is_warned_as_the_check_is(hospital: Hospital) -> None:
     hospital.labs(40, na=[3.2] * 9 + [999.0] + ["high"] + ["140"] * 29, sex=[None] * 40)
     hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": "sex"})
     hospital.add("vital", file="labs.csv", time="id", columns={"bp": "na"})
-    hospital.add("note", file="labs.csv", id="sex", columns=["id"])
+    hospital.add("note", file="labs.csv", columns=["sex"])
     hospital.update("patients", declared=1000)
     of = study({"labs": LABS, "vitals": VITALS, "note": NOTE})
     one, other = warnings_of(check(hospital, of)), warnings_of(hospital.findings(of))
     assert {finding.id for finding in one} == {
-        *("record_cap", "unlabelled", "numbers", "unit", "empty", "ids", "modality", "unused", "declared")
+        *("record_cap", "unlabelled", "numbers", "unit", "empty", "modality", "unused", "declared")
     }
     assert set(one) == set(other)
 
@@ -313,10 +313,46 @@ def test_modalities_that_only_one_side_knows(hospital: Hospital) -> None:
     assert "the site lacks vitals" in [finding.message for finding in findings]
 
 
-def test_a_modality_without_any_record_is_a_warning(hospital: Hospital) -> None:
+def test_a_file_of_which_no_row_is_of_the_records_is_a_problem(hospital: Hospital) -> None:
+    """Leading zeros that a spreadsheet took away left a whole modality out, with a warning among others."""
     hospital.labs(40, id=[f"other{row}" for row in range(40)])
     findings = check(hospital)
-    assert by_id(findings, "ids").status == "warning"
+    assert by_id(findings, "ids").status == "problem"
     assert by_id(findings, "modality").status == "warning"
     assert by_id(findings, "modality").message.startswith("none of the site's 40 records has 'labs'")
     assert by_id(findings, "classes").status == "problem"
+
+
+def test_a_label_that_is_also_an_input_is_a_problem(hospital: Hospital) -> None:
+    hospital.add("labs", file="records.csv", columns={"sodium": "y"})
+    (finding,) = [one for one in check(hospital) if one.id == "label"]
+    assert (finding.status, finding.message) == ("problem", "it reads the label's own column 'y'")
+    hospital.add("note", file="records.csv", columns=["patient", "y"])
+    assert len([one for one in check(hospital, study({"labs": LABS, "note": NOTE})) if one.id == "label"]) == 2
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na"})
+    hospital.labs(40, y=[140.0] * 40)
+    hospital.add("labs", file="labs.csv", columns={"sodium": "y"})
+    assert not [one for one in check(hospital) if one.id == "label"], "another file's column of that name"
+
+
+def test_local_codes_that_pass_as_the_studys_beside_a_mapping_are_a_problem(hospital: Hospital) -> None:
+    """1 and 2 for female and male, the study's 1 for male: of `{2: 1}` alone everybody became male."""
+    hospital.labs(40, na=[140.0 + at % 7 for at in range(40)], sex=[1, 2] * 20)
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": {"column": "sex", "codes": {"2": "1"}}})
+    finding = next(one for one in check(hospital) if one.status == "problem")
+    assert finding.message == "cells stand for 1 both as they are and by `codes`"
+    codes = {"2": "1", "1": "0"}
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na", "sex": {"column": "sex", "codes": codes}})
+    assert not [one for one in check(hospital) if one.status == "problem"]
+    hospital.add("labs", file="labs.csv", columns={"sodium": "na"})
+    hospital.update("records", label={"y": {"column": "y", "codes": {"0": "1"}}})
+    assert [one.message for one in check(hospital) if one.id == "labels"] == [finding.message]
+
+
+def test_a_usual_value_far_from_the_public_centre_is_noted(hospital: Hospital) -> None:
+    """All inside the range, as milligrams are that should be millimoles: nothing was said."""
+    hospital.labs(40, na=[118.0 + at % 3 for at in range(40)])
+    finding = by_id(check(hospital), "unit")
+    assert "the middle value is 3.5 times the usual spread away from the usual 140" in finding.message
+    hospital.labs(40, na=[132.0 + at % 3 for at in range(40)])
+    assert "unit" not in {one.id for one in check(hospital)}

@@ -295,6 +295,23 @@ def test_a_date_alone_counts_from_the_end_of_its_day(hospital: Hospital, kind: s
     assert_same(found, hospital.load(study({"vitals": VITALS})))
 
 
+def test_a_missing_index_time_is_told_as_that(hospital: Hospital) -> None:
+    """It was the times of the values that were said to be unreadable."""
+    hospital.records(8, start=["2024-05-01 23:00", ""] * 4, y=[0, 0, 1, 1] * 2)
+    ids = [f"r{row}" for row in range(8) for _ in range(2)]
+    times = ["2024-05-02 01:00", "never"] * 8
+    hospital.write("vitals.csv", {"id": ids, "when": times, "bp": [100.0] * 16})
+    hospital.add("vitals", file="vitals.csv", time="when", index="start", columns={"bp": "bp"})
+    found = [(one.where, one.message) for one in hospital.findings(study({"vitals": VITALS})) if one.id == "time"]
+    assert found == [
+        (
+            f"{hospital.folder}/records.csv:start",
+            "4 records have no readable index time: none of their 8 rows are read",
+        ),
+        (f"{hospital.folder}/vitals.csv:when", "4 of 8 rows have no readable time and are not read"),
+    ]
+
+
 @pytest.mark.parametrize(
     "form",
     ["datetime", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d %H:%M:%S+02:00"],

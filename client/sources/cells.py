@@ -72,6 +72,28 @@ def recode(codes: pl.Series, mapping: dict[str, str] | None) -> pl.Series:
     return codes.replace(list(mapping), list(mapping.values()))
 
 
+MERGED_REMEDY = "List every local code in `codes`, also those that are written as the study's"
+
+
+def merged_text(codes: list[str]) -> str:
+    """What is said where `merged` finds codes."""
+    return f"cells stand for {', '.join(codes)} both as they are and by `codes`"
+
+
+def merged(codes: pl.Series, mapping: dict[str, str] | None) -> list[str]:
+    """The study's codes that cells stand for both as they are and by the mapping: one of the two is a mistake.
+
+    A hospital writes 1 for female and 2 for male, and the study 1 for male: `{2: 1}` alone makes everybody male.
+
+    Args:
+        codes: local ones.
+        mapping: local code -> the study's.
+    """
+    present = set(codes.drop_nulls().unique().to_list())
+    both = {code for local, code in (mapping or {}).items() if local in present and local != code}
+    return sorted(code for code in both & present if code not in (mapping or {}))
+
+
 def numbers(series: pl.Series) -> tuple[NDArray[np.float64], int]:
     """Cells as numbers.
 

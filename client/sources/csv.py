@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import re
 from pathlib import Path
@@ -52,7 +53,21 @@ class Separated:
         """See `TableFormat`."""
         # All columns are parsed: with fewer, polars does not notice a row whose cells have shifted.
         frame = pl.read_csv(path, separator=self._separator, infer_schema=False, glob=False)
+        if frame.width > 1 and frame.to_series(-1).null_count():
+            self._refuse_short_rows(path, frame.width)
         return frame.select(columns)
+
+    def _refuse_short_rows(self, path: Path, width: int) -> None:
+        """Refuse rows that end early, as in a file that was cut off: polars fills them up with empty cells."""
+        with gzip.open(path, "rt", newline="") if _is_gzip(path) else path.open(newline="") as file:
+            rows = csv.reader(file, delimiter=self._separator)
+            short = [rows.line_num for row in rows if 0 < len(row) < width]
+        if short:
+            raise DataError(
+                f"{len(short)} rows have fewer cells than the header (the first: line {short[0]})",
+                where=str(path),
+                remedy="Export the file again in full; write empty cells as empty, up to the last column",
+            )
 
 
 def _as_written(name: str, header: list[str]) -> str:
@@ -61,13 +76,15 @@ def _as_written(name: str, header: list[str]) -> str:
     return written if written in header else name
 
 
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def _refuse_utf16(path: Path) -> None:
     """Refuse text with two or four bytes a character: such a file has zero bytes, UTF-8 text has none."""
-    with path.open("rb") as file:
+    with gzip.open(path) if _is_gzip(path) else path.open("rb") as file:
         start = file.read(START)
-    if start.startswith(b"\x1f\x8b"):
-        with gzip.open(path) as packed:
-            start = packed.read(START)
     if b"\0" in start or start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("the file is not UTF-8 text", where=str(path), remedy="Save it as UTF-8")
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from gapweave.client.sources.cells import code_text, missing, recode, refuse_codes
+from gapweave.client.sources.cells import MERGED_REMEDY, code_text, merged, merged_text, missing, recode, refuse_codes
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Records
@@ -67,7 +67,10 @@ def _codes(label: str, allowed: list[str], site: Site, files: Files, records: Re
         )
     refuse_codes(column.codes, allowed, files.key(f"data.records.label.{label}.codes"))
     raw, where = _raw(label, column, files, records)
-    codes = recode(code_text(raw), column.codes)
+    local = code_text(raw)
+    if both := merged(local, column.codes):
+        raise DataError(merged_text(both), where=files.key(f"data.records.label.{label}.codes"), remedy=MERGED_REMEDY)
+    codes = recode(local, column.codes)
     result = np.full(len(codes), -1, np.int64)
     for at, code in enumerate(allowed):
         result[(codes == code).fill_null(False).to_numpy()] = at

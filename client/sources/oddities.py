@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.labels import Targets
 from gapweave.client.sources.records import Reading
 from gapweave.shared.config.site import Site
-from gapweave.shared.config.sources import ColumnsSource
+from gapweave.shared.config.sources import ColumnsSource, Rows, TextSource
 from gapweave.shared.config.study import Study, Task
 from gapweave.shared.features.numeric import SCALE_IT, numeric_columns
 
@@ -64,6 +64,30 @@ def read_twice(site: Site, files: Files) -> list[Finding]:
                 where = files.key(f"data.{place}.{name}")
                 found.append(_warning("twice", where, message, "Name the column of each"))
     return found
+
+
+def label_as_input(study: Study, site: Site, files: Files) -> list[Finding]:
+    """A modality that reads the column of a label: a problem, since the model would be told what it is to foretell."""
+    records, found = site.data.records, []
+    labels = {of.column for of in records.label.values() if of.column is not None and of.query is None}
+    for name, source in site.data.modalities.items():
+        if name not in study.modalities or not isinstance(source, ColumnsSource | TextSource):
+            continue
+        if _place(source) != _place(records):
+            continue
+        columns: Iterable[str] = source.columns
+        if isinstance(source, ColumnsSource):
+            columns = () if source.item else [of.column for of in source.columns.values()]
+        if taken := sorted(labels.intersection(columns)):
+            message = f"it reads the label's own column {', '.join(map(repr, taken))}"
+            remedy = "Take the column out: what is to be foretold is no input"
+            where = files.key(f"data.{name}")
+            found.append(Finding(id="label", status="problem", where=where, message=message, remedy=remedy))
+    return found
+
+
+def _place(rows: Rows) -> tuple[str | None, ...]:
+    return rows.file, rows.table, rows.query, rows.omop
 
 
 def unused(study: Study, site: Site, files: Files) -> list[Finding]:

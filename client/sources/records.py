@@ -86,13 +86,14 @@ class Reading:
         self.findings.append(Finding(id=check, status="problem", where=where, message=message, remedy=remedy))
 
 
-def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
+def read_records(site: Site, files: Files, findings: list[Finding], *, capped: bool = True) -> Records:
     """Read the records file: filter its rows, check its ids, cap the records of a patient, group by patient.
 
     Args:
         site: the site file.
         files: where relative paths are looked up.
         findings: the number of dropped records is noted here.
+        capped: whether a patient's records count up to the site's cap only; not where nothing is learnt from them.
 
     Raises:
         DataError: for a file or column that is missing or unreadable, no row after filtering, or an empty
@@ -106,7 +107,7 @@ def read_records(site: Site, files: Files, findings: list[Finding]) -> Records:
     table, line = table.take(kept), line[kept]
     record = _ids(table, site.data.records.id)
     patient = _ids(table, site.data.records.patient)
-    order = _grouped(patient, site, table, findings)
+    order = _grouped(patient, site.patients.max_records if capped else len(line), table, site, findings)
     names = patient[order].unique(maintain_order=True)
     number = pl.DataFrame({"id": patient[order]}).join(
         pl.DataFrame({"id": names, "at": np.arange(len(names))}), on="id", how="left", maintain_order="left"
@@ -179,14 +180,14 @@ def _ids(table: Table, column: str) -> pl.Series:
     return ids
 
 
-def _grouped(patient: pl.Series, site: Site, table: Table, findings: list[Finding]) -> pl.Series:
+def _grouped(patient: pl.Series, cap: int, table: Table, site: Site, findings: list[Finding]) -> pl.Series:
     """Positions of the records that are kept, patient by patient, each patient's in the file's order."""
     frame = (
         pl.DataFrame({"patient": patient})
         .with_row_index("at")
         .with_columns(first=pl.col("at").min().over("patient"), nth=pl.col("at").cum_count().over("patient"))
     )
-    kept = frame.filter(pl.col("nth") <= site.patients.max_records).sort("first", "at")
+    kept = frame.filter(pl.col("nth") <= cap).sort("first", "at")
     dropped = len(frame) - len(kept)
     if dropped:
         findings.append(
@@ -195,7 +196,7 @@ def _grouped(patient: pl.Series, site: Site, table: Table, findings: list[Findin
                 status="warning",
                 where=table.where(site.data.records.patient),
                 message=f"{dropped} of {len(frame)} records are dropped: patients with more than "
-                f"{site.patients.max_records} records keep their first ones",
+                f"{cap} records keep their first ones",
                 remedy="Raise patients.max_records to use more",
             )
         )

@@ -68,5 +68,5 @@ def _note_early(found: dict[str, Cells], reading: Reading) -> None:
             "time",
             files[0].table.place,
             f"{early} of {len(hours)} values lie before the record's index time, and are not read",
-            "Compare the times with those of `index`: a series begins there",
+            "Compare the times with the index time, and write hours (minutes / 60): a series begins there",
         )

@@ -63,6 +63,13 @@ def hours_of(
                 f"{dated} of {int((rows >= 0).sum())} rows have a date alone, and count from the end of that day",
                 "Write timestamps such as 2024-05-01 13:00 if the time is known",
             )
+        begun = np.isnan(starts[np.maximum(rows, 0)]) & (rows >= 0)
+        if begun.any():
+            records = len(np.unique(rows[begun]))
+            where = reading.records.table.where(index)
+            message = f"{records} records have no readable index time: none of their {int(begun.sum())} rows are read"
+            reading.warn("time", where, message, "Fill in the index times")
+            rows = np.where(begun, -1, rows)
     unknown = int((np.isnan(hour) & (rows >= 0)).sum())
     if unknown:
         reading.warn(

@@ -11,7 +11,16 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from gapweave.client.sources.cells import code_text, missing, numbers, recode, refuse_codes
+from gapweave.client.sources.cells import (
+    MERGED_REMEDY,
+    code_text,
+    merged,
+    merged_text,
+    missing,
+    numbers,
+    recode,
+    refuse_codes,
+)
 from gapweave.client.sources.files import Table
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading
@@ -20,7 +29,7 @@ from gapweave.client.sources.units import to_study_unit
 from gapweave.shared.config.modalities import Categories, Range, category_code
 from gapweave.shared.config.sources import ColumnsSource, MeasurementSource, Take, TextSource, ValueColumn
 from gapweave.shared.errors import UsageError
-from gapweave.shared.features.ranges import implausible
+from gapweave.shared.features.ranges import implausible, scale
 
 SUSPICIOUS = 0.2
 """A larger share of a variable's values outside the public range looks like another unit."""
@@ -34,6 +43,10 @@ FEW = 10
 
 ONE_VALUE = 0.5
 """A larger share of the values outside the public range that are all the same looks like a code for missing."""
+
+UNUSUAL, ENOUGH = 3.0, 20
+"""A median of so many values or more that is farther from the public centre, in public scales, looks like another unit:
+the medians of patients in intensive care lie within two."""
 
 RARE = 0.05
 """A variable that a smaller share of the modality's records has is noted."""
@@ -113,7 +126,8 @@ def read_rows(source: ColumnsSource | TextSource, columns: list[str], hours: int
     table = read_source(source, wanted, reading.files, reading.key(), keep=ours)
     record = reading.records.rows_of(table.column(key))
     if table.rows and not (record >= 0).any():
-        reading.warn(
+        note = reading.problem if len(reading.records) >= FEW else reading.warn
+        note(
             "ids",
             table.where(key),
             "no row belongs to one of the site's records",
@@ -272,10 +286,14 @@ def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: 
     observed = int((~np.isnan(values)).sum())
     strange = values[implausible(values, card)]
     outside = len(strange)
+    unusual = _unusual(values, card)
+    if unusual and outside <= SUSPICIOUS * observed:
+        reading.warn("unit", where, unusual, "Set `unit:` or `factor:` for this column, unless that is so here")
+        return
     if not outside:
         return
     text = f"{outside} of {observed} values lie outside [{card.low:g}, {card.high:g}] {card.unit or ''}".rstrip()
-    often = int(np.unique(strange, return_counts=True)[1].max())
+    often = int(np.unique(strange[np.isfinite(strange)], return_counts=True)[1].max(initial=0))
     if outside >= FEW and often > ONE_VALUE * outside:
         message = f"{text}, and {often} of them are one value: probably a code for missing"
         remedy = "List it under `missing:` for this column; it is clipped and read as measured"
@@ -286,6 +304,17 @@ def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: 
         reading.warn("range", where, f"{text} and are clipped", "Look at these rows; infinite ones count as missing")
 
 
+def _unusual(values: NDArray[np.float64], card: Range) -> str:
+    """What is said of a variable whose middle value is far from the usual one; empty where it is not, or not known."""
+    observed = values[np.isfinite(values)]
+    if card.center is None or card.scale is None or len(observed) < ENOUGH:
+        return ""
+    away = abs(float(np.median(scale(observed, card))))
+    if away <= UNUSUAL:
+        return ""
+    return f"the middle value is {away:.1f} times the usual spread away from the usual {card.center:g}: another unit?"
+
+
 def categorical(cells: Cells, name: str, card: Categories, reading: Reading) -> NDArray[Any]:
     """Cells as the study's codes, None where missing; codes that the study lacks are counted.
 
@@ -294,7 +323,11 @@ def categorical(cells: Cells, name: str, card: Categories, reading: Reading) -> 
     """
     column = cells.column
     refuse_codes(column.codes, card.categories, reading.key(f".columns.{name}.codes"))
-    codes = recode(code_text(_without_missing(cells.raw, column)), column.codes)
+    local = code_text(_without_missing(cells.raw, column))
+    if both := merged(local, column.codes):
+        where, message = reading.key(f".columns.{name}.codes"), merged_text(both)
+        reading.problem("codes", where, message, MERGED_REMEDY)
+    codes = recode(local, column.codes)
     known = codes.is_in(card.categories).fill_null(False)
     unknown = int((~known & ~missing(codes)).sum())
     remedy = f"Map them by `codes`; the study knows {', '.join(card.categories)}"

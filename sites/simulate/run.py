@@ -159,6 +159,28 @@ def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lam
     return loaded
 
 
+def refuse_changed_data(directory: RunDirectory, sites: Mapping[str, Participant]) -> None:
+    """Keep what the sites' data are when a run begins, and refuse to go on with others.
+
+    Half a model of other records would be judged on patients that it was trained on.
+
+    Raises:
+        DataError: naming the sites whose data or site files changed.
+    """
+    file = directory.checkpoint / "data.json"
+    now = {name: site.cohort.digest() for name, site in sites.items()}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    changed = sorted(name for name, digest in now.items() if before.get(name, digest) != digest)
+    if changed:
+        raise DataError(
+            f"the data or the site file of {', '.join(changed)} changed since the run began",
+            where=str(directory.path),
+            remedy="Put them back as they were, or start another run",
+        )
+    directory.checkpoint.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps({**now, **before}, indent=1).encode())
+
+
 def _load_site(study: Study, setup: Setup, file: Path, progress: Callable[[str], None]) -> VirtualSite:
     site = load_site(file)
     progress(site.name)
@@ -265,10 +287,11 @@ def simulate(
         What was written to summary.json.
 
     Raises:
-        GapweaveError: as the round loop raises it; what was done can be resumed.
+        GapweaveError: as the round loop raises it; what was done can be resumed. Before it, for data that changed.
     """
     sites = load_sites(study, setup) if sites is None else sites
     usable = {entry.site.name: entry.participant for entry in sites if entry.error is None}
+    refuse_changed_data(directory, usable)
     curve = Curve(study, usable, directory, observer)
     configs = [entry.config for entry in sites if entry.error is None]
     try:
