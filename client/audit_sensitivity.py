@@ -35,6 +35,11 @@ FAINT = 0.1 / STRONG
 """Scale of encoder weights at which such inputs saturate nothing."""
 
 
+FEW = 3
+CROWDS = (65, 64, 49, 48, 33, 31, 17, 16, 7, 5, 3)
+"""Patients of mini-batches, on both sides of blocks that products work on; the losses of the first few must agree."""
+
+
 class Silent(Step):
     """The site's step without its noise: a seam of the audit only, no configuration reaches it."""
 
@@ -71,6 +76,7 @@ def sensitivity(scene: Scene) -> Finding:
         if not change <= bound * (1 + SLACK) + slack:
             faults.append(f"{name}: one patient changes a release by {change / bound:.3g} times the bound")
     faults += _memory(scene)
+    faults += _rounding(scene)
     return finding("sensitivity", faults, {"worst": worst, "bound": bound})
 
 
@@ -126,6 +132,29 @@ def _memory(scene: Scene) -> Iterator[str]:
         if not away <= SLACK * scene.plan.max_grad_norm:
             yield "a sum depends on the batches before it"
             return
+
+
+def _rounding(scene: Scene) -> Iterator[str]:
+    """How many patients are there decides no bit of another's loss.
+
+    A hostile server's parameters can make one bit decide a whole gradient.
+    """
+    step = silent_step(scene, scaled_model(scene, ORDINARY))
+    last = torch.empty(0)
+
+    def objective(model: MultimodalModel, batch: Batch, used: Tensor) -> Tensor:
+        nonlocal last
+        losses = step.objective(model, batch, used)
+        last = losses.detach()
+        return losses
+
+    batch, found = scene.canaries((1,) * max(CROWDS), seed=17), set()
+    for count in CROWDS:
+        some = batch.of_patients(torch.arange(count, device=batch.patient.device))
+        step.engine.sum(some, some.present, objective)
+        found.add(last[:FEW].cpu().numpy().tobytes())
+    if len(found) > 1:
+        yield "how many patients there are decides how another's loss is rounded"
 
 
 def neighbours(scene: Scene) -> Iterator[tuple[str, Batch, Batch]]:

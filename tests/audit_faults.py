@@ -133,6 +133,11 @@ def batch_mean_unprobed(patch: Patch) -> None:
     batch_mean(patch)
 
 
+def left_over_rows(patch: Patch) -> None:
+    """Mini-batches as they are drawn: products round the rows of the last block in another way."""
+    patch.setattr(fast, "padded", lambda batch, used: (batch, used))
+
+
 def subset(patch: Patch) -> None:
     """Losses are means over those who have the modality, instead of constants."""
     unprobed(patch)
@@ -277,6 +282,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], set[str]]] = {
     "no clipping": (no_clipping, {"sensitivity"}),
     "batch clipping": (batch_clipping, {"sensitivity"}),
     "float32 cancelling norms": (float32_norms, {"sensitivity"}),
+    "rows left over of a block": (left_over_rows, {"sensitivity"}),
     "batch mean": (batch_mean, {"sensitivity"}),
     "batch mean, engine blind": (batch_mean_unprobed, {"sensitivity"}),
     "subset instead of mask": (subset, {"sensitivity"}),
