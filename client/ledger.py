@@ -69,8 +69,8 @@ class Ledger(Journal):
         """The refusal of a run of whose events not even one round's fit."""
         budget = Budget(self.view)
         return BudgetExhausted(
-            f"not one round fits: epsilon {self.view.bound():.2f} is spent, {budget.with_more(events, run):.2f} "
-            f"would be after the study, the cap is {budget.cap:g}",
+            f"not one round fits: epsilon {self.view.bound():.2f} is spent, as this ledger counts "
+            f"{budget.with_more(events, run):.2f} would be after the study, the cap is {budget.cap:g}",
             where=self._where,
             remedy="Lower the study's epsilon or its rounds, or raise policy.epsilon",
         )

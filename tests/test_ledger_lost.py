@@ -521,3 +521,18 @@ def test_the_cap_binds_the_filter_over_many_studies(state: Path) -> None:
             assert ledger.view.bound() <= 9.0
             assert ledger.view.spent() <= ledger.view.bound()
     assert 3 < granted < 59
+
+
+def test_a_cap_that_is_raised_before_anything_left_is_as_if_it_had_always_been(state: Path, tmp_path: Path) -> None:
+    """The filter's order suits the cap: with that of the first one, a study of a tenth of the new cap did not fit."""
+    events = updates(9)
+    cap = {"epsilon": filter_cap(events, DELTA)}
+    with Ledger(state, hospital(policy={"epsilon": 0.01})) as ledger, pytest.raises(BudgetExhausted):
+        ledger.reserve("run", "study", events)
+    with Ledger(state, hospital(policy=cap)) as ledger:
+        assert ledger.reserve("run", "study", events) == 9
+        assert ledger.view.reservation("run")["figure"] == "renyi"
+        order = ledger.view.order
+        ledger.charge("run", "study", "1", update(1))
+    with Ledger(state, hospital(policy={"epsilon": 0.01})) as ledger:
+        assert ledger.view.order == order, "and afterwards nothing changes it"

@@ -174,16 +174,18 @@ class LedgerView:
     def filtered(self, more: Sequence[PrivacyEvent] = ()) -> float:
         """Epsilon of everything charged, and of `more`, by the Renyi filter: valid whoever chose what and when.
 
-        Its order is fixed by the ledger's delta and its first cap, before it has seen any result (Feldman and Zrnic
+        Its order is fixed by the ledger's delta and the cap that held before it saw any result (Feldman and Zrnic
         2021, arXiv 2008.11193).
         """
         return self.assumed + renyi_epsilon([*self.events(), *more], self._share(), self.order)
 
     @property
     def order(self) -> int:
-        """Renyi order of the filter."""
-        first = next(entry.body for entry in self.entries if entry.kind == "open")
-        return renyi_order(self.delta, first["cap"])
+        """Renyi order of the filter, by the cap that held when the first result left: lost entries may have had some."""
+        kinds = [entry.kind for entry in self.entries]
+        seen = min((kinds.index(kind) for kind in ("charge", "recover") if kind in kinds), default=len(kinds))
+        caps = [entry.body["cap"] for entry in self.entries[:seen] if entry.kind == "open"]
+        return renyi_order(self.delta, caps[-1])
 
     def alone(self, study: str) -> bool:
         """Whether the ledger has seen no other study: its schedule is then fixed in advance, but for n_hat."""
