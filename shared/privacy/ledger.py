@@ -181,7 +181,7 @@ class LedgerView:
 
     @property
     def order(self) -> int:
-        """Renyi order of the filter, by the cap that held when the first result left: lost entries may have had some."""
+        """Renyi order of the filter, by the cap that held when the first result left; lost entries may be one."""
         kinds = [entry.kind for entry in self.entries]
         seen = min((kinds.index(kind) for kind in ("charge", "recover") if kind in kinds), default=len(kinds))
         caps = [entry.body["cap"] for entry in self.entries[:seen] if entry.kind == "open"]
