@@ -155,6 +155,8 @@ def test_an_unknown_key_of_a_site_names_the_nearest(change: Change, words: list[
         (put("task.label", ["a"]), ["label is a list exactly when kind is multilabel"]),
         (put("task", {"kind": "multiclass", "label": "y"}), ["classes are given exactly when kind is multiclass"]),
         (put("task", {"kind": "multiclass", "label": "y", "classes": [1, 1.0]}), ["each once"]),
+        (put("task", {"kind": "multiclass", "label": "y", "classes": [None, 1, 2]}), ["classes", "string"]),
+        (put("modalities.labs.columns.sex", {"categories": [None, 1, 2]}), ["categories", "string"]),
         (put("sharing.policy", {"decoder/*": "local"}), ["'decoder/*' names no parameter group"]),
         (put("sharing.policy", {"imputer": "everyone"}), ["imputer"]),
         (put("evaluation", {"folds": 3, "fold": 3}), ["fold=3 must be below folds=3"]),

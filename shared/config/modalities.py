@@ -71,7 +71,7 @@ class Categories(StrictModel):
     @classmethod
     def _as_text(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("categories"), list):
-            return {**data, "categories": [category_code(value) for value in data["categories"]]}
+            return {**data, "categories": category_codes(data["categories"])}
         return data
 
     @model_validator(mode="after")
@@ -83,6 +83,11 @@ class Categories(StrictModel):
 
 
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)", re.ASCII)
+
+
+def category_codes(values: list[Any]) -> list[Any]:
+    """Each as `category_code` writes it; YAML's null is no code, and stays for the type to refuse."""
+    return [None if value is None else category_code(value) for value in values]
 
 
 def category_code(value: Any) -> str:

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gapweave.shared.config.base import Name, StrictModel, parse, read_yaml
 from gapweave.shared.config.formula import Formula, compile_formula
-from gapweave.shared.config.modalities import ModalitySpec, PublicScore, category_code
+from gapweave.shared.config.modalities import ModalitySpec, PublicScore, category_codes
 from gapweave.shared.config.sharing import Aggregation, Sharing, check_patterns
 from gapweave.shared.config.simulation import Simulation
 from gapweave.shared.config.training import Training
@@ -33,7 +33,7 @@ class Task(StrictModel):
     @classmethod
     def _class_codes(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("classes"), list):
-            return {**data, "classes": [category_code(value) for value in data["classes"]]}
+            return {**data, "classes": category_codes(data["classes"])}
         return data
 
     @model_validator(mode="after")
