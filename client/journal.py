@@ -161,7 +161,7 @@ class Journal:
         remembered = read_anchor(self._state / REMEMBERED_FILE)
         if remembered is not None and remembered.site == self.view.head.site:
             check_head(self.view, remembered, "the server", self._where)
-        if self._checked is None:
+        if self._durable and self._checked is None:
             for head in kept_heads(self._state):
                 check_head(self.view, head, "a run in this state folder", self._where)
         if not self.view.recovered and any(self._state.glob(f"{PUT_ASIDE}*{LEDGER_FILE}")):

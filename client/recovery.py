@@ -39,8 +39,9 @@ def recover(state: Path, site: Site, anchor: Path | None, assume_spent: float) -
     if _changed(state):
         _put_aside(state)
     remembered = state / REMEMBERED_FILE
-    heads = [*(_head(path) for path in (anchor, remembered) if path is not None), *kept_heads(state)]
+    heads = [_head(path) for path in (anchor, remembered) if path is not None]
     with Ledger(state, site, anchor, lost=True) as ledger:
+        heads += [head for head in kept_heads(state) if not ledger.view.continues(head)]
         ledger.recover(assume_spent, [head for head in heads if head is not None])
         remembered.unlink(missing_ok=True)
         return ledger.view

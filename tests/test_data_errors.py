@@ -177,6 +177,11 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         DataError,
         "1 rows have fewer cells than the header (the first: line 4)",
     ),
+    "a short row after a long report": (
+        raw("records.csv", f"id,patient,y,note\nr0,p0,1,\nr1,p1,0,{SECRET * 70_000}\nr2,p2\n".encode()),
+        DataError,
+        "1 rows have fewer cells than the header (the first: line 4)",
+    ),
     "a file that was cut off": (
         both(raw("a.csv.gz", gzip.compress(HEADER * 9 + HEADER[:-8])), part("records", file="a.csv.gz")),
         DataError,

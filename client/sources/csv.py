@@ -12,6 +12,8 @@ import polars as pl
 from gapweave.client.sources import SOURCES
 from gapweave.shared.errors import DataError
 
+LONGEST_CELL = 2**31 - 1
+"""Characters of a cell, a long report say; Python's own reader stops at 131,072."""
 START = 1024
 """Bytes of a file that are looked at for another encoding."""
 
@@ -59,7 +61,9 @@ class Separated:
 
     def _refuse_short_rows(self, path: Path, width: int) -> None:
         """Refuse rows that end early, as in a file that was cut off: polars fills them up with empty cells."""
-        with gzip.open(path, "rt", newline="") if _is_gzip(path) else path.open(newline="") as file:
+        csv.field_size_limit(LONGEST_CELL)
+        read = gzip.open if _is_gzip(path) else open
+        with read(path, "rt", encoding="utf-8", newline="") as file:
             rows = csv.reader(file, delimiter=self._separator)
             short = [rows.line_num for row in rows if 0 < len(row) < width]
         if short:
