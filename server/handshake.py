@@ -24,8 +24,8 @@ class _Stated(BaseModel):
 class _Event(_Stated):
     """A release, as far as its cost follows from it."""
 
-    kind: str = Field(max_length=LONGEST_TEXT)
-    noise_multiplier: float = Field(ge=0, le=MOST_PATIENTS)
+    kind: str = Field("", max_length=LONGEST_TEXT)
+    noise_multiplier: float = Field(0.0, ge=0, le=MOST_PATIENTS)
     sample_rate: float = Field(1.0, gt=0, le=1)
     steps: int = Field(1, ge=1, le=MOST_STEPS)
     max_grad_norm: float = Field(1.0, ge=0)
