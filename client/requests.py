@@ -46,8 +46,8 @@ def check_round(number: int, done: int, planned: int) -> None:
 
 
 LARGEST = 1000.0
-"""Largest parameter that a site takes from a server under privacy. No study that learns comes near; far larger ones are
-a way to make the rounding of sums decide what a patient contributes."""
+"""Largest parameter that a site takes from a server under privacy; the demo's are 1 at most. Far larger ones are a way
+to make the rounding of sums decide what a patient contributes."""
 
 
 def check_groups(received: Arrays, shared: Groups, largest: float = math.inf) -> None:

@@ -34,7 +34,7 @@ def test_a_block_is_filled_with_patients_who_are_nobody(records: list[int]) -> N
 
 @pytest.mark.parametrize("fusion", [name for name in FUSIONS if FUSIONS[name].__module__.startswith("gapweave.")])
 def test_no_bit_of_a_loss_depends_on_how_many_others_there_are(fusion: str) -> None:
-    """In batches as they are drawn the bits of some losses do, in each fusion that ends in a product."""
+    """In batches as they are drawn they did in 19 of 28 fusions (one CPU)."""
     of = four_kinds(fusion, "cra", tasks_of(fusion)[0])
     model, batch, objective = random_model(of), random_batch(of, [1] * 129, seed=3), plain_objective(of.task.kind)
 

@@ -72,16 +72,12 @@ def recode(codes: pl.Series, mapping: dict[str, str] | None) -> pl.Series:
     return codes.replace(list(mapping), list(mapping.values()))
 
 
-MERGED_REMEDY = "List every local code in `codes`, also those that are written as the study's"
+LIST_ALL = "List every local code in `codes`, also those that are written as the study's"
+"""The remedy for `merged` codes."""
 
 
-def merged_text(codes: list[str]) -> str:
-    """What is said where `merged` finds codes."""
-    return f"cells stand for {', '.join(codes)} both as they are and by `codes`"
-
-
-def merged(codes: pl.Series, mapping: dict[str, str] | None) -> list[str]:
-    """The study's codes that cells stand for both as they are and by the mapping: one of the two is a mistake.
+def merged(codes: pl.Series, mapping: dict[str, str] | None) -> str:
+    """What is said of codes of the study that cells stand for both as they are and by the mapping; empty for none.
 
     A hospital writes 1 for female and 2 for male, and the study 1 for male: `{2: 1}` alone makes everybody male.
 
@@ -91,7 +87,8 @@ def merged(codes: pl.Series, mapping: dict[str, str] | None) -> list[str]:
     """
     present = set(codes.drop_nulls().unique().to_list())
     both = {code for local, code in (mapping or {}).items() if local in present and local != code}
-    return sorted(code for code in both & present if code not in (mapping or {}))
+    found = sorted(code for code in both & present if code not in (mapping or {}))
+    return f"cells stand for {', '.join(found)} both as they are and by `codes`" if found else ""
 
 
 def numbers(series: pl.Series) -> tuple[NDArray[np.float64], int]:

@@ -62,7 +62,7 @@ class Separated:
     def _refuse_short_rows(self, path: Path, width: int) -> None:
         """Refuse rows that end early, as in a file that was cut off: polars fills them up with empty cells."""
         csv.field_size_limit(LONGEST_CELL)
-        read = gzip.open if _is_gzip(path) else open
+        read = gzip.open if is_gzip(path) else open
         with read(path, "rt", encoding="utf-8", newline="") as file:
             rows = csv.reader(file, delimiter=self._separator)
             short = [rows.line_num for row in rows if 0 < len(row) < width]
@@ -80,14 +80,15 @@ def _as_written(name: str, header: list[str]) -> str:
     return written if written in header else name
 
 
-def _is_gzip(path: Path) -> bool:
+def is_gzip(path: Path) -> bool:
+    """Whether a file is compressed, whatever it is called."""
     with path.open("rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
 def _refuse_utf16(path: Path) -> None:
     """Refuse text with two or four bytes a character: such a file has zero bytes, UTF-8 text has none."""
-    with gzip.open(path) if _is_gzip(path) else path.open("rb") as file:
+    with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
         start = file.read(START)
     if b"\0" in start or start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("the file is not UTF-8 text", where=str(path), remedy="Save it as UTF-8")

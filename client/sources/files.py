@@ -17,6 +17,7 @@ import polars as pl
 from polars.exceptions import NoDataError, PolarsError
 
 from gapweave.client.sources import SOURCES
+from gapweave.client.sources.csv import is_gzip
 from gapweave.shared.config.sources import Database
 from gapweave.shared.errors import DataError
 
@@ -225,9 +226,8 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 def _cut_gzip(path: Path) -> bool:
     """Whether a file is compressed and cannot be decompressed."""
     try:
-        with path.open("rb") as file:
-            if file.read(2) != b"\x1f\x8b":
-                return False
+        if not is_gzip(path):
+            return False
         with gzip.open(path) as packed:
             while packed.read(1 << 20):
                 pass

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from gapweave.client.sources.cells import MERGED_REMEDY, code_text, merged, merged_text, missing, recode, refuse_codes
+from gapweave.client.sources.cells import LIST_ALL, code_text, merged, missing, recode, refuse_codes
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Records
@@ -69,7 +69,7 @@ def _codes(label: str, allowed: list[str], site: Site, files: Files, records: Re
     raw, where = _raw(label, column, files, records)
     local = code_text(raw)
     if both := merged(local, column.codes):
-        raise DataError(merged_text(both), where=files.key(f"data.records.label.{label}.codes"), remedy=MERGED_REMEDY)
+        raise DataError(both, where=files.key(f"data.records.label.{label}.codes"), remedy=LIST_ALL)
     codes = recode(local, column.codes)
     result = np.full(len(codes), -1, np.int64)
     for at, code in enumerate(allowed):

@@ -12,10 +12,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from gapweave.client.sources.cells import (
-    MERGED_REMEDY,
+    LIST_ALL,
     code_text,
     merged,
-    merged_text,
     missing,
     numbers,
     recode,
@@ -325,8 +324,7 @@ def categorical(cells: Cells, name: str, card: Categories, reading: Reading) -> 
     refuse_codes(column.codes, card.categories, reading.key(f".columns.{name}.codes"))
     local = code_text(_without_missing(cells.raw, column))
     if both := merged(local, column.codes):
-        where, message = reading.key(f".columns.{name}.codes"), merged_text(both)
-        reading.problem("codes", where, message, MERGED_REMEDY)
+        reading.problem("codes", reading.key(f".columns.{name}.codes"), both, LIST_ALL)
     codes = recode(local, column.codes)
     known = codes.is_in(card.categories).fill_null(False)
     unknown = int((~known & ~missing(codes)).sum())
