@@ -10,9 +10,12 @@ from batches import four_kinds, random_batch, random_model, tasks_of
 from torch import Tensor
 
 from gapweave.client.gradients import plain_objective
-from gapweave.client.gradients.padding import BLOCK, padded
+from gapweave.client.gradients.padding import BLOCKS, block_of, padded, rounds_alike
 from gapweave.shared.fusion import FUSIONS
 from gapweave.shared.schema import Batch
+
+CPU = torch.device("cpu")
+BLOCK = block_of(CPU)
 
 
 def first(batch: Batch, patients: int) -> Batch:
@@ -46,3 +49,20 @@ def test_no_bit_of_a_loss_depends_on_how_many_others_there_are(fusion: str) -> N
     everybody = losses(129)
     for count in (1, 5, 15, 16, 17, 33, 48, 64, 100, 128):
         assert torch.equal(losses(count), everybody[:count]), count
+
+
+@pytest.mark.parametrize("rows_at_once", [3, 8, 16, 64])
+def test_a_block_is_whole_rows_of_products(rows_at_once: int) -> None:
+    """A machine whose products take so many rows at a time, and round what is left over in another way."""
+
+    def product(rows: Tensor, matrix: Tensor) -> Tensor:
+        result = (rows.double() @ matrix.double()).float()
+        result[len(rows) // rows_at_once * rows_at_once :] *= 1 + 2.0**-22
+        return result
+
+    for size in BLOCKS:
+        assert rounds_alike(size, CPU, product) == (size % rows_at_once == 0), size
+
+
+def test_this_machine_has_a_block() -> None:
+    assert rounds_alike(BLOCK, CPU)
