@@ -356,3 +356,36 @@ def test_a_usual_value_far_from_the_public_centre_is_noted(hospital: Hospital) -
     assert "the middle value is 3.5 times the usual spread away from the usual 140" in finding.message
     hospital.labs(40, na=[132.0 + at % 3 for at in range(40)])
     assert "unit" not in {one.id for one in check(hospital)}
+
+
+@pytest.mark.parametrize(
+    ("card", "values", "unit"),
+    [
+        ("bun", (5.1, 5.7, 6.4), "mmol/L"),
+        ("magnesium", (0.8, 0.85, 0.9), "mmol/L"),
+        ("haemoglobin", (110.0, 121.0, 133.0), "g/L"),
+        ("weight", (160.0, 176.0, 190.0), "lb"),
+        ("temperature", (98.0, 98.4, 99.1), "degF"),
+        ("creatinine", (80.0, 88.0, 97.0), "umol/L"),
+        ("pao2", (10.5, 12.0, 13.0), "kPa"),
+    ],
+)
+def test_the_unit_that_would_make_values_usual_is_named(
+    hospital: Hospital, card: str, values: tuple[float, ...], unit: str
+) -> None:
+    """Urea in mmol/L, magnesium in mmol/L and weights in pounds lie in the range: nothing was said."""
+    hospital.labs(40, na=[values[at % 3] for at in range(40)])
+    hospital.add("labs", file="labs.csv", columns={card: "na"})
+    of = study({"labs": {"kind": "table", "columns": {card: {"card": card}}}})
+    finding = next(one for one in check(hospital, of) if one.id == "unit")
+    assert f"another unit, perhaps {unit}" in finding.message
+    hospital.add("labs", file="labs.csv", columns={card: {"column": "na", "unit": unit}})
+    assert not [one for one in check(hospital, of) if one.id == "unit"]
+
+
+def test_patients_who_are_ill_are_not_in_another_unit(hospital: Hospital) -> None:
+    """Of a dialysis ward."""
+    hospital.labs(40, na=[45.0 + at % 9 for at in range(40)])
+    hospital.add("labs", file="labs.csv", columns={"bun": "na"})
+    of = study({"labs": {"kind": "table", "columns": {"bun": {"card": "bun"}}}})
+    assert "unit" not in {one.id for one in check(hospital, of)}

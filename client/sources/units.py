@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,13 @@ from numpy.typing import NDArray
 from gapweave.shared.config.modalities import Range
 from gapweave.shared.config.sources import ValueColumn
 from gapweave.shared.errors import UsageError
+from gapweave.shared.features.ranges import scale
+
+COMMON = ("mmol/L", "umol/L", "mg/dL", "g/dL", "g/L", "mg/L", "kPa", "mmHg", "degF", "lb", "inch", "m", "L", "1/uL")
+"""Units that hospitals write."""
+
+FITTING = 0.75
+"""A median so near to the public centre, in public scales, is as usual as one gets."""
 
 
 def to_study_unit(values: NDArray[np.float64], column: ValueColumn, card: Range, where: str) -> NDArray[np.float64]:
@@ -39,6 +47,24 @@ def to_study_unit(values: NDArray[np.float64], column: ValueColumn, card: Range,
         # The site's own offset is in the study's unit: it is added last, as with a factor.
         factor, offset = scale, shift + column.offset
     return values * factor + offset
+
+
+def likely_unit(values: NDArray[np.float64], card: Range) -> str | None:
+    """The one of `COMMON` in which these values would be usual: their median nearest to the public centre.
+
+    Args:
+        values: observed ones, in a unit that is in doubt.
+        card: the variable's; it names unit and centre, else nothing is known.
+    """
+    if card.unit is None or card.center is None or card.scale is None:
+        return None
+    away, median = {}, np.median(values, keepdims=True)
+    for unit in COMMON:
+        with suppress(UsageError):  # measures something else
+            factor, offset = conversion(unit, card.unit, card.molar_mass, unit)
+            away[unit] = abs(float(scale(median * factor + offset, card)[0]))
+    best = min(away, key=away.__getitem__, default=None)
+    return best if best is not None and away[best] <= FITTING and best != card.unit else None
 
 
 @cache

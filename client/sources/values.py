@@ -24,7 +24,7 @@ from gapweave.client.sources.files import Table
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.times import hours_of
-from gapweave.client.sources.units import to_study_unit
+from gapweave.client.sources.units import likely_unit, to_study_unit
 from gapweave.shared.config.modalities import Categories, Range, category_code
 from gapweave.shared.config.sources import ColumnsSource, MeasurementSource, Take, TextSource, ValueColumn
 from gapweave.shared.errors import UsageError
@@ -43,9 +43,9 @@ FEW = 10
 ONE_VALUE = 0.5
 """A larger share of the values outside the public range that are all the same looks like a code for missing."""
 
-UNUSUAL, ENOUGH = 3.0, 20
+UNUSUAL, ODD, ENOUGH = 3.0, 1.5, 20
 """A median of so many values or more that is farther from the public centre, in public scales, looks like another unit:
-no variable of the ten eICU groups is as far."""
+no variable of the ten eICU groups is as far. So does an odd one that would be usual in a unit that hospitals write."""
 
 RARE = 0.05
 """A variable that a smaller share of the modality's records has is noted."""
@@ -266,7 +266,7 @@ def numeric(cells: Cells, name: str, card: Range, reading: Reading) -> NDArray[n
     elif unreadable:
         message = f"{unreadable} of {len(raw)} cells are not numbers and count as missing"
         reading.warn("numbers", cells.where, message, remedy)
-    _check_range(values, cells.where, card, reading)
+    _check_range(values, cells.where, card, reading, as_stated=column.unit is None and column.factor is None)
     return values
 
 
@@ -281,37 +281,46 @@ def _without_missing(raw: pl.Series, column: ValueColumn) -> pl.Series:
     return raw.set(code_text(raw).is_in(column.missing).fill_null(False), None)
 
 
-def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: Reading) -> None:
-    observed = int((~np.isnan(values)).sum())
-    strange = values[implausible(values, card)]
-    outside = len(strange)
-    unusual = _unusual(values, card)
-    if unusual and outside <= SUSPICIOUS * observed:
-        reading.warn("unit", where, unusual, "Set `unit:` or `factor:` for this column, unless that is so here")
+def _check_range(values: NDArray[np.float64], where: str, card: Range, reading: Reading, *, as_stated: bool) -> None:
+    """Note values that are implausible, or unusual together.
+
+    Args:
+        values: in the study's unit, if the site file is right; NaN where missing.
+        where: column of the file.
+        card: the variable's.
+        reading: the modality.
+        as_stated: whether the file holds these very numbers.
+    """
+    observed = values[~np.isnan(values)]
+    strange, away = observed[implausible(observed, card)], _away(observed, card)
+    outside, suspicious = len(strange), len(strange) > SUSPICIOUS * len(observed)
+    likely = likely_unit(observed, card) if as_stated and (suspicious or away > ODD) else None
+    perhaps = f", perhaps {likely}" if likely else ""
+    if not suspicious and (away > UNUSUAL or likely):
+        text = f"the middle value is {away:.1f} times the usual spread away from the usual {card.center:g}"
+        remedy = "Set `unit:` or `factor:` for this column, unless that is so here"
+        reading.warn("unit", where, f"{text}: another unit{perhaps}?", remedy)
         return
     if not outside:
         return
-    text = f"{outside} of {observed} values lie outside [{card.low:g}, {card.high:g}] {card.unit or ''}".rstrip()
+    text = f"{outside} of {len(observed)} values lie outside [{card.low:g}, {card.high:g}] {card.unit or ''}".rstrip()
     often = int(np.unique(strange[np.isfinite(strange)], return_counts=True)[1].max(initial=0))
     if outside >= FEW and often > ONE_VALUE * outside:
         message = f"{text}, and {often} of them are one value: probably a code for missing"
         remedy = "List it under `missing:` for this column; it is clipped and read as measured"
         reading.warn("missing", where, message, remedy)
-    elif outside > SUSPICIOUS * observed:
-        reading.warn("unit", where, f"{text}: probably another unit", "Set `unit:` or `factor:` for this column")
+    elif suspicious:
+        message = f"{text}: probably another unit{perhaps}"
+        reading.warn("unit", where, message, "Set `unit:` or `factor:` for this column")
     else:
         reading.warn("range", where, f"{text} and are clipped", "Look at these rows; infinite ones count as missing")
 
 
-def _unusual(values: NDArray[np.float64], card: Range) -> str:
-    """What is said of a variable whose middle value is far from the usual one; empty where it is not, or not known."""
-    observed = values[np.isfinite(values)]
-    if card.center is None or card.scale is None or len(observed) < ENOUGH:
-        return ""
-    away = abs(float(np.median(scale(observed, card))))
-    if away <= UNUSUAL:
-        return ""
-    return f"the middle value is {away:.1f} times the usual spread away from the usual {card.center:g}: another unit?"
+def _away(observed: NDArray[np.float64], card: Range) -> float:
+    """How far the middle value is from the usual one, in public scales; 0 where too little is known."""
+    scaled = scale(observed[np.isfinite(observed)], card)
+    known = card.center is not None and card.scale is not None and len(scaled) >= ENOUGH
+    return abs(float(np.median(scaled))) if known else 0.0
 
 
 def categorical(cells: Cells, name: str, card: Categories, reading: Reading) -> NDArray[Any]:
