@@ -16,6 +16,8 @@ from flwr.serverapp import Grid
 from gapweave.client import app as client_app
 from gapweave.client.joining import joining_check
 from gapweave.client.participant import Participant
+from gapweave.client.sources.files import Files
+from gapweave.client.sources.findings import Finding
 from gapweave.client.state import RunFolder
 from gapweave.server.model_card import save_model
 from gapweave.server.strategy import RoundLoop
@@ -156,7 +158,30 @@ def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lam
             where="study:aggregation.quorum",
             remedy="Add site files, or plan with a smaller quorum",
         )
+    _note_shared_patients([entry for entry in loaded if entry.error is None], setup)
     return loaded
+
+
+def _note_shared_patients(usable: list[VirtualSite], setup: Setup) -> None:
+    """Tell sites that read patients of another one from the same file: each would spend its own budget on them."""
+    read: dict[Path, list[VirtualSite]] = {}
+    for entry in usable:
+        if (path := entry.site.data.records.file) is None:
+            continue
+        place = Files(site_file=entry.file, data_dir=setup.data).find(path).resolve()
+        mine = set(entry.participant.cohort.patient_ids)
+        for other in read.setdefault(place, []):
+            if both := len(mine.intersection(other.participant.cohort.patient_ids)):
+                entry.participant.findings.append(
+                    Finding(
+                        id="shared",
+                        status="warning",
+                        where=f"{entry.file}:data.records",
+                        message=f"{both} of {len(mine)} patients are of {other.site.name} too",
+                        remedy="Name the site's own file, or its own rows by `where`",
+                    )
+                )
+        read[place].append(entry)
 
 
 def refuse_changed_data(directory: RunDirectory, sites: Mapping[str, Participant]) -> None:
