@@ -44,6 +44,20 @@ def test_a_site_that_reads_some_of_them(tmp_path: Path) -> None:
     assert found.message == "12 of 12 patients are of alder too"
 
 
+def test_one_patient_who_moved_is_no_mistake(tmp_path: Path) -> None:
+    """As in eICU; both ledgers cover him (docs/privacy.md)."""
+    hospitals = [build(tmp_path / name, name) for name in ("alder", "birch")]
+    first, people = hospitals[0], [f"p{row}" for row in range(47)]
+    first.records(48, patient=[*people, "p0"], ward=[*"ab" * 23, "a", "b"], y=[0, 0, 1, 1] * 12)
+    for hospital, ward in zip(hospitals, "ab", strict=True):
+        hospital.content["data"]["records"] |= {"file": str(first.folder / "records.csv"), "where": {"ward": ward}}
+    setup = Setup(sites=tuple(map(publish, hospitals)), data=None, state=tmp_path / "state")
+    sites = load_sites(plan_of(private=False), setup)
+    both = [set(site.participant.cohort.patient_ids) for site in sites]
+    assert len(both[0] & both[1]) == 1
+    assert not [one for site in sites for one in site.participant.findings if one.id == "shared"]
+
+
 def test_patients_of_the_same_ids_in_files_of_their_own_are_others(tmp_path: Path) -> None:
     assert not shared(tmp_path, "alder")
     files = tuple(publish(build(tmp_path / name, name)) for name in ("dogwood", "elm"))

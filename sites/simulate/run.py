@@ -35,6 +35,9 @@ from gapweave.sites.simulate.summary import summarise
 ENGINES = ("inline", "ray")
 """Values of `--engine`: all sites in this process, or on Ray through Flower's simulation runtime."""
 
+SHARED = 0.05
+"""A larger share of a site's patients that is in another site's rows of one file looks like a copied site file."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -163,7 +166,7 @@ def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lam
 
 
 def _note_shared_patients(usable: list[VirtualSite], setup: Setup) -> None:
-    """Tell sites that read patients of another one from the same file: each would spend its own budget on them."""
+    """Tell sites that read many patients of another one from the same file: each would spend its own budget on them."""
     read: dict[Path, list[VirtualSite]] = {}
     for entry in usable:
         if (path := entry.site.data.records.file) is None:
@@ -171,7 +174,8 @@ def _note_shared_patients(usable: list[VirtualSite], setup: Setup) -> None:
         place = Files(site_file=entry.file, data_dir=setup.data).find(path).resolve()
         mine = set(entry.participant.cohort.patient_ids)
         for other in read.setdefault(place, []):
-            if both := len(mine.intersection(other.participant.cohort.patient_ids)):
+            both = len(mine.intersection(other.participant.cohort.patient_ids))
+            if both > SHARED * len(mine):
                 entry.participant.findings.append(
                     Finding(
                         id="shared",
