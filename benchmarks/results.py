@@ -112,7 +112,7 @@ class Judged:
 
 def judge(cohort: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> tuple[list[Judged], Draws] | None:
     """All models of a cohort's finished panels, with the resamples of its patients; None if nothing is finished."""
-    from gapweave.sites.simulate.compare import finished, pooled_scores
+    from gapweave.sites.simulate.compare import finished, out_of_fold_scores
     from gapweave.sites.simulate.compare_intervals import Draws
     from gapweave.sites.simulate.compare_plan import make_plan
 
@@ -125,7 +125,7 @@ def judge(cohort: str, out: Path, seeds: tuple[int, ...], smoke: bool) -> tuple[
             if not finished(trial, out / name):
                 continue
             budget = trial.cell.get("privacy.epsilon")
-            pooled = {f"{world}{site}": of for site, of in pooled_scores(trial, out / name).items()}
+            pooled = {f"{world}{site}": of for site, of in out_of_fold_scores(trial, out / name).items()}
             for model, auroc in draws.add({"recipe": panel.recipe, "budget": budget}, trial.seed, pooled).items():
                 of_model = found.setdefault((panel.recipe, budget, model), {})
                 of_model.setdefault(trial.seed if panel.world is None else panel.world, []).append(auroc)

@@ -114,7 +114,7 @@ def choose_models(study: Study, cohort: Cohort, run: RunFolder, own: Own) -> Cho
     keep(run, own.models, load_site_model(run.path / "model.safetensors").card)
     base, _ = base_of(run.path)
     training = cohort.training()
-    truth, alone = Truth.of(training, study.task.kind), dict(own.out_of_fold)
+    truth, alone = Truth.of(training, study.task.kind, own.fold), dict(own.out_of_fold)
     mixtures: dict[str, Weights] = {"federated": {"model": 1.0}}
     if (run.path / "finetuned.safetensors").exists():
         mixtures["finetuned"] = {"finetuned": 1.0}
@@ -141,7 +141,7 @@ def choose_models(study: Study, cohort: Cohort, run: RunFolder, own: Own) -> Cho
 
 def _strength(probabilities: Array, truth: Truth) -> tuple[float, float]:
     """AUROC, by which verdicts are given; then the log-loss, where no AUROC is defined."""
-    auroc = exact_metrics(probabilities, truth.target, truth.known, truth.kind)["auroc"]
+    auroc = exact_metrics(probabilities, truth.target, truth.known, truth.kind, truth.fold)["auroc"]
     return 0.0 if auroc is None else auroc, -log_loss(probabilities, truth)
 
 

@@ -105,16 +105,15 @@ def fit_local(study: Study, data: Batch, site: str) -> dict[str, Local]:
     return fitted | ({SCORE: fit_classical(study, data, "lr", scores)} if scores else {})
 
 
-def out_of_fold(study: Study, data: Batch, ids: Sequence[str], site: str) -> dict[str, NDArray[np.float64]]:
+def out_of_fold(study: Study, data: Batch, folds: NDArray[np.int64], site: str) -> dict[str, NDArray[np.float64]]:
     """What local models say of the training records, each by models that did not see its patient: [R, classes].
 
     Args:
         study: of the run.
         data: the site's training records.
-        ids: of its patients.
+        folds: [P], of its patients.
         site: keys the draws.
     """
-    folds = np.array([validation_fold(patient, study.evaluation) for patient in ids])
     found: dict[str, NDArray[np.float64]] = {}
     for fold in np.unique(folds):
         inside, outside = (torch.from_numpy(np.flatnonzero(rows)) for rows in (folds == fold, folds != fold))
@@ -134,10 +133,12 @@ class Own:
     Attributes:
         models: by name, trained on all training records.
         out_of_fold: by name, what `out_of_fold` gives.
+        fold: [R], in which fold each training record is there.
     """
 
     models: Mapping[str, Local]
     out_of_fold: Mapping[str, NDArray[np.float64]]
+    fold: NDArray[np.int64]
 
 
 def train_own(study: Study, cohort: Cohort) -> Own:
@@ -148,9 +149,11 @@ def train_own(study: Study, cohort: Cohort) -> Own:
         cohort: the site's records.
     """
     training = cohort.training()
+    folds = np.array([validation_fold(patient, study.evaluation) for patient in cohort.training_ids()])
     return Own(
         models=fit_local(study, training, cohort.site),
-        out_of_fold=out_of_fold(study, training, cohort.training_ids(), cohort.site),
+        out_of_fold=out_of_fold(study, training, folds, cohort.site),
+        fold=folds[training.patient.numpy()],
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapweave.shared.judging import FEWEST
+from gapweave.shared.metrics import folds
 from gapweave.shared.objective import TaskKind
 from gapweave.shared.schema import Batch
 
@@ -35,6 +36,8 @@ class Truth:
         patient: [R], position of the record's patient.
         patients: number of patients.
         kind: of the task.
+        fold: [R], for scores out of fold: which of a model's copies scored the record. Only records of one fold are
+            ranked against each other; None for one copy.
     """
 
     target: Array
@@ -42,11 +45,13 @@ class Truth:
     patient: NDArray[np.int64]
     patients: int
     kind: TaskKind
+    fold: NDArray[np.int64] | None = None
 
     @classmethod
-    def of(cls, batch: Batch, kind: TaskKind) -> Truth:
+    def of(cls, batch: Batch, kind: TaskKind, fold: NDArray[np.int64] | None = None) -> Truth:
         """That of a batch's records."""
         return cls(
+            fold=fold,
             target=batch.target.double().cpu().numpy(),
             known=batch.label_mask.cpu().numpy(),
             patient=batch.patient.cpu().numpy(),
@@ -123,29 +128,35 @@ class Bootstrap:
         An output with few patients on one side would be there in some resamples only, and mix two quantities.
         """
         scores, truth = _columns(probabilities, self._truth.kind), self._truth
-        columns = [
-            _weighted(scores[rows, k], truth.target[rows, k] > 0.5, self._weights[:, rows])
-            for k in truth.judged
-            if (rows := truth.known[:, k]).any()
-        ]
+        columns = [self._auroc(scores[:, k], k) for k in truth.judged if truth.known[:, k].any()]
         found = np.stack([*columns, np.full(len(self._weights), np.nan)])
         defined = ~np.isnan(found)
         mean = np.where(defined, found, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
         return np.where(defined.any(0), mean, np.nan)
 
+    def _auroc(self, score: Array, output: int) -> Array:
+        """[1 + DRAWS]: of one output, over the pairs of each fold; NaN where there is no pair."""
+        truth, rows = self._truth, self._truth.known[:, output]
+        if np.isnan(score[rows]).any():
+            return np.full(len(self._weights), np.nan)
+        right, pairs = np.zeros((2, len(self._weights)))
+        for part in folds(truth.fold, len(score)):
+            chosen = rows & part
+            if chosen.any():
+                more = _pairs(score[chosen], truth.target[chosen, output] > 0.5, self._weights[:, chosen])
+                right, pairs = right + more[0], pairs + more[1]
+        return np.where(pairs > 0, right / np.where(pairs > 0, pairs, 1.0), np.nan)
 
-def _weighted(score: Array, positive: NDArray[np.bool_], weights: Array) -> Array:
-    """[D]: AUROC of [R] scores under [D, R] weights, a tie counting half; NaN where one class has no weight."""
-    if np.isnan(score).any():
-        return np.full(len(weights), np.nan)
+
+def _pairs(score: Array, positive: NDArray[np.bool_], weights: Array) -> tuple[Array, Array]:
+    """[D] each, under [D, R] weights: weight of pairs that [R] scores rank rightly, a tie counting half, and of all."""
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
     sorted_weights, sign = weights[:, order], positive[order]
     gains = np.add.reduceat(np.where(sign, sorted_weights, 0.0), starts, axis=1)
     losses_ = np.add.reduceat(np.where(sign, 0.0, sorted_weights), starts, axis=1)
     below = np.cumsum(losses_, axis=1) - losses_ / 2
-    pairs = gains.sum(1) * losses_.sum(1)
-    return np.where(pairs > 0, (gains * below).sum(1) / np.where(pairs > 0, pairs, 1.0), np.nan)
+    return (gains * below).sum(1), gains.sum(1) * losses_.sum(1)
 
 
 def interval(values: Array) -> tuple[float, float] | None:

@@ -108,3 +108,11 @@ def test_multiclass_is_the_mean_of_one_against_the_rest() -> None:
     each = [binary(scores[:, k].tolist(), target[:, k].astype(int).tolist()) for k in range(3)]
     for name in METRICS:
         assert found[name] == pytest.approx(np.mean([one[name] for one in each]))
+
+
+def test_the_order_of_records_of_equal_score_makes_no_calibration_error() -> None:
+    """A constant prediction that is right, whatever the order; two values, each right."""
+    for label in ([1] * 30 + [0] * 70, [0] * 70 + [1] * 30):
+        assert binary([0.3] * 100, label)["ece"] == pytest.approx(0)
+    label = [1] * 10 + [0] * 40 + [1] * 40 + [0] * 10
+    assert binary([0.2] * 50 + [0.8] * 50, label)["ece"] == pytest.approx(0)

@@ -36,8 +36,8 @@ from gapweave.sites.simulate.compare_unit import (
     Baselines,
     Row,
     Scores,
+    join_folds,
     load_scores,
-    pool_folds,
     rows_of,
     run_unit,
 )
@@ -222,13 +222,13 @@ def write_results(plan: Plan, out: Path, failures: list[Failure]) -> Result:
 
 
 def _draws(plan: Plan, out: Path) -> Draws | None:
-    """Resamples of all finished trials whose folds are pooled."""
+    """Resamples of all finished trials of a comparison with folds."""
     if plan.folds is None:
         return None
     draws = Draws(plan.trials[0].units[0].study.task.kind)
     for trial in plan.trials:
         if finished(trial, out):
-            draws.add(trial.cell, trial.seed, pooled_scores(trial, out))
+            draws.add(trial.cell, trial.seed, out_of_fold_scores(trial, out))
     return draws
 
 
@@ -237,21 +237,21 @@ def finished(trial: Trial, out: Path) -> bool:
     return all((_folder(out, unit) / ROWS).exists() for unit in trial.units)
 
 
-def pooled_scores(trial: Trial, out: Path) -> dict[str, Scores]:
+def out_of_fold_scores(trial: Trial, out: Path) -> dict[str, Scores]:
     """Out-of-fold scores by site, of a finished trial of a comparison with folds."""
-    return pool_folds([load_scores(_folder(out, unit) / SCORES) for unit in trial.units])
+    return join_folds([load_scores(_folder(out, unit) / SCORES) for unit in trial.units])
 
 
 def trial_rows(trial: Trial, out: Path) -> list[Row]:
-    """The rows of a cell and seed, folds pooled; none unless all of its units are done."""
+    """The rows of a cell and seed, of all folds; none unless all of its units are done."""
     contents = [_content(out, unit) for unit in trial.units]
     if not all(contents):
         return []
     rows = contents[0]["rows"]
     if trial.units[0].fold is not None:
-        pooled = pooled_scores(trial, out)
-        epsilon = {site: _largest([content["epsilon"].get(site) for content in contents]) for site in pooled}
-        rows = rows_of(trial.units[0].study, pooled, epsilon, trial.seed, None)
+        scores = out_of_fold_scores(trial, out)
+        epsilon = {site: _largest([content["epsilon"].get(site) for content in contents]) for site in scores}
+        rows = rows_of(trial.units[0].study, scores, epsilon, trial.seed, None)
     return [{"cell": trial.cell, **row} for row in rows]
 
 

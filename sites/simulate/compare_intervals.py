@@ -32,19 +32,19 @@ class Draws:
 
     def __init__(self, kind: TaskKind) -> None:
         self._kind = kind
-        self._bootstraps: dict[tuple[str, bytes, bytes, bytes], Bootstrap | None] = {}
+        self._bootstraps: dict[tuple[str | bytes, ...], Bootstrap | None] = {}
         self._found: dict[tuple[str, str], dict[str, dict[int, Array]]] = {}
 
-    def add(self, cell: Cell, seed: int, pooled: dict[str, Scores]) -> dict[str, float]:
+    def add(self, cell: Cell, seed: int, scores: dict[str, Scores]) -> dict[str, float]:
         """Take in a cell's scores of one seed; gives each model's mean AUROC over the sites that are judged.
 
         Args:
             cell: of the comparison.
             seed: of training and split.
-            pooled: out-of-fold scores by site. A site with fewer than 8 patients of a class is left out.
+            scores: out of fold, by site. A site with fewer than 8 patients of a class is left out.
         """
         found: dict[str, list[float]] = {}
-        for site, of in pooled.items():
+        for site, of in scores.items():
             order = np.argsort(of.record, kind="stable")
             bootstrap = self._of_site(site, of, order)
             if bootstrap is not None:
@@ -57,10 +57,16 @@ class Draws:
     def _of_site(self, site: str, of: Scores, order: NDArray[np.int64]) -> Bootstrap | None:
         """The resamples of a site's patients; None for one with too few to judge by."""
         records, target, known = of.record[order], of.target[order], of.known[order]
-        key = (site, records.tobytes(), target.tobytes(), known.tobytes())
+        fold = None if of.fold is None else of.fold[order]
+        key: tuple[str | bytes, ...] = (
+            site,
+            *(b"" if one is None else one.tobytes() for one in (records, target, known, fold)),
+        )
         if key not in self._bootstraps:
             patients, patient = np.unique(of.patient[order], return_inverse=True)
-            truth = Truth(target=target, known=known, patient=patient, patients=len(patients), kind=self._kind)
+            truth = Truth(
+                target=target, known=known, patient=patient, patients=len(patients), kind=self._kind, fold=fold
+            )
             enough = truth.patients > 0 and truth.rarer() >= FEWEST
             self._bootstraps[key] = Bootstrap(truth) if enough else None
         return self._bootstraps[key]

@@ -79,6 +79,7 @@ class Scores:
         target: [R, K].
         known: [R, K], which targets are known.
         models: by name, [R, classes].
+        fold: [R], as of `paired.Truth`.
     """
 
     record: NDArray[np.int64]
@@ -86,6 +87,7 @@ class Scores:
     target: NDArray[np.float64]
     known: NDArray[np.bool_]
     models: Mapping[str, NDArray[np.float64]]
+    fold: NDArray[np.int64] | None = None
 
 
 class Baselines:
@@ -241,7 +243,7 @@ def load_scores(file: Path) -> dict[str, Scores]:
         }
 
 
-def pool_folds(folds: list[dict[str, Scores]]) -> dict[str, Scores]:
+def join_folds(folds: list[dict[str, Scores]]) -> dict[str, Scores]:
     """Out-of-fold scores by site, of the sites and models that every fold has."""
     return {
         site: Scores(
@@ -249,6 +251,7 @@ def pool_folds(folds: list[dict[str, Scores]]) -> dict[str, Scores]:
             patient=np.concatenate([fold[site].patient for fold in folds]),
             target=np.concatenate([fold[site].target for fold in folds]),
             known=np.concatenate([fold[site].known for fold in folds]),
+            fold=np.concatenate([np.full(len(fold[site].record), at) for at, fold in enumerate(folds)]),
             models={
                 name: np.concatenate([fold[site].models[name] for fold in folds])
                 for name in folds[0][site].models
@@ -281,7 +284,7 @@ def rows_of(
             "site": site,
             "n_test": int(of.known.any(1).sum()),
             "positives": int(of.target[of.known].sum()) if kind == "binary" else None,
-            "metrics": exact_metrics(of.models[model], of.target, of.known, kind),
+            "metrics": exact_metrics(of.models[model], of.target, of.known, kind, of.fold),
             "epsilon": epsilon[site] if model.startswith("federated") else None,
         }
         for model in MODELS
