@@ -13,7 +13,7 @@ from gapweave.server.peers import NO_NODE, Peer
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
 from gapweave.shared.privacy.once import NOT_ASKED, look_scale, problems, table_scale
-from gapweave.shared.tables import Scores, ScoreTable, pooled, read_tables, table_metrics
+from gapweave.shared.tables import Scores, ScoreTable, mean_table_metrics, pooled, read_tables, table_metrics
 from gapweave.shared.tensorfile import Arrays
 
 NO_ANSWER = "the site did not answer"
@@ -103,23 +103,9 @@ def pooled_metrics(released: Iterable[Released]) -> Scores | None:
 
 
 def mean_metrics(released: Iterable[Released]) -> Scores | None:
-    """Mean over sites of each metric where it is defined; sites are independent, so their intervals add in squares."""
-    found = [metrics for site in released if (metrics := site.metrics()) is not None]
-    if not found:
-        return None
-    result: Scores = {}
-    for name in [name for name in found[0] if not name.endswith("_interval")]:
-        defined = [(each[name], each[f"{name}_interval"]) for each in found if each[name] is not None]
-        result |= _mean(name, defined)
-    return result
-
-
-def _mean(name: str, defined: list[tuple[float, list[float]]]) -> Scores:
-    if not defined:
-        return {name: None, f"{name}_interval": None}
-    mean = sum(value for value, _ in defined) / len(defined)
-    reach = sum(((high - low) / 2) ** 2 for _, (low, high) in defined) ** 0.5 / len(defined)
-    return {name: mean, f"{name}_interval": [max(0.0, mean - reach), min(1.0, mean + reach)]}
+    """Mean over sites of each metric where it is defined."""
+    given = [site.tables for site in released if site.tables]
+    return mean_table_metrics(given) if given else None
 
 
 def worst_site(released: Mapping[str, Released]) -> dict[str, Any]:

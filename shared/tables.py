@@ -17,8 +17,8 @@ Guarantee: everything here is computed from tables that were released; it costs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,17 +96,32 @@ def add_tables(tables: Sequence[ScoreTable]) -> ScoreTable:
 
 @dataclass(frozen=True, kw_only=True)
 class _Estimate:
-    """One metric of one table.
+    """One metric of one table, or a mean over tables.
 
     Attributes:
         point: the estimate.
         replicates: [REPLICATES], the same of simulated tables.
-        maybe_zero: whether a model without any such error gives tables like this one.
+        faultless: [REPLICATES], of an error: what a model without any gives; None for what is no error.
     """
 
     point: float
     replicates: Array
-    maybe_zero: bool = False
+    faultless: Array | None = None
+
+    def each(self, change: Callable[[Array], Array]) -> _Estimate:
+        """With what was simulated changed."""
+        faultless = None if self.faultless is None else change(self.faultless)
+        return replace(self, replicates=change(self.replicates), faultless=faultless)
+
+    def interval(self) -> list[float]:
+        """Of 95 %, from 0 where a faultless model may give as much: noise makes an error, and never takes one off.
+
+        It reaches 1.96 times the root mean square distance of the replicates to each side: what noise does to the
+        estimate on average makes it wider, instead of being taken off an estimate that it may not have moved.
+        """
+        reach = 1.96 * float(np.sqrt(np.mean((self.replicates - self.point) ** 2)))
+        zero = self.faultless is not None and self.point <= np.quantile(self.faultless, 0.975)
+        return [0.0 if zero else max(0.0, self.point - reach), min(1.0, self.point + reach)]
 
 
 def table_metrics(tables: Sequence[ScoreTable], seed: int = 0) -> Scores:
@@ -120,27 +135,54 @@ def table_metrics(tables: Sequence[ScoreTable], seed: int = 0) -> Scores:
         tables: one for binary, else one a class or label.
         seed: of the simulation; public.
     """
+    return _with_intervals(_of_site(tables, seed))
+
+
+def mean_table_metrics(sites: Iterable[Sequence[ScoreTable]]) -> Scores:
+    """Mean over sites of each metric where it is defined, with 95 % intervals; by site, tables as of `table_metrics`.
+
+    What patients and noise do differs from site to site, and grows less with more of them; what bins and noise do on
+    average does not: noise always makes a calibration error.
+    """
+    found = [_of_site(tables, seed) for seed, tables in enumerate(sites)]
+    return _with_intervals(
+        {name: _mean(defined) for name in METRICS if (defined := [one[name] for one in found if name in one])}
+    )
+
+
+def _of_site(tables: Sequence[ScoreTable], seed: int) -> dict[str, _Estimate]:
+    """Means over a site's tables, of the metrics that are defined.
+
+    The tables count the same patients. How much labels go together is not in them, so the replicates are added as if
+    what moves one moved all: the interval of a mean is the mean of the intervals.
+    """
     generator = np.random.default_rng(seed)
     columns = [_estimates(table, generator) for table in tables]
-    result: Scores = {}
+    result = {}
     for name in METRICS:
-        result |= _averaged(name, [column[name] for column in columns if name in column])
+        defined = [column[name] for column in columns if name in column]
+        if defined:
+            result[name] = _mean([one.each(np.sort) for one in defined]).each(generator.permutation)
     return result
 
 
-def _averaged(name: str, estimates: Sequence[_Estimate]) -> Scores:
-    """Point and interval of a mean over tables.
+def _mean(estimates: Sequence[_Estimate]) -> _Estimate:
+    """Of one metric."""
+    faultless = [one.faultless for one in estimates if one.faultless is not None]
+    return _Estimate(
+        point=float(np.mean([one.point for one in estimates])),
+        replicates=np.mean([one.replicates for one in estimates], axis=0),
+        faultless=np.mean(faultless, axis=0) if faultless else None,
+    )
 
-    The interval reaches 1.96 times the root mean square distance of the replicates to each side: what noise does to
-    the estimate on average makes it wider, instead of being taken off an estimate that it may not have moved.
-    """
-    if not estimates:
-        return {name: None, f"{name}_interval": None}
-    point = float(np.mean([one.point for one in estimates]))
-    away = np.mean([one.replicates - one.point for one in estimates], axis=0)
-    reach = 1.96 * float(np.sqrt(np.mean(away**2)))
-    low = 0.0 if all(one.maybe_zero for one in estimates) else max(0.0, point - reach)
-    return {name: point, f"{name}_interval": [low, min(1.0, point + reach)]}
+
+def _with_intervals(estimates: Mapping[str, _Estimate]) -> Scores:
+    """Points and intervals; None for what is not defined."""
+    result: Scores = {}
+    for name in METRICS:
+        of = estimates.get(name)
+        result |= {name: of and of.point, f"{name}_interval": of and of.interval()}
+    return result
 
 
 def _estimates(table: ScoreTable, generator: np.random.Generator) -> dict[str, _Estimate]:
@@ -152,11 +194,9 @@ def _estimates(table: ScoreTable, generator: np.random.Generator) -> dict[str, _
     ranked = ranked and _ties(counts) <= COARSEST
     spread = _refined(counts, _slopes(counts))
     points, replicates = _metrics(spread), _metrics(_again(counts, table, generator))
-    # Noise makes a calibration error, and never a negative one: see what it makes of a calibrated model.
-    calibrated = _metrics(_again(_calibrated(spread), table, generator))["ece"]
-    zero = {"ece": bool(points["ece"] <= np.quantile(calibrated, 0.975))}
+    faultless = {"ece": _metrics(_again(_calibrated(spread), table, generator))["ece"]}
     return {
-        name: _Estimate(point=float(points[name]), replicates=replicates[name], maybe_zero=zero.get(name, False))
+        name: _Estimate(point=float(points[name]), replicates=replicates[name], faultless=faultless.get(name))
         for name in (METRICS if ranked else ("brier", "ece"))
     }
 

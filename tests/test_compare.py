@@ -364,6 +364,20 @@ def test_baselines_are_fitted_once_for_cells_that_share_them(study_file, tmp_pat
     assert len(rows_in(tmp_path / "out")) == 4 * 4 * len(HOLDS)
 
 
+def test_a_baseline_that_trains_by_another_server_is_fitted_again(study_file, tmp_path, monkeypatch):
+    """The first cell's scores stood in all: a network alone is trained with the study's server optimiser."""
+    fitted, fit = [], compare_unit.fit_baselines
+
+    def counted(study, cohorts, names, **options):
+        fitted.extend((name, study.aggregation.server_lr) for name in names)
+        return fit(study, cohorts, names, **options)
+
+    monkeypatch.setattr(compare_unit, "fit_baselines", counted)
+    vary = ["--vary", "aggregation.server_lr=0.5,2.0", "--vary", "aggregation.default=mean,median"]
+    assert run(study_file, tmp_path / "out", *vary, "--seeds", "0", "--baselines", "local,lr") == 0
+    assert sorted(fitted) == [("local", 0.5), ("local", 2.0), ("lr", 0.5)]
+
+
 def test_with_the_joining_check_local_baselines_are_what_sites_trained_for_it(study_file, tmp_path, monkeypatch):
     words, local = ["--seeds", "0", "--baselines", "local,lr"], ("local", "lr_local")
     assert run(study_file, tmp_path / "plain", *words) == 0

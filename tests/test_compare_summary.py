@@ -103,14 +103,14 @@ def test_cells_are_compared_with_the_first_value_of_their_key(statistics):
 
 def test_the_summary_says_plainly_that_federated_loses(statistics):
     text = markdown(plan_of(), statistics, seconds=75, failures=[])
-    assert "- epsilon=1: federated loses to pooled (-0.025, better at 1 of 2 sites, worse at 1)." in text
+    assert "- epsilon=1: federated was below pooled (-0.025, better at 1 of 2 sites, worse at 1)." in text
     assert "2 cells x 2 seeds: 4 simulations in 1 min 15 s" in text
 
 
 @pytest.mark.parametrize(
     ("interval", "said"),
     [
-        (None, "federated loses to pooled (-0.025"),
+        (None, "federated was below pooled (-0.025"),
         ((-0.04, -0.01), "federated loses to pooled (-0.025"),
         ((-0.06, 0.01), "federated is not told apart from pooled (-0.025"),
         ((0.005, 0.035), "federated is ahead of pooled (-0.025"),  # of sites that are large enough to be judged

@@ -23,6 +23,7 @@ from gapweave.shared.tables import (
     add_tables,
     bin_of,
     laplace_noise,
+    mean_table_metrics,
     nonnegative,
     pooled,
     read_tables,
@@ -168,6 +169,32 @@ def test_a_calibrated_models_interval_reaches_zero_although_noise_makes_an_error
     assert np.mean(from_zero) > 0.88
     shifted = table_metrics([noised(*patients(2000, generator, shift=1.0), 1.0, 1, generator)])
     assert shifted["ece_interval"][0] > 0.1
+
+
+@pytest.mark.parametrize("sites", [6, 20])
+def test_the_mean_of_many_sites_is_not_surer_of_what_all_get_wrong(sites: int) -> None:
+    """Noise makes a calibration error at every site: of 20 means with intervals in squares, none held the true 0.
+
+    AUROC: at a true 95 % fewer than 33 of 40 intervals hold the truth with probability 1e-3.
+    """
+    generator = np.random.default_rng(11)
+    truth = exact(*patients(1_000_000, generator))
+    hits = dict.fromkeys(("ece", "auroc"), 0)
+    for _ in range(40):
+        found = mean_table_metrics([[noised(*patients(1000, generator), 1.0, 1, generator)] for _ in range(sites)])
+        hits["ece"] += found["ece_interval"][0] == 0
+        hits["auroc"] += found["auroc_interval"][0] <= truth["auroc"] <= found["auroc_interval"][1]
+    assert hits["ece"] >= 33
+    assert hits["auroc"] >= 33
+
+
+def test_a_label_given_four_times_is_known_no_better() -> None:
+    """As labels that go together are; their intervals in squares would be half as wide."""
+    generator = np.random.default_rng(12)
+    table = noised(*patients(1500, generator), 1.0, 1, generator)
+    once, often = table_metrics([table]), table_metrics([table] * 4)
+    for name in METRICS:
+        assert np.diff(often[f"{name}_interval"]) == pytest.approx(np.diff(once[f"{name}_interval"]), rel=0.15)
 
 
 # Edge cases.

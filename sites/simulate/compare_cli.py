@@ -33,7 +33,7 @@ def compare(
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Comma list; a seed sets training and split.")] = "0,1,2",
     folds: Annotated[
-        int | None, typer.Option("--folds", min=2, max=100, help="Grouped K-fold by patient, pooled per site.")
+        int | None, typer.Option("--folds", min=2, max=100, help="Grouped K-fold by patient; each is judged once.")
     ] = None,
     baselines: BaselinesOption = "",
     joining: JoiningOption = False,

@@ -17,6 +17,8 @@ COLOURS = (
 )  # fmt: skip
 """Okabe and Ito's palette, and four of Tol's, which colour-blind readers can tell apart; one a model of `MODELS`."""
 STYLES = ("-", "--", ":", "-.")
+INCHES = 0.09
+"""Width of a letter of a row's name, at most on average."""
 LOG_FROM = 8
 """Ratio of largest to smallest value from which an axis is logarithmic."""
 
@@ -56,24 +58,26 @@ def plot_paired(statistics: Statistics, file: Path) -> None:
         for entry in statistics.against_first
     ]
     rows: list[tuple[str, Paired]] = [*ours, *theirs]
-    with figure_axes(file, rows=len(rows)) as axes:
+    names = [name for name, _ in rows]
+    with figure_axes(file, rows=len(rows), names=names) as axes:
         axes.axvline(0, color="black", linewidth=0.8)
         for at, (_, entry) in enumerate(rows):
             colour = _colour(entry.other_model)
             axes.plot(list(entry.by_site.values()), [at] * len(entry.by_site), "o", color=colour, alpha=0.3)
             axes.plot([entry.mean], [at], "D", color=colour)
-        _name_rows(axes, [name for name, _ in rows])
+        _name_rows(axes, names)
         axes.set_xlabel("difference of AUROC (one faint dot a site, diamond: mean)")
 
 
 def _dots(means: list[Mean], file: Path) -> None:
-    with figure_axes(file, rows=len(means)) as axes:
+    names = [f"{cell_name(entry.cell)}: {model_name(entry.model)}" for entry in means]
+    with figure_axes(file, rows=len(means), names=names) as axes:
         for at, entry in enumerate(means):
             seeds = list(entry.by_seed["auroc"].values())
             axes.plot(seeds, [at] * len(seeds), "o", color=_colour(entry.model), alpha=0.3)
             if seeds:
                 axes.plot([entry.mean("auroc")], [at], "D", color=_colour(entry.model))
-        _name_rows(axes, [f"{cell_name(entry.cell)}: {model_name(entry.model)}" for entry in means])
+        _name_rows(axes, names)
         axes.set_xlabel("AUROC, mean over sites (one faint dot a seed, diamond: mean)")
 
 
@@ -136,13 +140,20 @@ def _colour(model: str) -> str:
 
 
 @contextmanager
-def figure_axes(file: Path, *, rows: int) -> Iterator[Any]:
-    """Axes of a figure that is written when the block ends: no date, no random ids, no display."""
+def figure_axes(file: Path, *, rows: int, names: Sequence[str] = ()) -> Iterator[Any]:
+    """Axes of a figure that is written when the block ends: no date, no random ids, no display.
+
+    Args:
+        file: SVG to write.
+        rows: for its height.
+        names: of the rows, beside which the axes still need room.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "gapweave", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(8, max(2.0, 0.3 * rows + 1)), layout="constrained")
+        width = max(8.0, 4.5 + INCHES * max(map(len, names), default=0))
+        figure = Figure(figsize=(width, max(2.0, 0.3 * rows + 1)), layout="constrained")
         axes = figure.subplots()
         axes.grid(alpha=0.3)
         yield axes

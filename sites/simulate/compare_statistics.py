@@ -62,7 +62,7 @@ class Paired:
         other_model: the second.
         by_site: site -> mean difference over seeds.
         pairs: number of pairs.
-        mean: over pairs; where folds are pooled, of the sites with enough patients to be judged.
+        mean: over pairs; with folds, of the sites with enough patients to be judged.
         sd: over pairs; None for one pair.
         interval: 95 % interval of the mean over sites, patients and seeds resampled; None where folds are not pooled.
     """

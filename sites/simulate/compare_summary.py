@@ -89,9 +89,10 @@ def markdown(plan: Plan, statistics: Statistics, *, seconds: float, failures: li
 _NOTE = (
     "Each metric: mean over sites, then over seeds (± standard deviation over seeds); worst site: lowest mean "
     "AUROC; epsilon: the most that a site spent. Metrics are exact (simulation). Baselines train without privacy. "
-    "Seeds are not new patients: their spread is no confidence interval. Where folds are pooled, differences have the "
-    "95 % interval of 1,000 resamples of each site's patients, and of the seeds where there are several, the same ones "
-    "for every model and cell; one that holds 0 is not told apart from chance. Both are over the sites with "
+    "Seeds are not new patients: their spread is no confidence interval. With folds, AUROC and AUPRC rank the patients "
+    "of a fold among each other, and differences have the 95 % interval of 1,000 resamples of each site's patients and "
+    "of what several seeds may change, alike for every model and cell; one that holds 0 is not told apart from chance. "
+    "Both are over the sites with "
     f"{FEWEST} or more patients of each class; *sites* counts those where the AUROC is defined."
 )
 _CHOICES = (
@@ -102,7 +103,7 @@ _CHOICES = (
 
 def _what_ran(plan: Plan, seconds: float) -> str:
     cells = len(plan.trials) // len(plan.seeds)
-    folds = "" if plan.folds is None else f" x {plan.folds} folds by patient, pooled per site"
+    folds = "" if plan.folds is None else f" x {plan.folds} folds by patient"
     baselines = ", ".join(plan.baselines) or "none"
     return (
         f"{_count(cells, 'cell')} x {_count(len(plan.seeds), 'seed')}{folds}: {_count(len(plan.units), 'simulation')} "
@@ -129,18 +130,18 @@ def _verdicts(statistics: Statistics) -> str:
 
 
 def _verdict(cell: Cell, entries: list[Paired]) -> str:
-    verbs = ("loses to", "equals", "is not told apart from", "is ahead of")
+    verbs = ("loses to", "was below", "had no other AUROC than", "is not told apart from", "was above", "is ahead of")
     groups = {verb: [entry for entry in entries if _standing(entry) == verb] for verb in verbs}
     parts = [f"{verb} {', '.join(_margin(entry) for entry in group)}" for verb, group in groups.items() if group]
     return f"- {cell_name(cell)}: federated {'; it '.join(parts)}."
 
 
 def _standing(entry: Paired) -> str:
-    """How the first model does against the second: by the interval where there is one, else by the mean."""
-    low, high = entry.interval or (entry.mean, entry.mean)
-    if low <= 0 <= high:
-        return "equals" if entry.interval is None else "is not told apart from"
-    return "loses to" if high < 0 else "is ahead of"
+    """How the first model does against the second; without an interval, how the means of this run lie."""
+    if entry.interval is None:
+        return "had no other AUROC than" if entry.mean == 0 else "was below" if entry.mean < 0 else "was above"
+    low, high = entry.interval
+    return "is not told apart from" if low <= 0 <= high else "loses to" if high < 0 else "is ahead of"
 
 
 def _margin(entry: Paired) -> str:

@@ -140,12 +140,17 @@ class Baselines:
 
 
 def _baseline_key(name: str, study: Study, sites: list[str]) -> str:
-    """What a baseline's scores depend on: no privacy, no server; a classical model has no network either."""
+    """What a baseline's scores depend on: no privacy, no rule; a classical model has no network either."""
     content = study.model_dump(mode="json")
-    unread = {"name", "privacy", "aggregation", "sharing"}
+    unread = {"name", "privacy", "sharing", "aggregation"}
     if name in CLASSICAL:
         unread |= {"model", "scheme", "training"}
-    return json.dumps([name, sites, {key: value for key, value in content.items() if key not in unread}])
+        server = {}
+    else:  # `train_alone` is a federation of one
+        server = {
+            key: value for key, value in content["aggregation"].items() if key.startswith(("server_", "average_"))
+        }
+    return json.dumps([name, sites, server, {key: value for key, value in content.items() if key not in unread}])
 
 
 def run_unit(unit: Unit, setup: Setup, folder: Path, baselines: Baselines) -> None:
