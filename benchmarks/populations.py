@@ -2,7 +2,8 @@
 
 The diabetes data are those of Efron, Hastie, Johnstone and Tibshirani (2004, "Least angle regression", Annals of
 Statistics 32, 407-499), as scikit-learn ships them: 442 patients, ten baseline variables, and the progression of the
-disease one year later. No part of Gapweave was developed on them.
+disease one year later. They were seen once when the rule of shrinkage was changed
+(docs/decisions/0022); nothing else was chosen on them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from gapweave.client.journal import PUT_ASIDE
 from gapweave.client.ledger import Ledger
 from gapweave.client.state import kept_heads
 from gapweave.shared.config.site import Site
-from gapweave.shared.errors import RefusedError, UsageError
+from gapweave.shared.errors import GapweaveError, RefusedError, UsageError
 from gapweave.shared.privacy.head import Head, read_anchor
 from gapweave.shared.privacy.ledger import LEDGER_FILE, LedgerView, read_ledger
 
@@ -19,8 +19,8 @@ from gapweave.shared.privacy.ledger import LEDGER_FILE, LedgerView, read_ledger
 def recover(state: Path, site: Site, anchor: Path | None, assume_spent: float) -> LedgerView:
     """Declare that entries of a site's ledger were lost, and what they may have cost.
 
-    Guarantee: it only ever raises what counts as spent. A ledger that was changed is put aside, not deleted, and
-    nothing that it says counts any more: the assumed epsilon must cover it.
+    Guarantee: it only ever raises what counts as spent. A ledger that was changed is put aside, not deleted; what its
+    entries still say was spent counts at least, whatever is assumed.
 
     Args:
         state: the site's state folder.
@@ -33,10 +33,20 @@ def recover(state: Path, site: Site, anchor: Path | None, assume_spent: float) -
 
     Raises:
         UsageError: for an epsilon that is no number of at least 0.
+        RefusedError: when a changed ledger says that something left without noise, which no epsilon covers.
     """
     if not (math.isfinite(assume_spent) and assume_spent >= 0):
         raise UsageError(f"{assume_spent} is no epsilon", where="--assume-spent", remedy="Give a number of at least 0")
-    if _changed(state):
+    changed = _changed(state)
+    undeclared = [state / LEDGER_FILE] if changed else _put_aside_undeclared(state)
+    assume_spent = max([assume_spent, *map(_still_said, undeclared)])
+    if changed:
+        if math.isinf(assume_spent):
+            raise RefusedError(
+                "the changed ledger says that something left without noise: no epsilon covers that",
+                where=str(state),
+                remedy="Restore it from the newest backup; other patients need a state folder of their own",
+            )
         _put_aside(state)
     remembered = state / REMEMBERED_FILE
     heads = [_head(path) for path in (anchor, remembered) if path is not None]
@@ -55,6 +65,21 @@ def _changed(state: Path) -> bool:
         return not read_ledger(state).intact
     except RefusedError:
         return True
+
+
+def _put_aside_undeclared(state: Path) -> list[Path]:
+    """Ledgers that a recovery put aside which was killed before it declared anything."""
+    ledger = state / LEDGER_FILE
+    declared = ledger.exists() and read_ledger(ledger).recovered
+    return [] if declared else list(state.glob(f"{PUT_ASIDE}*-{LEDGER_FILE}"))
+
+
+def _still_said(ledger: Path) -> float:
+    """What counts as spent by a changed ledger's entries; 0 where they hold nothing that can be read."""
+    try:
+        return read_ledger(ledger).bound()
+    except (GapweaveError, LookupError, TypeError, ValueError, StopIteration):
+        return 0.0
 
 
 def _put_aside(state: Path) -> None:

@@ -275,11 +275,45 @@ def test_a_changed_ledger_is_put_aside_and_not_believed(state: Path, anchor: Pat
         connection.execute("UPDATE entries SET body = replace(body, '20.0', '90.0') WHERE sequence = 3")
     with pytest.raises(RefusedError, match="changed"):
         spend(state, range(4, 5), anchor)
-    view = recover(state, hospital(), anchor, 3.0)
-    assert view.spent() == 3.0
+    view = recover(state, hospital(), anchor, 5.0)
+    assert view.spent() == 5.0
     assert kinds(state) == ["open", "recover"]
     assert len(list(state.glob(f"changed-*-{LEDGER_FILE}"))) == 1
-    spend(state, range(4, 5), anchor)
+    spend(state, range(4, 5), anchor, policy={"epsilon": 20.0})
+
+
+def tampered(state: Path, statement: str) -> float:
+    """Three rounds and a changed entry; what the rounds had cost."""
+    spend(state, range(1, 4))
+    cost = read_ledger(state).bound()
+    with closing(sqlite3.connect(state / LEDGER_FILE, isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER entries_stay")
+        connection.execute(statement)
+    return cost
+
+
+def test_what_a_changed_ledger_still_says_was_spent_counts_at_least(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One letter changed and `--assume-spent 0`: all was forgotten. Also where the first attempt was killed."""
+    cost = tampered(state, "UPDATE entries SET time = replace(time, '20', '19') WHERE sequence = 3")
+    assert cost > 0
+    killed_in_recovery(state, None, monkeypatch, 0.0)
+    assert recover(state, hospital(), None, 0.0).spent() == pytest.approx(cost)
+    assert recover(state, hospital(), None, 0.5).spent() == pytest.approx(cost + 0.5), "once"
+
+
+def test_entries_that_say_nothing_any_more_leave_it_to_the_operator(state: Path) -> None:
+    tampered(state, "UPDATE entries SET body = 'gone'")
+    assert recover(state, hospital(), None, 2.0).spent() == 2.0
+
+
+def test_no_epsilon_covers_what_left_without_noise(state: Path) -> None:
+    tampered(state, "UPDATE entries SET body = replace(body, 'dp_sgd', 'unnoised')")
+    assert math.isinf(read_ledger(state).spent())
+    with pytest.raises(RefusedError, match="without noise"):
+        recover(state, hospital(), None, 2.0)
+    assert not list(state.glob("changed-*")), "nothing was touched"
 
 
 def test_a_lost_folder_recovers_to_what_was_assumed(restored: Path, anchor: Path) -> None:
@@ -288,7 +322,7 @@ def test_a_lost_folder_recovers_to_what_was_assumed(restored: Path, anchor: Path
     spend(restored, range(1, 2), anchor)
 
 
-def killed_in_recovery(state: Path, anchor: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def killed_in_recovery(state: Path, anchor: Path | None, monkeypatch: pytest.MonkeyPatch, assumed: float = 3.0) -> None:
     """`site recover`, killed after it opened the ledger and before it declared anything."""
 
     def kill(*_: object) -> None:
@@ -297,7 +331,7 @@ def killed_in_recovery(state: Path, anchor: Path | None, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "recover", kill)
         with pytest.raises(KeyboardInterrupt):
-            recover(state, hospital(), anchor, 3.0)
+            recover(state, hospital(), anchor, assumed)
 
 
 def test_a_recovery_that_was_killed_does_not_make_the_anchor_forget(
@@ -322,8 +356,8 @@ def test_a_recovery_that_was_killed_leaves_no_fresh_ledger(state: Path, monkeypa
     killed_in_recovery(state, None, monkeypatch)
     with pytest.raises(RefusedError, match="put aside, and nobody declared"):
         spend(state, range(1, 2))
-    assert recover(state, hospital(), None, 4.0).spent() == 4.0
-    spend(state, range(1, 2))
+    assert recover(state, hospital(), None, 5.0).spent() == 5.0
+    spend(state, range(1, 2), policy={"epsilon": 20.0})
 
 
 @pytest.mark.parametrize("assumed", [-1.0, math.nan, math.inf])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gapweave.shared.errors import RefusedError, UsageError
-from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_epsilon, renyi_order
+from gapweave.shared.privacy.accountant import fixed_epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import LOOK, PrivacyEvent
 from gapweave.shared.privacy.head import Head, read_anchor
 
@@ -158,13 +158,13 @@ class LedgerView:
         ]
 
     def spent(self, more: Sequence[PrivacyEvent] = ()) -> float:
-        """Epsilon of everything charged, and of `more`, exact for schedules fixed in advance.
+        """Epsilon of everything charged, and of `more`, exact for schedules fixed in advance but for noised counts.
 
         Infinite after an un-noised release. A run that may have ended early because of its scores is part of its whole
         schedule: that is what it costs, or what the filter says of the part, if that is less.
         """
         skipped = self._skipped()
-        exact = self.assumed + epsilon([*self.events(), *more, *skipped], self._share())
+        exact = self.assumed + fixed_epsilon([*self.events(), *more, *skipped], self._share())
         return min(exact, self.filtered(more)) if skipped else exact
 
     def _share(self) -> float:
