@@ -12,7 +12,7 @@ from gapweave.client import deployment_cli
 from gapweave.client.deployment_cli import DataOption, SiteArgument
 from gapweave.shared.commands import command_group
 
-site = command_group("Set up, check and run a hospital's part.")
+site = command_group("Set up, check and run a hospital's part.", "gapweave site check hospital.yaml --study study.yaml")
 
 
 @site.command("init")

@@ -83,6 +83,10 @@ def check_budget(study: Study, site: Site, state: Path, patients: int | None) ->
             return
         spent, cap = view.bound(), site.policy.epsilon
         yield _finding("ledger", "ok", where, f"intact; epsilon {spent:.2f} of {cap:g} is spent")
+        if site.delta < view.delta * (1 - 1e-9):
+            message = f"delta is {view.delta:g} since the ledger was opened; policy and patients.upper now ask for less"
+            remedy = "All figures stay at the ledger's; a smaller delta needs a state folder, and patients, of its own"
+            yield _finding("delta", "warning", where, message, remedy)
     else:
         yield _finding("ledger", "ok", where, f"none yet; the cap is epsilon {site.policy.epsilon:g}")
     if not study.privacy.enabled:

@@ -139,7 +139,7 @@ class Journal:
             )
         if not lost:
             self._check_declared()
-        delta = self.view.delta if self.view.entries else min(site.policy.delta, 0.1 / site.patients.upper)
+        delta = self.view.delta if self.view.entries else site.delta
         opening = {
             "site": site.name,
             "cohort": site.cohort,

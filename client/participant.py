@@ -30,7 +30,7 @@ from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_tensors
 from gapweave.shared.config import Site, Study
 from gapweave.shared.constants import Constants
-from gapweave.shared.errors import BudgetExhausted, RefusedError
+from gapweave.shared.errors import BudgetExhausted, RefusedError, UsageError
 from gapweave.shared.messages import split_corrections
 from gapweave.shared.model import MultimodalModel, groups
 from gapweave.shared.privacy.events import PrivacyEvent
@@ -74,7 +74,7 @@ class Participant:
         self._anchor = None if anchor is None else site_file.parent / anchor
         self.findings: list[Finding] = []
         self.held = site.held(study)
-        self.device = _device(site.device)
+        self.device = _device(site.device, site_file)
         self.learner = Learner(study, site.name, self.held, self.device, lambda: self.training, networks)
         self._checked: LedgerView | None = None
         self._plans: dict[str, tuple[Plan, Constants]] = {}
@@ -349,7 +349,12 @@ class Participant:
         }
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, site_file: Path) -> torch.device:
+    there = torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+        return torch.device("cuda" if there else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not there or (device.index or 0) >= torch.cuda.device_count()):
+        remedy = "Write `device: auto`, or mend driver and CUDA build of torch"
+        raise UsageError(f"there is no {name} on this machine", where=f"{site_file}:device", remedy=remedy)
+    return device

@@ -24,6 +24,7 @@ from typing import Any
 
 from gapweave.shared.card import install_card, refusal
 from gapweave.shared.files import write_atomically
+from gapweave.shared.service import own_environment
 
 log = logging.getLogger("gapweave")
 
@@ -157,7 +158,7 @@ def start_worker(address: str) -> None:
         address: of this SuperNode's own interface, on loopback.
     """
     command = [sys.executable, "-m", "gapweave.shared.tether", sys.executable, "-m", ITSELF, WORKER, address]
-    environment = {**os.environ, "GAPWEAVE_SUPERVISOR": str(os.getpid()), POLL: str(POLL_S)}
+    environment = {**own_environment(), "GAPWEAVE_SUPERVISOR": str(os.getpid()), POLL: str(POLL_S)}
     process = subprocess.Popen(command, env=environment)
 
     def watch() -> None:

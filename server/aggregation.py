@@ -14,7 +14,7 @@ from gapweave.server.aggregators import Accumulator, Sum, Update
 from gapweave.server.agreement import Agreement, against_the_others, agreements
 from gapweave.server.fednova import Normalisation, scaled
 from gapweave.server.history import History
-from gapweave.server.rules import protection, rule_of, start, written
+from gapweave.server.rules import protection, quorum_of, rule_of, start, written
 from gapweave.server.scaffold import Variates
 from gapweave.server.screening import norm, reason_to_reject, too_long, too_quiet
 from gapweave.shared.config.sharing import AnyRule
@@ -111,6 +111,7 @@ class GroupAggregation:
             rule = rule_of(self._study.aggregation, group, len(holders))
             lines[group] = {
                 "rule": written(rule),
+                "quorum": quorum_of(rule),
                 "protects": protection(rule, len(holders)),
                 "holders": holders,
                 "norms": dict(sorted(self._norms[group].items())),

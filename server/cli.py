@@ -11,7 +11,7 @@ import typer
 
 from gapweave.shared.commands import command_group
 
-server = command_group("Run the hub of a federation.")
+server = command_group("Run the hub of a federation.", "gapweave server init --host hub.example.org")
 
 HubOption = Annotated[
     Path | None, typer.Option("--dir", help="The hub's folder [default: $GAPWEAVE_HUB, or hub].", metavar="HUB")
@@ -125,7 +125,7 @@ def start(
     words = ["server", "start", "--foreground", "--dir", str(hub.folder), "--proxy" if proxy else "--no-proxy"]
     if not hub.service.start(words, partial(serves, hub), STARTING_S):
         raise Unreachable(
-            f"the hub does not serve after {STARTING_S:g} s",
+            "the hub does not begin to serve",
             where=str(hub.service.log_file("superlink")),
             remedy="Look at that log; `gapweave server stop` ends it",
         )

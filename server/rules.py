@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import count
 from typing import Any
 
 from gapweave.server.aggregators import (
@@ -63,6 +65,20 @@ def protection(rule: AnyRule, sites: int) -> str:
     if "breakdown" not in promises(rule) or sites < 3:
         return "none"
     return "weak: survives one bad site at some loss" if sites < 5 else f"{bad_sites(sites, rule)} bad of {sites}"
+
+
+@cache
+def quorum_of(rule: AnyRule) -> int:
+    """The fewest holders among whom a rule is safe."""
+    return next(sites for sites in count(1) if _is_safe(rule, sites))
+
+
+def _is_safe(rule: AnyRule, sites: int) -> bool:
+    try:
+        start(rule_for(rule, sites), "", sites)
+    except TooFewSites:
+        return False
+    return True
 
 
 def resolve(rule: AnyRule) -> tuple[Stage, ...]:

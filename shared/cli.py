@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from typing import Any
 
 import typer
@@ -146,15 +147,17 @@ def _run(arguments: list[str], debug: bool) -> int:
         return result if isinstance(result, int) else 0
     except GapweaveError as error:
         if debug:
-            raise
+            traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         return INTERRUPTED
     except OSError as error:
-        if debug or not error.filename:
+        if not error.filename:
             raise
+        if debug:
+            traceback.print_exc()
         typer.echo(f"error: {error.filename}: {error.strerror}. Check the path and its permissions", err=True)
         return 2
     except Exception as error:

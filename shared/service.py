@@ -45,6 +45,12 @@ FLOWER = {
 """Flower's own processes phone nobody and install nothing."""
 
 
+def own_environment() -> dict[str, str]:
+    """Variables of Flower's processes, which find each other by name: beside this Python, also when PATH lacks it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **FLOWER, "PATH": path}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Child:
     """One process of a service.
@@ -242,7 +248,7 @@ class _Supervisor:
         """Run a process to its end, with its lines in the log."""
         process = subprocess.Popen(
             [sys.executable, "-m", "gapweave.shared.tether", *child.command],
-            env={**os.environ, **FLOWER, **child.environment, "GAPWEAVE_SUPERVISOR": str(os.getpid())},
+            env={**own_environment(), **child.environment, "GAPWEAVE_SUPERVISOR": str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

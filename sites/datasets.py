@@ -127,7 +127,7 @@ def status(entry: DataSet, folder: Path) -> str:
     return "verified"
 
 
-app = command_group("The data sets of the example studies.")
+app = command_group("The data sets of the example studies.", "gapweave data list")
 
 _Data = Annotated[
     Path | None,

@@ -10,7 +10,9 @@ import typer
 
 from gapweave.shared.commands import command_group
 
-app = command_group("Write or check a study file; list what is public of variables and scores.")
+app = command_group(
+    "Write or check a study file; list what is public of variables and scores.", "gapweave study check study.yaml"
+)
 
 TEMPLATE = """# What all sites agree on. Every key: docs/reference.md
 version: 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from commandline import LABEL, OPEN, QUICK, done, edit, gapweave, hospitals, records, site_file
+from commandline import LABEL, OPEN, QUICK, _call, done, edit, gapweave, hospitals, records, site_file
 
 SECRET = "zq77x"
 """Part of every planted value: no message may hold it."""
@@ -143,6 +143,7 @@ BAD: dict[str, tuple[Change, int, tuple[str, ...]]] = {
     "unknown encoder": (
         in_study(modalities={"labs": {"encoder": "magic"}}), 2, ("modalities.labs.encoder", "Installed:"),
     ),
+    "a device that is not there": (in_site(device="cuda:93"), 2, ("there is no cuda:93", "alder.yaml:device")),
     "two sites of one name": (twins, 2, ("two sites are called 'alder'", "birch.yaml")),
     "no site files": (no_sites, 2, ("no site files", "gapweave site init")),
     "label not mapped": (in_study(task={"label": "death"}), 2, ("'death'", "alder.yaml")),
@@ -252,11 +253,11 @@ def test_problems_at_several_sites_are_counted(study: Path, tmp_path: Path) -> N
 
 
 def test_a_traceback_only_with_debug(original: Path, tmp_path: Path) -> None:
-    from gapweave.shared.errors import UsageError
-
-    with pytest.raises(UsageError):
-        done("simulate", tmp_path / "nothing.yaml")
-    assert "Traceback" not in gapweave("simulate", tmp_path / "nothing.yaml").err
+    """And the same code: it was 1, as if the error were ours."""
+    plain, debug = (_call(("simulate", tmp_path / "nothing.yaml"), debug=wanted) for wanted in (False, True))
+    assert plain.code == debug.code == 2
+    assert "Traceback" not in plain.err
+    assert "Traceback" in debug.err
 
 
 def test_absurd_values_are_counted_and_survived(study: Path, tmp_path: Path) -> None:

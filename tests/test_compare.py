@@ -266,6 +266,18 @@ def test_a_refused_cell_does_not_stop_the_others(study_file, tmp_path, monkeypat
     assert "method=late seed 0: all sites refused" in (out / "summary.md").read_text()
 
 
+def test_a_site_that_is_left_out_stands_in_the_summary_with_the_reason(study_file, tmp_path):
+    """Its rows were missing, and a line on the terminal alone had said why."""
+    folder = shutil.copytree(study_file.parent, tmp_path / "hospitals")
+    file = sorted((folder / "sites").glob("*.yaml"))[0]
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "policy": {"min_patients": 10_000}}))
+    out = tmp_path / "out"
+    assert run(folder / study_file.name, out, "--seeds", "0,1") == 0
+    text = (out / "summary.md").read_text()
+    assert f"- {file.stem}: left out of 2 of 2 simulations: refused, " in text
+    assert file.stem not in {row["site"] for row in rows_in(out)}
+
+
 # Refusals before any work
 
 

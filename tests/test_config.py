@@ -178,7 +178,6 @@ def test_a_wrong_value_of_a_study_names_key_and_bound(change: Change, words: lis
         (put("policy.releases", ["update", "weights"]), ["policy.releases", "found 'weights'"]),
         (put("policy.unnoised", "maybe"), ["policy.unnoised", "found 'maybe'"]),
         (put("policy.min_patients", 0), ["policy.min_patients"]),
-        (put("data.labs.columns.sodium", {"column": "na", "unit": "g/L", "factor": 2}), ["unit or a factor, not both"]),
         (
             put("data.labs.columns.sodium", {"column": "na", "factor": 0}),
             ["columns.sodium.factor", "every value the same"],

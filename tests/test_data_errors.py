@@ -139,6 +139,11 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         DataError,
         "has the file a header line?",
     ),
+    "no header, a value that is a name": (
+        raw("records.csv", f"id-a,{SECRET},y,hypertension\nid-b,{SECRET},n,asthma\nid-c,{SECRET},y,asthma\n".encode()),
+        DataError,
+        "has the file a header line?",
+    ),
     "label twice": (raw("records.csv", b"id,patient,y,y\n1,2,1,0\n"), DataError, "the column 'y' occurs twice"),
     "value three times": (raw("labs.csv", b"id,na,na,text,na\n1,2,1,0,7\n"), DataError, "'na' occurs 3 times"),
     "too many cells": (
@@ -293,6 +298,11 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         records(image=["", f"{SECRET}.png", *[""] * 6]),
         DataError,
         "1 of 1 images are missing from the folder",
+    ),
+    "an image's name that no file can have": (
+        records(image=["", f"{SECRET * 60}.png", *[""] * 6]),
+        DataError,
+        "1 of 1 images are missing from the folder, or may not be read",
     ),
     "cut image": (truncate(f"images/{SECRET}-3.png", 500), DataError, "(the first: data row 4)"),
     "no picture": (

@@ -285,3 +285,15 @@ def test_status_of_a_ledger_that_gives_no_guarantee(place: Place) -> None:
     with ledger(place) as opened:
         opened.charge("run", "0" * 64, "1" * 64, PrivacyEvent(kind="unnoised", noise_multiplier=0.0, released="a test"))
     assert "no guarantee of 50, intact:" in run("site", "status", place.hospital.site_file, code=5).out
+
+
+def test_a_smaller_delta_than_the_ledgers_is_told(tmp_path: Path) -> None:
+    """It was taken from the site file once, and what the file says later changed nothing, silently."""
+    hospital = Hospital(tmp_path)
+    with Ledger(tmp_path / "state", hospital.site):
+        pass
+    assert "delta" not in {one.id for one in doctor.check_budget(STUDY, hospital.site, tmp_path / "state", 100)}
+    hospital.update("policy", delta=1e-8)
+    found = {one.id: one for one in doctor.check_budget(STUDY, hospital.site, tmp_path / "state", 100)}
+    assert found["delta"].status == "warning"
+    assert "delta is 1e-05 since the ledger was opened" in found["delta"].message

@@ -107,16 +107,19 @@ def test_the_ledger_file_itself_is_a_path_too(state, capsys):
     assert gapweave(capsys, "privacy", "verify", state / LEDGER_FILE)[0] == 0
 
 
+@pytest.mark.parametrize("command", ["verify", "report"])
 @pytest.mark.parametrize("as_json", [False, True])
-def test_an_edited_entry_is_named_and_refused(state, capsys, as_json):
+def test_an_edited_entry_is_named_and_refused(state, capsys, as_json, command):
     """Somebody halves what a round cost."""
     body = json.loads(_body(state, 6))
     body["event"]["steps"] = 2
     edit(state, "UPDATE entries SET body = ? WHERE sequence = 6", json.dumps(body, sort_keys=True))
-    code, out, _ = gapweave(capsys, "privacy", "verify", state, *(["--json"] if as_json else []))
+    code, out, err = gapweave(capsys, "privacy", command, state, *(["--json"] if as_json else []))
     assert code == 3
     if as_json:
         assert (json.loads(out)["intact"], json.loads(out)["broken_at"]) == (False, 6)
+    elif command == "report":
+        assert "breaks at entry 6" in err
     else:
         assert "breaks at entry 6" in out
         assert out.count("\n") == 1

@@ -130,4 +130,4 @@ def test_a_round_uses_the_parameters_and_logs_them(tmp_path: Path) -> None:
     run.run()
     assert moved(initial_groups(of), run.state.groups)["fusion"] == 3
     line = next(run.directory.rounds())["groups"]["fusion"]
-    assert (line["rule"], line["protects"]) == ("trimmed_mean (f=2)", "2 bad of 5")
+    assert (line["rule"], line["quorum"], line["protects"]) == ("trimmed_mean (f=2)", 5, "2 bad of 5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gapweave.shared.errors import GapweaveError, UsageError
-from gapweave.shared.service import Service
+from gapweave.shared.service import Service, own_environment
 
 HOLDER = """
 import sys
@@ -106,3 +107,10 @@ def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
     service = Service(tmp_path / "service", "the test")
     with pytest.raises(GapweaveError, match=r"ended at once: .*no site file"):
         service.start(["site", "start", str(tmp_path / "none.yaml"), "--foreground"], lambda: False, 20)
+
+
+def test_processes_find_what_is_installed_beside_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that was started by its full path looked for `flower-superexec` for a minute."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert shutil.which("flower-superexec") is None
+    assert shutil.which("flower-superexec", path=own_environment()["PATH"]) is not None

@@ -374,3 +374,19 @@ def test_timed_texts_are_joined_in_time(hospital: Hospital) -> None:
     hospital.write("notes.csv", {"id": ["r0", "r1"], "a": ["pain at rest", "x"]})
     hospital.add("note", file="notes.csv", columns=["a"])
     assert_same(hospital.load(study({"note": NOTE}), labels=False), timed)
+
+
+def test_a_unit_and_a_factor_may_stand_together_if_they_agree(hospital: Hospital) -> None:
+    """As in the site file of the design: the factor counts, and the unit says what it is from."""
+    hospital.labs(8, na=[140.0] * 8, glucose=[5.0] * 8, odd=[5.0] * 8)
+    of = study({"labs": {"kind": "table", "columns": {"glucose": {"card": "glucose"}}}})
+
+    def read(**column: Any) -> float:
+        hospital.add("labs", file="labs.csv", columns={"glucose": {"column": "glucose", **column}})
+        return float(hospital.load(of).batch.inputs["labs"][0, 0])
+
+    assert read(unit="mmol/L", factor=18.0) == pytest.approx(read(unit="mmol/L"), abs=0.01)
+    assert read(unit="mM of old", factor=18.0) == read(factor=18.0), "nobody knows that unit"
+    for wrong in ({"factor": 2.0}, {"factor": 18.0, "offset": 5.0}):
+        with pytest.raises(UsageError, match="is a factor of 18"):
+            read(unit="mmol/L", **wrong)

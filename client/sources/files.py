@@ -140,8 +140,14 @@ class Table:
         return replace(self, frame=self.frame[rows])
 
     def _headed(self) -> bool:
-        """Whether the names are names, so that showing them shows no patient's row."""
-        return self.named or _trusted(self.names, self.wanted)
+        """Whether the names are names, so that showing them shows no patient's row.
+
+        A first row may hold a word that is a column's name here; it then stands in the rows below it, too.
+        """
+        if self.named:
+            return True
+        texts = [name for name, type_ in self.frame.schema.items() if type_ == pl.String]
+        return _trusted(self.names, self.wanted) and not any((self.frame[name] == name).any() for name in texts)
 
     def _instead_of(self, name: str) -> str:
         """What to do about a column that is not there."""

@@ -58,8 +58,12 @@ def _decode(path: Path, spec: ImageModality, reading: Reading) -> NDArray[np.flo
     """
     from PIL import Image
 
-    if not path.is_file():
-        raise dicom.Unreadable("are missing from the folder", "Put these files")
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be entered; its message would tell the name
+        there = False
+    if not there:
+        raise dicom.Unreadable("are missing from the folder, or may not be read", "Put these files")
     try:
         if dicom.is_dicom(path):
             return features.encode(dicom.read(path), spec.size, spec.channels)

@@ -28,15 +28,19 @@ def to_study_unit(values: NDArray[np.float64], column: ValueColumn, card: Range,
 
     Args:
         values: any shape, in the local unit.
-        column: what the site file says of them: a factor, a unit, or neither (already the study's unit).
+        column: what the site file says of them: a factor, a unit, both if they agree, or neither (already the study's
+            unit).
         card: what the study says of them.
         where: key of the site file, for messages.
 
     Raises:
-        UsageError: for a unit that is unknown, or that does not measure the same quantity.
+        UsageError: for a unit that is unknown, or that does not measure the same quantity, or that another factor
+            brings to the study's.
     """
     factor, offset = 1.0 if column.factor is None else column.factor, column.offset
-    if column.unit is not None and column.unit != card.unit:
+    if column.unit is not None and column.factor is not None:
+        _agree(column.unit, column, card, where)
+    elif column.unit is not None and column.unit != card.unit:
         if card.unit is None:
             raise UsageError(
                 f"the unit {column.unit!r} cannot be converted: the study gives no unit for this variable",
@@ -47,6 +51,24 @@ def to_study_unit(values: NDArray[np.float64], column: ValueColumn, card: Range,
         # The site's own offset is in the study's unit: it is added last, as with a factor.
         factor, offset = scale, shift + column.offset
     return values * factor + offset
+
+
+def _agree(unit: str, column: ValueColumn, card: Range, where: str) -> None:
+    """Refuse a unit and a factor that say two things; a unit that cannot be converted leaves it to the factor."""
+    if card.unit is None:
+        return
+    try:
+        said = conversion(unit, card.unit, card.molar_mass, where)
+    except UsageError:
+        return
+    given = (column.factor or 0.0, column.offset)
+    if not np.allclose(given, said, rtol=0.02, atol=1e-6 * abs(said[0])):
+        raise UsageError(
+            f"{unit} to the study's {card.unit} is a factor of {said[0]:.6g} and an offset of {said[1]:.6g}, "
+            f"and the site file says {given[0]:g} and {given[1]:g}",
+            where=where,
+            remedy="Leave out the unit, or factor and offset",
+        )
 
 
 def likely_unit(values: NDArray[np.float64], card: Range) -> str | None:

@@ -12,7 +12,7 @@ UpdateAttack = Literal[
     "sign_flip", "times_100", "nan", "inf", "zero", "stale", "alie", "inner_product", "mimic", "min_max", "adaptive"
 ]
 LabelAttack = Literal["label_flip", "swap_labels"]
-Attack = Literal["none", "absent"] | UpdateAttack | LabelAttack
+Attack = Literal["none", "absent", UpdateAttack, LabelAttack]
 UPDATE_ATTACKS: tuple[str, ...] = get_args(UpdateAttack)
 """Attacks that change what a bad site sends."""
 LABEL_ATTACKS: tuple[str, ...] = get_args(LabelAttack)

@@ -105,6 +105,11 @@ class Site(StrictModel):
     policy: Policy = Field(default_factory=Policy, description="the hospital's own limits")
     server: ServerLink | None = Field(None, description="the hub that the site works for; null: none, simulations only")
 
+    @property
+    def delta(self) -> float:
+        """Delta of a ledger that is opened now: the policy's, and at most a tenth of a patient among all."""
+        return min(self.policy.delta, 0.1 / self.patients.upper)
+
     def held(self, study: Study) -> list[str]:
         """The study's modalities that the site has, in canonical order: a declared, public fact.
 

@@ -76,12 +76,6 @@ class ValueColumn(StrictModel):
             return {"column": category_code(data) if not isinstance(data, str) else data}
         return _with_text_codes(data)
 
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if self.unit is not None and self.factor is not None:
-            raise ValueError("give a unit or a factor, not both")
-        return self
-
 
 def _local_codes(key: Any) -> tuple[str, ...]:
     """The text forms of a local code; `true` without quotes is what a file may spell in capitals, or as 1."""

@@ -11,7 +11,10 @@ from click import FloatRange
 
 from gapweave.shared.commands import command_group
 
-app = command_group("Plan a study's privacy; report and verify what a site's ledger says was spent.")
+app = command_group(
+    "Plan a study's privacy; report and verify what a site's ledger says was spent.",
+    "gapweave privacy plan study.yaml --patients 400",
+)
 
 PathArgument = Annotated[
     Path, typer.Argument(metavar="PATH", help="A site's state folder (in a simulation RUN/sites/NAME), or its ledger.")
@@ -94,10 +97,13 @@ def report(
     from gapweave.shared.privacy.ledger import read_ledger
     from gapweave.shared.report.audit_result import read_audit
     from gapweave.shared.report.ledger_page import ledger_page
-    from gapweave.shared.report.ledger_report import ledger_facts
+    from gapweave.shared.report.ledger_report import ledger_facts, verified
     from gapweave.shared.report.ledger_text import ledger_lines
 
     view = read_ledger(path)
+    if as_json and not view.intact:
+        typer.echo(json.dumps(verified(view), indent=1))
+        raise typer.Exit(NOT_INTACT)
     facts = ledger_facts(view, None if audit is None else read_audit(audit, view.opening.get("site")))
     if as_json:
         typer.echo(json.dumps(facts.to_dict(), indent=1))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,6 +215,10 @@ def write_results(plan: Plan, out: Path, failures: list[Failure]) -> Result:
     _write_json(out, "results.json", rows)
     _write_csv(out / "results.csv", rows, list(plan.vary))
     notes = [f"{failure.unit}: {failure.error}" for failure in failures]
+    left_out = Counter(named for content in done for named in content.get("left_out", {}).items())
+    notes += [
+        f"{site}: left out of {number} of {len(done)} simulations: {why}" for (site, why), number in left_out.items()
+    ]
     text = markdown(plan, statistics, seconds=sum(content["seconds"] for content in done), failures=notes)
     write_atomically(out / "summary.md", text.encode())
     plot_auroc(statistics, plan.vary, out / "auroc.svg")

@@ -185,7 +185,11 @@ def run_unit(unit: Unit, setup: Setup, folder: Path, baselines: Baselines) -> No
     for bulky in (directory.sites, directory.checkpoint, directory.model):
         shutil.rmtree(bulky, ignore_errors=True)
     rows = rows_of(unit.study, scores, epsilon, unit.seed, unit.fold)
-    directory.write_json(ROWS, {"rows": rows, "epsilon": epsilon, "seconds": round(time.monotonic() - started, 3)})
+    left_out = {
+        name: f"{row['status']}, {row['reason']}" for name, row in summary["sites"].items() if row["status"] != "ok"
+    }
+    seconds = round(time.monotonic() - started, 3)
+    directory.write_json(ROWS, {"rows": rows, "epsilon": epsilon, "left_out": left_out, "seconds": seconds})
 
 
 def score_site(study: Study, site: VirtualSite, run: str, fitted: ByModel, baselines: Baselines) -> Scores:
