@@ -52,13 +52,15 @@ def check_site(study: Study | None, site: Site, site_file: Path, data_dir: Path 
     """
     check = _Check(site, Files(site_file=site_file, data_dir=data_dir, database=site.data.database))
     findings, state = check.run(study), site_file.parent / site.state
-    if site.server is None:
-        said = "no hub is named, as in a simulation: machine, budget and approval are not looked at"
-        return [*findings, Finding(id="server", status="ok", where=f"{site_file}:server", message=said)]
     from gapweave.client import doctor
+
+    findings += [doctor.check_device(site), *doctor.check_policy(site, site_file, state)]
+    if site.server is None:
+        said = "no hub is named, as in a simulation: disk, memory, budget and approval are not looked at"
+        return [*findings, Finding(id="server", status="ok", where=f"{site_file}:server", message=said)]
     from gapweave.client.service import Deployment
 
-    findings += doctor.check_machine(site, state)
+    findings += doctor.check_machine(state)
     if study is not None:
         findings += doctor.check_budget(study, site, state, check.training)
         findings.append(doctor.check_approval(study, site, site_file))
@@ -70,7 +72,7 @@ RAREST = 8
 
 AT_THE_HUB = frozenset({"connection", "name", "server", "tls", "clock", "version", "authentication"})
 OF_THE_SITE = frozenset({"key", "state", "device", "disk", "memory"})
-OF_THE_BUDGET = frozenset({"ledger", "budget", "plan"})
+OF_THE_BUDGET = frozenset({"ledger", "budget", "plan", "policy"})
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

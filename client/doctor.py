@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from gapweave.client.anchor import Anchor
 from gapweave.client.budget import Budget
 from gapweave.client.keys import check_key, public_file
 from gapweave.client.service import Deployment
@@ -36,8 +37,8 @@ SEEN_S = 30.0
 ANSWER_S = 10.0
 
 
-def check_machine(site: Site, state: Path) -> Iterator[Finding]:
-    """Disk, memory and device."""
+def check_machine(state: Path) -> Iterator[Finding]:
+    """Disk and memory."""
     place = next(folder for folder in (state, *state.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     yield _amount("disk", str(state), free, LEAST_DISK, FAIR_DISK, "free on the disk of the state folder", "Free some")
@@ -45,7 +46,6 @@ def check_machine(site: Site, state: Path) -> Iterator[Finding]:
         yield _finding("state", "problem", str(state), "others can enter the state folder", f"chmod 700 {state}")
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield _amount("memory", "this machine", memory, LEAST_MEMORY, FAIR_MEMORY, "of memory free", "End other programs")
-    yield _device(site)
 
 
 def _amount(check: str, where: str, amount: float, least: float, fair: float, what: str, remedy: str) -> Finding:
@@ -53,7 +53,8 @@ def _amount(check: str, where: str, amount: float, least: float, fair: float, wh
     return _finding(check, status, where, f"{amount / 1e9:.1f} GB {what}", "" if status == "ok" else remedy)
 
 
-def _device(site: Site) -> Finding:
+def check_device(site: Site) -> Finding:
+    """Whether the device that the site file names is there."""
     import torch
 
     asked, there = site.device, torch.cuda.is_available()
@@ -66,6 +67,18 @@ def _device(site: Site) -> Finding:
         return _finding("device", "problem", "site:device", f"there is no {asked}; {driver}", remedy)
     name = torch.cuda.get_device_name(number)
     return _finding("device", "ok", "site:device", f"trains on {name}, CUDA {torch.version.cuda}")
+
+
+def check_policy(site: Site, site_file: Path, state: Path) -> Iterator[Finding]:
+    """What a run would refuse whatever the study is."""
+    where = f"{site_file}:policy"
+    if "update" not in site.policy.releases:
+        yield _finding("policy", "problem", f"{where}.releases", "the site releases no model updates", "Add `update`")
+    if site.policy.anchor is not None:
+        try:
+            Anchor(site_file.parent / site.policy.anchor, state, site.name)
+        except UsageError as error:
+            yield _finding("policy", "problem", f"{where}.anchor", error.what, error.remedy)
 
 
 def check_budget(study: Study, site: Site, state: Path, patients: int | None) -> Iterator[Finding]:

@@ -297,3 +297,21 @@ def test_a_smaller_delta_than_the_ledgers_is_told(tmp_path: Path) -> None:
     found = {one.id: one for one in doctor.check_budget(STUDY, hospital.site, tmp_path / "state", 100)}
     assert found["delta"].status == "warning"
     assert "delta is 1e-05 since the ledger was opened" in found["delta"].message
+
+
+def test_what_a_run_would_refuse_is_told_before_also_without_a_hub(tmp_path: Path) -> None:
+    hospital = Hospital(tmp_path)
+    hospital.records(40)
+    hospital.labs(40)
+    good = check_site(STUDY, hospital.site, hospital.site_file)
+    assert exit_code(good) == 0
+    hospital.update("policy", releases=["counts"], anchor="nowhere/head.json")
+    found = {one.where.rpartition(":")[2]: one for one in check_site(STUDY, hospital.site, hospital.site_file)}
+    assert found["policy.releases"].message == "the site releases no model updates"
+    assert found["policy.anchor"].message == "the anchor's folder does not exist"
+    assert exit_code(found.values()) == 3
+    hospital.update("policy", releases=["update"], anchor=None)
+    hospital.content["device"] = "cuda:93"
+    (device,) = (one for one in check_site(STUDY, hospital.site, hospital.site_file) if one.id == "device")
+    assert device.status == "problem"
+    assert "there is no cuda:93" in device.message

@@ -80,6 +80,7 @@ def test_modalities_are_checked_though_the_records_cannot_be_read(hospital: Hosp
         ("records", "problem"),
         ("modality", "ok"),
         ("modality", "problem"),
+        ("device", "ok"),
         ("server", "ok"),
     ]
 
