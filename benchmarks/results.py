@@ -177,15 +177,10 @@ def _standing(entry: Judged) -> tuple[int, float]:
 def margin(draws: Draws, ours: Judged, other: Judged) -> tuple[float, tuple[float, float]]:
     """Difference of mean AUROC and its 95 % interval.
 
-    Of all splits of each: a demo under noise has three, of which its other panels have one.
+    A demo under noise has three splits, of which its other panels have one.
     """
-    import numpy as np
-
-    from gapweave.shared.paired import interval
-
-    first, second = draws.sites(ours.cell, ours.model), draws.sites(other.cell, other.model)
-    found = interval(np.mean([first[site] - second[site] for site in first if site in second], 0))
-    return ours.mean - other.mean, found or (float("nan"), float("nan"))
+    interval = draws.difference(ours.cell, ours.model, other.cell, other.model, all_seeds=True)
+    return ours.mean - other.mean, interval or (float("nan"), float("nan"))
 
 
 def sites_apart(draws: Draws, ours: Judged, other: Judged) -> tuple[int, int, int]:

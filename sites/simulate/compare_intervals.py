@@ -8,6 +8,7 @@ draw too, alike for all models and sites.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from statistics import fmean
 
 import numpy as np
@@ -74,41 +75,62 @@ class Draws:
     def sites(self, cell: Cell, model: str) -> dict[str, Array]:
         """By site, [1 + draws]: AUROC, mean over seeds; first of patients and seeds as they are, then resampled."""
         by_site = self._found.get((json.dumps(cell), model), {})
-        return {site: _over_seeds(np.stack([of[seed] for seed in sorted(of)])) for site, of in by_site.items()}
+        return {site: _drawn([np.stack([of[seed] for seed in sorted(of)])]) for site, of in by_site.items()}
 
     def aurocs(self, cell: Cell, model: str) -> dict[tuple[str, int], float]:
         """By judged site and seed: AUROC of the patients as they are."""
         by_site = self._found.get((json.dumps(cell), model), {})
         return {(site, seed): float(values[0]) for site, of in by_site.items() for seed, values in of.items()}
 
-    def difference(self, cell: Cell, model: str, other_cell: Cell, other_model: str) -> Interval:
-        """The interval of the first model's mean AUROC minus the second's, of the sites and seeds that both have."""
-        first, second = (
-            self._found.get((json.dumps(of), name), {}) for of, name in ((cell, model), (other_cell, other_model))
-        )
-        differences = [
-            np.stack([first[site][seed] - second[site][seed] for seed in sorted(seeds)])
-            for site in first
-            if (seeds := first[site].keys() & second.get(site, {}).keys())
+    def difference(
+        self, cell: Cell, model: str, other_cell: Cell, other_model: str, *, all_seeds: bool = False
+    ) -> Interval:
+        """The interval of the first model's mean AUROC minus the second's, of the sites that both were judged at.
+
+        Args:
+            cell: of the first model.
+            model: its name.
+            other_cell: of the second.
+            other_model: its name.
+            all_seeds: where they have not the same seeds, take all of each, unpaired, in place of those of both.
+        """
+        first, second = self._by_seed(cell, model, other_cell, other_model)
+        common = sorted(first.keys() & second.keys())
+        if all_seeds and first.keys() != second.keys():
+            return interval(_drawn([np.stack([*first.values()]), -np.stack([*second.values()])]))
+        return interval(_drawn([np.stack([first[seed] - second[seed] for seed in common])])) if common else None
+
+    def _by_seed(self, cell: Cell, model: str, other_cell: Cell, other_model: str) -> list[dict[int, Array]]:
+        """Of two models, by seed, [1 + draws]: AUROC, mean over the sites that both were judged at."""
+        found = [self._found.get((json.dumps(of), name), {}) for of, name in ((cell, model), (other_cell, other_model))]
+        sites = [site for site in found[0] if site in found[1]]
+        seeds = [dict.fromkeys(seed for site in sites for seed in sorted(of[site])) for of in found]
+        return [
+            {seed: np.mean([of[site][seed] for site in sites if seed in of[site]], 0) for seed in mine}
+            for of, mine in zip(found, seeds, strict=True)
         ]
-        return interval(np.mean([_over_seeds(of) for of in differences], 0)) if differences else None
 
 
-def _over_seeds(aurocs: Array) -> Array:
-    """Mean over seeds; each draw is off by what seeds may make it.
+def _drawn(parts: Sequence[Array]) -> Array:
+    """[1 + draws]: the sum of means over seeds, first as found, then as patients and seeds may change it.
 
-    A draw's seeds are weighed by normal numbers, the same for all models and sites, so that they move its mean as far
-    as its standard error says, times what makes a normal number one of Student's t: of three splits the spread is
-    hardly known, and drawing from them with replacement gave intervals that hold the truth in 75 % where splits are
-    all that varies. From one seed nothing can be told.
+    Seeds are few, and what their mean may be off by is hardly known: drawing three of them again gave intervals that
+    hold the truth in 75 % where seeds are all that varies. So each draw is off by a normal number of their standard
+    error, and all are stretched as Student's t asks for with the degrees of freedom that patients and seeds have
+    together (Welch 1947, Biometrika 34; Satterthwaite 1946). From one seed nothing can be told.
 
     Args:
-        aurocs: [seeds, 1 + draws], of one model or a difference.
+        parts: [seeds, 1 + draws] each, of seeds of their own.
     """
-    seeds = len(aurocs)
-    means: Array = np.mean(aurocs, 0)
-    if seeds > 1:
-        random = np.random.default_rng(SEED)
-        normal, squares = random.normal(size=(seeds, DRAWS)), random.chisquare(seeds - 1, DRAWS)
-        means[1:] += (normal * (aurocs - means)[:, 1:]).sum(0) / np.sqrt(seeds * squares)
-    return means
+    values: Array = np.sum([np.mean(part, 0) for part in parts], 0)
+    several = [part[:, 0] for part in parts if len(part) > 1]
+    errors = np.array([np.var(part, ddof=1) / len(part) for part in several])
+    if not errors.any():
+        return values
+    from scipy.stats import norm, t
+
+    total = np.var(values[1:]) + errors.sum()
+    freedom = total**2 / sum(error**2 / (len(part) - 1) for error, part in zip(errors, several, strict=True))
+    noise = np.random.default_rng(SEED).normal(0, np.sqrt(errors.sum()), DRAWS)
+    values[1:] = values[0] + (values[1:] - values[0] + noise) * (t.ppf(0.975, freedom) / norm.ppf(0.975))
+    return values
