@@ -115,7 +115,7 @@ def test_intervals_over_three_seeds_hold_what_they_say(patients, splits):
     for _ in range(600):
         found = patients * random.normal() + splits * random.normal(size=(3, 1)) + np.zeros((3, 1001))
         found[:, 1:] += patients * random.normal(size=1000)
-        low, high = interval(_drawn([found]))
+        low, high = interval(_drawn([{"north": dict(enumerate(found))}]))
         hits += low <= 0 <= high
     assert 546 <= hits <= 588
 
@@ -156,3 +156,29 @@ def test_of_other_seeds_all_count_where_asked():
     low, high = draws.difference({"epsilon": 1}, "good", {"epsilon": 2}, "good", all_seeds=True)
     means = [np.mean(list(draws.aurocs({"epsilon": number}, "good").values())) for number in (1, 2)]
     assert low < means[0] - means[1] < high
+
+
+def test_sites_with_one_seed_each_have_no_seeds_to_vary():
+    """Worlds of a demo: what differs between them are patients, not splits."""
+    draws = Draws("binary")
+    for seed, site in ((1, "north"), (2, "south")):
+        draws.add(CELL, seed, {site: scores_of(seed, good=2.0, fair=0.5 + seed)})
+    expected = np.mean(
+        [draws.sites(CELL, "good")[site] - draws.sites(CELL, "fair")[site] for site in ("north", "south")], 0
+    )
+    assert draws.difference(CELL, "good", CELL, "fair") == pytest.approx(interval(expected))
+
+
+def test_a_resample_in_which_a_site_has_no_pair_spoils_nothing():
+    """Eight patients of a class in five folds: here and there a draw has no fold with both."""
+    draws = Draws("binary")
+    for seed in (1, 2):
+        few = scores_of(seed, 40, good=2.0)
+        few.target[np.flatnonzero(few.target[:, 0])[8:]] = 0
+        fold = np.arange(40) % 40 // 2
+        few = Scores(
+            record=few.record, patient=few.patient, target=few.target, known=few.known, models=few.models, fold=fold
+        )
+        draws.add(CELL, seed, {"few": few, "north": scores_of(seed, good=2.0)})
+    assert np.isnan(draws.sites(CELL, "good")["few"]).any()
+    assert np.isfinite(draws.difference(CELL, "good", CELL, "good")).all()

@@ -8,7 +8,7 @@ draw too, alike for all models and sites.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -75,7 +75,7 @@ class Draws:
     def sites(self, cell: Cell, model: str) -> dict[str, Array]:
         """By site, [1 + draws]: AUROC, mean over seeds; first of patients and seeds as they are, then resampled."""
         by_site = self._found.get((json.dumps(cell), model), {})
-        return {site: _drawn([np.stack([of[seed] for seed in sorted(of)])]) for site, of in by_site.items()}
+        return {site: _drawn([{site: of}]) for site, of in by_site.items()}
 
     def aurocs(self, cell: Cell, model: str) -> dict[tuple[str, int], float]:
         """By judged site and seed: AUROC of the patients as they are."""
@@ -94,43 +94,52 @@ class Draws:
             other_model: its name.
             all_seeds: where they have not the same seeds, take all of each, unpaired, in place of those of both.
         """
-        first, second = self._by_seed(cell, model, other_cell, other_model)
-        common = sorted(first.keys() & second.keys())
-        if all_seeds and first.keys() != second.keys():
-            return interval(_drawn([np.stack([*first.values()]), -np.stack([*second.values()])]))
-        return interval(_drawn([np.stack([first[seed] - second[seed] for seed in common])])) if common else None
-
-    def _by_seed(self, cell: Cell, model: str, other_cell: Cell, other_model: str) -> list[dict[int, Array]]:
-        """Of two models, by seed, [1 + draws]: AUROC, mean over the sites that both were judged at."""
-        found = [self._found.get((json.dumps(of), name), {}) for of, name in ((cell, model), (other_cell, other_model))]
-        sites = [site for site in found[0] if site in found[1]]
-        seeds = [dict.fromkeys(seed for site in sites for seed in sorted(of[site])) for of in found]
-        return [
-            {seed: np.mean([of[site][seed] for site in sites if seed in of[site]], 0) for seed in mine}
-            for of, mine in zip(found, seeds, strict=True)
-        ]
+        first, second = (
+            self._found.get((json.dumps(of), name), {}) for of, name in ((cell, model), (other_cell, other_model))
+        )
+        sites = [site for site in first if site in second]
+        if all_seeds and any(first[site].keys() != second[site].keys() for site in sites):
+            other = {site: {seed: -values for seed, values in second[site].items()} for site in sites}
+            return interval(_drawn([{site: first[site] for site in sites}, other]))
+        paired = {
+            site: {seed: first[site][seed] - second[site][seed] for seed in sorted(seeds)}
+            for site in sites
+            if (seeds := first[site].keys() & second[site].keys())
+        }
+        return interval(_drawn([paired])) if paired else None
 
 
-def _drawn(parts: Sequence[Array]) -> Array:
-    """[1 + draws]: the sum of means over seeds, first as found, then as patients and seeds may change it.
+def _drawn(parts: Sequence[Mapping[str, Mapping[int, Array]]]) -> Array:
+    """[1 + draws]: the sum of means over sites and seeds, first as found, then as patients and seeds may change it.
 
     Seeds are few, and what their mean may be off by is hardly known: drawing three of them again gave intervals that
     hold the truth in 75 % where seeds are all that varies. So each draw is off by a normal number of their standard
     error, and all are stretched as Student's t asks for with the degrees of freedom that patients and seeds have
-    together (Welch 1947, Biometrika 34; Satterthwaite 1946). From one seed nothing can be told.
+    together (Welch 1947, Biometrika 34; Satterthwaite 1946). What a seed does at several sites is one thing. From one
+    seed nothing can be told.
 
     Args:
-        parts: [seeds, 1 + draws] each, of seeds of their own.
+        parts: by site and seed, [1 + draws] each; of seeds of their own.
     """
-    values: Array = np.sum([np.mean(part, 0) for part in parts], 0)
-    several = [part[:, 0] for part in parts if len(part) > 1]
-    errors = np.array([np.var(part, ddof=1) / len(part) for part in several])
-    if not errors.any():
+    values: Array = np.sum([np.mean([np.mean([*of.values()], 0) for of in part.values()], 0) for part in parts], 0)
+    errors = [error for part in parts if (error := _of_seeds(part))[0] > 0]
+    if not errors:
         return values
     from scipy.stats import norm, t
 
-    total = np.var(values[1:]) + errors.sum()
-    freedom = total**2 / sum(error**2 / (len(part) - 1) for error, part in zip(errors, several, strict=True))
-    noise = np.random.default_rng(SEED).normal(0, np.sqrt(errors.sum()), DRAWS)
+    seeds = sum(error for error, _ in errors)
+    freedom = (np.nanvar(values[1:]) + seeds) ** 2 / sum(error**2 / degrees for error, degrees in errors)
+    noise = np.random.default_rng(SEED).normal(0, np.sqrt(seeds), DRAWS)
     values[1:] = values[0] + (values[1:] - values[0] + noise) * (t.ppf(0.975, freedom) / norm.ppf(0.975))
     return values
+
+
+def _of_seeds(part: Mapping[str, Mapping[int, Array]]) -> tuple[float, int]:
+    """Variance of a mean over sites and seeds that the seeds make, each alike at all sites; its degrees of freedom."""
+    off: dict[int, float] = {}
+    for of in part.values():
+        mean = fmean(float(values[0]) for values in of.values())
+        for seed, values in of.items():
+            off[seed] = off.get(seed, 0.0) + (float(values[0]) - mean) / (len(of) * len(part))
+    degrees = len(off) - 1
+    return (sum(value**2 for value in off.values()) * len(off) / degrees if degrees else 0.0), degrees
