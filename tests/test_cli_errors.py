@@ -124,6 +124,9 @@ BAD: dict[str, tuple[Change, int, tuple[str, ...]]] = {
     "no modality in the study": (
         in_study(modalities=dict.fromkeys(("labs", "note", "scan", "vitals"))), 2, ("modalities", "at least 1"),
     ),
+    "a modality of a name that site files have": (
+        in_study(modalities={"records": {"kind": "text"}}), 2, ("modalities", "no modality can be called 'records'"),
+    ),
     "unknown fusion": (in_study(model={"fusion": "lat"}), 2, ("model.fusion", "did you mean 'late'")),
     "unknown imputer": (in_study(model={"imputer": "magic"}), 2, ("model.imputer", "Installed:")),
     "unknown scheme": (in_study(scheme={"name": "magic"}), 2, ("scheme.name", "Installed:")),

@@ -411,6 +411,14 @@ def test_classes_and_subgroups_have_rows_of_their_own(tmp_path):
     assert "By class" not in page_of(tmp_path / "one", summary_of(two_sites())), "binary, no subgroup: nothing to add"
 
 
+def test_missing_patterns_have_rows_of_their_own(tmp_path):
+    patterns = {"labs+note": {"records": 61, **metrics(0.75)}, "others": {"records": 7, **metrics(0.5)}}
+    page = page_of(tmp_path, summary_of({"a": site(subgroups={}, patterns=patterns)}))
+    part = page[page.index("<summary>By missing pattern") :]
+    assert "records with labs+note" in part
+    assert "records with others" in part
+
+
 def test_no_guarantee_is_said_at_the_top(tmp_path):
     unnoised = {
         **PRIVACY,

@@ -106,12 +106,12 @@ def expand(key: str, value: Any) -> dict[str, Any]:
     if key in PRESETS:
         if not isinstance(value, str) or value not in PRESETS[key]:
             remedy = f"Known: {', '.join(PRESETS[key])}"
-            raise UsageError(f"no {key} is called {value!r}", where="--set", remedy=remedy)
+            raise UsageError(f"no {key} is called {value!r}", where="--set, --vary", remedy=remedy)
         return PRESETS[key][value]
     path = ALIASES.get(key, key)
     known = [*ALIASES, *PRESETS, *Study.model_fields]
     if path.split(".")[0] not in known:
-        raise UsageError(unknown_key(key, known), where="--set", remedy="See docs/reference.md")
+        raise UsageError(unknown_key(key, known), where="--set, --vary", remedy="See docs/reference.md")
     return {path: value}
 
 

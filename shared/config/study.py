@@ -19,6 +19,9 @@ from gapweave.shared.config.simulation import Simulation
 from gapweave.shared.config.training import Training
 from gapweave.shared.errors import UsageError
 
+RESERVED = ("database", "modalities", "records")
+"""Keys of a site file's `data` beside its modalities."""
+
 TaskKind = Literal["binary", "multiclass", "multilabel"]
 
 
@@ -227,6 +230,14 @@ class Study(StrictModel):
             except ValueError as error:
                 raise ValueError(f"modalities.{name}.expression: {error}") from None
         return self
+
+    @field_validator("modalities")
+    @classmethod
+    def _named(cls, modalities: dict[str, ModalitySpec]) -> dict[str, ModalitySpec]:
+        for name in RESERVED:
+            if name in modalities:
+                raise ValueError(f"no modality can be called {name!r}: site files have that key for something else")
+        return modalities
 
     @cached_property
     def scores(self) -> tuple[str, ...]:

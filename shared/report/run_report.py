@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gapweave.shared.config.study import Study
+from gapweave.shared.config.study import Study, TaskKind
 from gapweave.shared.files import write_atomically
 from gapweave.shared.report import events, plots, scores
 from gapweave.shared.report.guarantee import guarantee_sentence, meaning, site_budgets, worst_epsilon
@@ -41,7 +41,7 @@ def write_report(directory: RunDirectory) -> None:
         exact=summary.get("metrics_are") == EXACT,
         **_results(summary, study, found),
         **_figures(found, list(summary["sites"]), rounds, curve),
-        parts=_parts(summary),
+        parts=_parts(summary, study.task.kind),
         released=_released(summary),
         joining=joining_sections(summary["sites"]),
         **JOINING_WORDS,
@@ -66,16 +66,18 @@ def _released(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {site: row["released"] for site, row in summary["sites"].items() if row.get("released")}
 
 
-def _parts(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores by class, label and subgroup: rows of site, part, metrics; nothing where there is one part in all."""
-    rows, grouped = [], False
+def _parts(summary: Mapping[str, Any], kind: TaskKind) -> dict[str, Any]:
+    """Scores by class, label, subgroup and missing pattern: rows of site, part, metrics; nothing of one part in all."""
+    rows, named = [], {"multiclass": ["class"], "multilabel": ["label"]}.get(kind, [])
     for site, row in summary["sites"].items():
         outputs = row.get("outputs") or {}
         rows += [(site, name, metrics) for name, metrics in outputs.items() if len(outputs) > 1]
         for subgroup, codes in (row.get("subgroups") or {}).items():
-            grouped = True
             rows += [(site, f"{subgroup}: {code}", metrics) for code, metrics in codes.items()]
-    return {"rows": rows, "subgroups": grouped} if rows else {}
+        rows += [(site, f"records with {name}", metrics) for name, metrics in (row.get("patterns") or {}).items()]
+    for key, name in (("subgroups", "subgroup"), ("patterns", "missing pattern")):
+        named += [name] * any(row.get(key) for row in summary["sites"].values())
+    return {"rows": rows, "named": " and ".join(named)} if rows else {}
 
 
 def _results(summary: Mapping[str, Any], study: Study, found: Mapping[str, scores.Model]) -> dict[str, Any]:

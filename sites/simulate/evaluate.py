@@ -6,16 +6,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gapweave.client.data import Cohort
 from gapweave.client.predict import Predictions, predict
 from gapweave.shared.config import Study
 from gapweave.shared.metrics import Metrics, exact_metrics, metrics_by_output
 from gapweave.shared.model import MultimodalModel
+from gapweave.shared.paired import Truth
 from gapweave.shared.schema import Batch
 
-PARTS = ("metrics", "outputs", "subgroups")
+PARTS = ("metrics", "outputs", "subgroups", "patterns")
 """Keys of what `evaluate_parts` gives."""
+FEWEST, FEWEST_EVENTS = 50, 10
+"""Patients, and patients of the rarer class, below which a missing pattern is counted among the others."""
+OTHERS = "others"
 
 
 def evaluate(model: MultimodalModel, cohort: Cohort, study: Study) -> Metrics:
@@ -30,7 +35,8 @@ def evaluate_parts(model: MultimodalModel, cohort: Cohort, study: Study) -> dict
 
     Returns:
         `metrics`; `outputs`: by class or label, with the numbers of records and positives; `subgroups`: by subgroup and
-        its code, with the number of records. Records of unknown code are left out of these.
+        its code, with the number of records. Records of unknown code are left out of these. `patterns`: by the
+        modalities that a record has, likewise, rare patterns together; empty where all have the same.
     """
     test = cohort.testing()
     scores = predict(model, test, study, cohort.training().prevalence()).probabilities
@@ -44,11 +50,28 @@ def evaluate_parts(model: MultimodalModel, cohort: Cohort, study: Study) -> dict
             rows = of_record == code
             found = exact_metrics(scores[rows], target[rows], known[rows], kind)
             subgroups[name][str(code)] = {"records": float(rows.sum()), **found}
+    patterns = {
+        name: {"records": float(rows.sum()), **exact_metrics(scores[rows], target[rows], known[rows], kind)}
+        for name, rows in _patterns(test, study).items()
+    }
     return {
         "metrics": exact_metrics(scores, target, known, kind),
         "outputs": dict(zip(names, metrics_by_output(scores, target, known, kind), strict=True)),
         "subgroups": subgroups,
+        "patterns": patterns if len(patterns) > 1 else {},
     }
+
+
+def _patterns(test: Batch, study: Study) -> dict[str, NDArray[np.bool_]]:
+    """By missing pattern, which records have it; patterns of few patients or events are joined."""
+    present, found = test.present.numpy(), dict[str, NDArray[np.bool_]]()
+    for pattern in np.unique(present, axis=0):
+        rows = (present == pattern).all(axis=1)
+        of = test.rows(torch.from_numpy(np.flatnonzero(rows)))
+        enough = len(of.patient.unique()) >= FEWEST and Truth.of(of, study.task.kind).rarer() >= FEWEST_EVENTS
+        name = "+".join(name for name, there in zip(study.order, pattern, strict=True) if there) if enough else OTHERS
+        found[name] = found.get(name, np.zeros(len(test), np.bool_)) | rows
+    return found
 
 
 def metrics_of(predictions: Predictions, test: Batch, study: Study) -> Metrics:
