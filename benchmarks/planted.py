@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from populations import TINY, USELESS
@@ -38,9 +37,8 @@ def planted(models: list[Judged], draws: Draws | None, told: Callable[[], list[s
 
 def _lost(draws: Draws, alone: Judged, beside: Judged) -> str:
     """What the six have less of a model beside the others; only they are in both."""
-    first, second = draws.sites(alone.cell, alone.model), draws.sites(beside.cell, beside.model)
-    mean = fmean(float(first[site][0] - second[site][0]) for site in first)
-    low, high = draws.difference(alone.cell, alone.model, beside.cell, beside.model) or (0.0, 0.0)
+    found = draws.difference(alone.cell, alone.model, beside.cell, beside.model)
+    mean, (low, high) = (0.0, (0.0, 0.0)) if found is None else (found.mean, found.interval or (0.0, 0.0))
     return f"{mean:+.3f} AUROC ({low:+.3f} to {high:+.3f})"
 
 

@@ -179,19 +179,16 @@ def margin(draws: Draws, ours: Judged, other: Judged) -> tuple[float, tuple[floa
 
     A demo under noise has three splits, of which its other panels have one.
     """
-    interval = draws.difference(ours.cell, ours.model, other.cell, other.model, all_seeds=True)
-    return ours.mean - other.mean, interval or (float("nan"), float("nan"))
+    found = draws.difference(ours.cell, ours.model, other.cell, other.model, all_seeds=True)
+    return ours.mean - other.mean, (found and found.interval) or (float("nan"), float("nan"))
 
 
 def sites_apart(draws: Draws, ours: Judged, other: Judged) -> tuple[int, int, int]:
     """Sites where ours is ahead; where the other is better beyond the interval; all."""
-    from gapweave.shared.paired import interval
-
-    first, second = draws.sites(ours.cell, ours.model), draws.sites(other.cell, other.model)
-    differences = [first[site] - second[site] for site in first if site in second]
-    intervals = [interval(values) for values in differences]
-    harmed = sum(found is not None and found[1] < 0 for found in intervals)
-    return sum(float(values[0]) > 0 for values in differences), harmed, len(differences)
+    found = draws.difference(ours.cell, ours.model, other.cell, other.model, all_seeds=True)
+    sites = [] if found is None else [*found.sites.values()]
+    harmed = sum(interval is not None and interval[1] < 0 for _, interval in sites)
+    return sum(mean > 0 for mean, _ in sites), harmed, len(sites)
 
 
 def table(models: list[Judged], draws: Draws) -> str:
@@ -285,7 +282,7 @@ def plot(found: dict[str, tuple[list[Judged], Draws]], file: Path) -> None:
             axes.plot([difference], [at], "o", color=colour)
         axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
         axes.invert_yaxis()
-        axes.set_xlabel("AUROC minus that of the strongest local model (line: 95 %, patients and splits resampled)")
+        axes.set_xlabel("AUROC minus that of the strongest local model (line: 95 %, of patients and splits)")
 
 
 PAGE = """## Is it worth joining?

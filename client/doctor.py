@@ -78,7 +78,8 @@ def check_policy(site: Site, site_file: Path, state: Path) -> Iterator[Finding]:
         try:
             Anchor(site_file.parent / site.policy.anchor, state, site.name)
         except UsageError as error:
-            yield _finding("policy", "problem", f"{where}.anchor", error.what, error.remedy)
+            status: Status = "warning" if site.server is None else "problem"  # most simulations need none
+            yield _finding("policy", status, f"{where}.anchor", error.what, error.remedy)
 
 
 def check_budget(study: Study, site: Site, state: Path, patients: int | None) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from gapweave.client.anchor import REMEMBERED_FILE
 from gapweave.client.journal import PUT_ASIDE
@@ -12,8 +13,13 @@ from gapweave.client.ledger import Ledger
 from gapweave.client.state import kept_heads
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import GapweaveError, RefusedError, UsageError
+from gapweave.shared.privacy.accountant import renyi_epsilon, renyi_order
+from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head, read_anchor
 from gapweave.shared.privacy.ledger import LEDGER_FILE, LedgerView, read_ledger
+
+ANY_DELTA = 1e-5
+"""To see whether an event can be accounted for at all."""
 
 
 def recover(state: Path, site: Site, anchor: Path | None, assume_spent: float) -> LedgerView:
@@ -38,15 +44,15 @@ def recover(state: Path, site: Site, anchor: Path | None, assume_spent: float) -
     if not (math.isfinite(assume_spent) and assume_spent >= 0):
         raise UsageError(f"{assume_spent} is no epsilon", where="--assume-spent", remedy="Give a number of at least 0")
     changed = _changed(state)
-    undeclared = [state / LEDGER_FILE] if changed else _put_aside_undeclared(state)
-    assume_spent = max([assume_spent, *map(_still_said, undeclared)])
+    said = [_still_said(ledger, site) for ledger in _not_believed(state, changed)]
+    assume_spent = max([assume_spent, *said])
+    if math.isinf(assume_spent):
+        raise RefusedError(
+            "the changed ledger says that something left without noise: no epsilon covers that",
+            where=str(state),
+            remedy="Restore it from the newest backup; other patients need a state folder of their own",
+        )
     if changed:
-        if math.isinf(assume_spent):
-            raise RefusedError(
-                "the changed ledger says that something left without noise: no epsilon covers that",
-                where=str(state),
-                remedy="Restore it from the newest backup; other patients need a state folder of their own",
-            )
         _put_aside(state)
     remembered = state / REMEMBERED_FILE
     heads = [_head(path) for path in (anchor, remembered) if path is not None]
@@ -67,19 +73,48 @@ def _changed(state: Path) -> bool:
         return True
 
 
-def _put_aside_undeclared(state: Path) -> list[Path]:
-    """Ledgers that a recovery put aside which was killed before it declared anything."""
+def _not_believed(state: Path, changed: bool) -> list[Path]:
+    """Changed ledgers whose cost the ledger does not declare: itself, and those put aside before.
+
+    A recovery that was killed has put one aside and declared nothing.
+    """
     ledger = state / LEDGER_FILE
-    declared = ledger.exists() and read_ledger(ledger).recovered
-    return [] if declared else list(state.glob(f"{PUT_ASIDE}*-{LEDGER_FILE}"))
+    if not changed and ledger.exists() and read_ledger(ledger).recovered:
+        return []
+    return [*([ledger] if changed else []), *state.glob(f"{PUT_ASIDE}*-{LEDGER_FILE}")]
 
 
-def _still_said(ledger: Path) -> float:
-    """What counts as spent by a changed ledger's entries; 0 where they hold nothing that can be read."""
+def _still_said(ledger: Path, site: Site) -> float:
+    """What entries of a changed ledger that can be read say was spent, at least.
+
+    By the filter, at the share of delta that a ledger leaves to what it lost (`LedgerView._share`): half of a new
+    one's, divided again where this one had lost entries itself. What it declared then keeps the share that it had.
+    """
     try:
-        return read_ledger(ledger).bound()
-    except (GapweaveError, LookupError, TypeError, ValueError, StopIteration):
+        entries = read_ledger(ledger).entries
+    except GapweaveError:
         return 0.0
+    declared = [_number(entry.body.get("assume_spent")) for entry in entries if entry.kind == "recover"]
+    events = [event for entry in entries if entry.kind == "charge" for event in _accounted(entry.body)]
+    caps = [_number(entry.body.get("cap")) for entry in entries if entry.kind == "open"]
+    delta = site.delta / (2 * (1 + len(declared)))
+    orders = {renyi_order(delta, cap) for cap in [site.policy.epsilon, *caps] if cap > 0}
+    return math.fsum(declared) + max(renyi_epsilon(events, delta, order) if events else 0.0 for order in orders)
+
+
+def _accounted(body: dict[str, Any]) -> list[PrivacyEvent]:
+    """The event of a charge, if it can be read and accounted for."""
+    try:
+        event = PrivacyEvent.from_dict(body["event"])
+        renyi_epsilon([event], ANY_DELTA)
+    except (GapweaveError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return []
+    return [event]
+
+
+def _number(value: object) -> float:
+    """A number of at least 0; else 0."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 0.0
 
 
 def _put_aside(state: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import count
 from typing import Any
 
 from gapweave.server.aggregators import (
@@ -18,6 +17,9 @@ from gapweave.server.aggregators import (
 from gapweave.shared.config.base import parse, unknown_key
 from gapweave.shared.config.sharing import Aggregation, AnyRule
 from gapweave.shared.errors import TooFewSites, UsageError
+
+MOST_HOLDERS = 200
+"""Holders of a group up to which a rule's quorum is looked for."""
 
 
 def bad_sites(sites: int, rule: AnyRule = "auto") -> int:
@@ -68,9 +70,9 @@ def protection(rule: AnyRule, sites: int) -> str:
 
 
 @cache
-def quorum_of(rule: AnyRule) -> int:
-    """The fewest holders among whom a rule is safe."""
-    return next(sites for sites in count(1) if _is_safe(rule, sites))
+def quorum_of(rule: AnyRule) -> int | None:
+    """The fewest holders among whom a rule is safe; None where it never is, as some chains are."""
+    return next((sites for sites in range(1, MOST_HOLDERS) if _is_safe(rule, sites)), None)
 
 
 def _is_safe(rule: AnyRule, sites: int) -> bool:

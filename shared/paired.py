@@ -113,14 +113,20 @@ class Bootstrap:
 
     Args:
         truth: of the records.
+        weights: of another one for the same patients, whose resamples these are then.
     """
 
-    def __init__(self, truth: Truth) -> None:
+    def __init__(self, truth: Truth, weights: Array | None = None) -> None:
         self._truth = truth
+        self.weights: Array = self._resamples(truth) if weights is None else weights
+
+    @staticmethod
+    def _resamples(truth: Truth) -> Array:
+        """[1 + DRAWS, R]: how often each record counts; first once."""
         drawn = np.random.default_rng(SEED).multinomial(
             truth.patients, np.full(truth.patients, 1 / max(1, truth.patients)), size=DRAWS
         )
-        self._weights = np.concatenate([np.ones((1, truth.patients)), drawn])[:, truth.patient]
+        return np.concatenate([np.ones((1, truth.patients)), drawn])[:, truth.patient]
 
     def aurocs(self, probabilities: Array) -> Array:
         """[1 + DRAWS]: the AUROC, then those of the resamples; of several outputs the mean of the judged ones.
@@ -129,7 +135,7 @@ class Bootstrap:
         """
         scores, truth = _columns(probabilities, self._truth.kind), self._truth
         columns = [self._auroc(scores[:, k], k) for k in truth.judged if truth.known[:, k].any()]
-        found = np.stack([*columns, np.full(len(self._weights), np.nan)])
+        found = np.stack([*columns, np.full(len(self.weights), np.nan)])
         defined = ~np.isnan(found)
         mean = np.where(defined, found, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
         return np.where(defined.any(0), mean, np.nan)
@@ -138,12 +144,12 @@ class Bootstrap:
         """[1 + DRAWS]: of one output, over the pairs of each fold; NaN where there is no pair."""
         truth, rows = self._truth, self._truth.known[:, output]
         if np.isnan(score[rows]).any():
-            return np.full(len(self._weights), np.nan)
-        right, pairs = np.zeros((2, len(self._weights)))
+            return np.full(len(self.weights), np.nan)
+        right, pairs = np.zeros((2, len(self.weights)))
         for part in folds(truth.fold, len(score)):
             chosen = rows & part
             if chosen.any():
-                more = _pairs(score[chosen], truth.target[chosen, output] > 0.5, self._weights[:, chosen])
+                more = _pairs(score[chosen], truth.target[chosen, output] > 0.5, self.weights[:, chosen])
                 right, pairs = right + more[0], pairs + more[1]
         return np.where(pairs > 0, right / np.where(pairs > 0, pairs, 1.0), np.nan)
 

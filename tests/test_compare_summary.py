@@ -88,7 +88,7 @@ def test_a_difference_is_of_the_sites_that_its_interval_is_of():
         ("pooled", 1): {("north", 0): 0.8, ("tiny", 0): 0.0},
     }
     (entry,) = statistics_of(rows_of(table), {}, draws).against_models
-    observed = draws.sites({"epsilon": 1}, "federated")["north"][0] - draws.sites({"epsilon": 1}, "pooled")["north"][0]
+    observed = draws.difference({"epsilon": 1}, "federated", {"epsilon": 1}, "pooled").sites["north"][0]
     assert set(entry.by_site) == {"north"}
     assert entry.mean == pytest.approx(observed)
     assert entry.interval[0] <= entry.mean <= entry.interval[1]

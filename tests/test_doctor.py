@@ -309,6 +309,7 @@ def test_what_a_run_would_refuse_is_told_before_also_without_a_hub(tmp_path: Pat
     found = {one.where.rpartition(":")[2]: one for one in check_site(STUDY, hospital.site, hospital.site_file)}
     assert found["policy.releases"].message == "the site releases no model updates"
     assert found["policy.anchor"].message == "the anchor's folder does not exist"
+    assert found["policy.anchor"].status == "warning", "most simulations need none"
     assert exit_code(found.values()) == 3
     hospital.update("policy", releases=["update"], anchor=None)
     hospital.content["device"] = "cuda:93"

@@ -48,7 +48,7 @@ def test_a_resample_is_the_auroc_of_the_resampled_patients() -> None:
     target, score = (random.random(40) < 0.5).astype(float), random.random(40)
     truth = truth_of(target[:, None], records=2)
     found = Bootstrap(truth)
-    counts = found._weights[1].astype(int)
+    counts = found.weights[1].astype(int)
     rows = np.repeat(np.arange(40), counts)
     assert found.aurocs(both(score))[1] == pytest.approx(roc_auc_score(target[rows], score[rows]))
     assert counts[0] == counts[1]

@@ -71,6 +71,8 @@ def fixed_epsilon(events: Iterable[PrivacyEvent], delta: float) -> float:
     epsilon adds (basic composition, which allows the rest to be chosen after it).
     """
     everything = list(events)
+    if _unnoised(_counted(everything)):
+        return math.inf
     counts = [event for event in everything if event.kind == "noisy_count"]
     rest = [event for event in everything if event.kind != "noisy_count"]
     return math.fsum(event.steps / event.noise_multiplier for event in counts) + epsilon(rest, delta)

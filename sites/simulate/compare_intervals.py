@@ -8,7 +8,9 @@ draw too, alike for all models and sites.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
@@ -22,6 +24,8 @@ from gapweave.sites.simulate.compare_plan import Cell
 from gapweave.sites.simulate.compare_unit import Scores
 
 Array = NDArray[np.float64]
+Part = Mapping[str, Mapping[int, Array]]
+"""By site and seed, [1 + draws]: AUROC or a difference, of patients as they are and resampled."""
 
 
 class Draws:
@@ -33,7 +37,7 @@ class Draws:
 
     def __init__(self, kind: TaskKind) -> None:
         self._kind = kind
-        self._bootstraps: dict[tuple[str | bytes, ...], Bootstrap | None] = {}
+        self._weights: dict[tuple[str, bytes], Array] = {}
         self._found: dict[tuple[str, str], dict[str, dict[int, Array]]] = {}
 
     def add(self, cell: Cell, seed: int, scores: dict[str, Scores]) -> dict[str, float]:
@@ -57,25 +61,21 @@ class Draws:
 
     def _of_site(self, site: str, of: Scores, order: NDArray[np.int64]) -> Bootstrap | None:
         """The resamples of a site's patients; None for one with too few to judge by."""
-        records, target, known = of.record[order], of.target[order], of.known[order]
-        fold = None if of.fold is None else of.fold[order]
-        key: tuple[str | bytes, ...] = (
-            site,
-            *(b"" if one is None else one.tobytes() for one in (records, target, known, fold)),
+        patients, patient = np.unique(of.patient[order], return_inverse=True)
+        truth = Truth(
+            target=of.target[order],
+            known=of.known[order],
+            patient=patient,
+            patients=len(patients),
+            kind=self._kind,
+            fold=None if of.fold is None else of.fold[order],
         )
-        if key not in self._bootstraps:
-            patients, patient = np.unique(of.patient[order], return_inverse=True)
-            truth = Truth(
-                target=target, known=known, patient=patient, patients=len(patients), kind=self._kind, fold=fold
-            )
-            enough = truth.patients > 0 and truth.rarer() >= FEWEST
-            self._bootstraps[key] = Bootstrap(truth) if enough else None
-        return self._bootstraps[key]
-
-    def sites(self, cell: Cell, model: str) -> dict[str, Array]:
-        """By site, [1 + draws]: AUROC, mean over seeds; first of patients and seeds as they are, then resampled."""
-        by_site = self._found.get((json.dumps(cell), model), {})
-        return {site: _drawn([{site: of}]) for site, of in by_site.items()}
+        if not (truth.patients and truth.rarer() >= FEWEST):
+            return None
+        key = (site, patient.tobytes())
+        bootstrap = Bootstrap(truth, self._weights.get(key))
+        self._weights[key] = bootstrap.weights
+        return bootstrap
 
     def aurocs(self, cell: Cell, model: str) -> dict[tuple[str, int], float]:
         """By judged site and seed: AUROC of the patients as they are."""
@@ -84,8 +84,8 @@ class Draws:
 
     def difference(
         self, cell: Cell, model: str, other_cell: Cell, other_model: str, *, all_seeds: bool = False
-    ) -> Interval:
-        """The interval of the first model's mean AUROC minus the second's, of the sites that both were judged at.
+    ) -> Difference | None:
+        """The first model's AUROC minus the second's; None where no site was judged with both in one seed.
 
         Args:
             cell: of the first model.
@@ -99,17 +99,46 @@ class Draws:
         )
         sites = [site for site in first if site in second]
         if all_seeds and any(first[site].keys() != second[site].keys() for site in sites):
-            other = {site: {seed: -values for seed, values in second[site].items()} for site in sites}
-            return interval(_drawn([{site: first[site] for site in sites}, other]))
-        paired = {
-            site: {seed: first[site][seed] - second[site][seed] for seed in sorted(seeds)}
-            for site in sites
-            if (seeds := first[site].keys() & second[site].keys())
-        }
-        return interval(_drawn([paired])) if paired else None
+            minus = {site: {seed: -values for seed, values in second[site].items()} for site in sites}
+            parts = [{site: first[site] for site in sites}, minus]
+        else:
+            parts = [
+                {
+                    site: {seed: first[site][seed] - second[site][seed] for seed in sorted(seeds)}
+                    for site in sites
+                    if (seeds := first[site].keys() & second[site].keys())
+                }
+            ]
+        return Difference.of(parts) if parts[0] else None
 
 
-def _drawn(parts: Sequence[Mapping[str, Mapping[int, Array]]]) -> Array:
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One model's AUROC minus another's.
+
+    Attributes:
+        mean: over the sites that both were judged at, of the mean over seeds.
+        interval: of 95 %.
+        sites: the same two of each site.
+    """
+
+    mean: float
+    interval: Interval
+    sites: Mapping[str, tuple[float, Interval]]
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> Difference:
+        """The sum of parts, whose seeds are their own; by site and seed, [1 + draws] each."""
+        whole = _drawn(parts)
+        by_site = {site: _drawn([{site: part[site]} for part in parts]) for site in parts[0]}
+        return cls(
+            mean=float(whole[0]),
+            interval=interval(whole),
+            sites={site: (float(values[0]), interval(values)) for site, values in by_site.items()},
+        )
+
+
+def _drawn(parts: Sequence[Part]) -> Array:
     """[1 + draws]: the sum of means over sites and seeds, first as found, then as patients and seeds may change it.
 
     Seeds are few, and what their mean may be off by is hardly known: drawing three of them again gave intervals that
@@ -134,12 +163,15 @@ def _drawn(parts: Sequence[Mapping[str, Mapping[int, Array]]]) -> Array:
     return values
 
 
-def _of_seeds(part: Mapping[str, Mapping[int, Array]]) -> tuple[float, int]:
-    """Variance of a mean over sites and seeds that the seeds make, each alike at all sites; its degrees of freedom."""
+def _of_seeds(part: Part) -> tuple[float, int]:
+    """Variance of a mean over sites and seeds that the seeds make, each alike at all sites; its degrees of freedom.
+
+    Of a site with one seed nothing can be told. Each site's deviations are of its own mean, hence n / (n - 1).
+    """
     off: dict[int, float] = {}
     for of in part.values():
-        mean = fmean(float(values[0]) for values in of.values())
-        for seed, values in of.items():
-            off[seed] = off.get(seed, 0.0) + (float(values[0]) - mean) / (len(of) * len(part))
-    degrees = len(off) - 1
-    return (sum(value**2 for value in off.values()) * len(off) / degrees if degrees else 0.0), degrees
+        seeds, mean = len(of), fmean(float(values[0]) for values in of.values())
+        for seed, values in of.items() if seeds > 1 else ():
+            share = math.sqrt(seeds / (seeds - 1)) / (seeds * len(part))
+            off[seed] = off.get(seed, 0.0) + (float(values[0]) - mean) * share
+    return sum(value**2 for value in off.values()), max(1, len(off) - 1)

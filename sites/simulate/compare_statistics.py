@@ -64,7 +64,7 @@ class Paired:
         pairs: number of pairs.
         mean: over pairs; with folds, of the sites with enough patients to be judged.
         sd: over pairs; None for one pair.
-        interval: 95 % interval of the mean over sites, patients and seeds resampled; None where folds are not pooled.
+        interval: 95 % interval of the mean over sites, patients and seeds resampled; None without folds.
     """
 
     cell: Cell
@@ -146,7 +146,8 @@ def statistics_of(rows: list[Row], vary: Mapping[str, list[Any]], draws: Draws |
         first, second = found.get((json.dumps(cell), model)), found.get((json.dumps(other_cell), other_model))
         if not first or not second:
             return None
-        interval = draws.difference(cell, model, other_cell, other_model) if draws else None
+        told = draws.difference(cell, model, other_cell, other_model) if draws else None
+        interval = told.interval if told else None
         if draws and interval:  # the difference is of the sites that the interval is of
             differences = _differences(draws.aurocs(cell, model), draws.aurocs(other_cell, other_model))
         else:

@@ -186,7 +186,9 @@ def run_unit(unit: Unit, setup: Setup, folder: Path, baselines: Baselines) -> No
         shutil.rmtree(bulky, ignore_errors=True)
     rows = rows_of(unit.study, scores, epsilon, unit.seed, unit.fold)
     left_out = {
-        name: f"{row['status']}, {row['reason']}" for name, row in summary["sites"].items() if row["status"] != "ok"
+        name: row["status"] + (f", {row['reason']}" if row["reason"] else "")
+        for name, row in summary["sites"].items()
+        if row["status"] != "ok"
     }
     seconds = round(time.monotonic() - started, 3)
     directory.write_json(ROWS, {"rows": rows, "epsilon": epsilon, "left_out": left_out, "seconds": seconds})

@@ -68,7 +68,7 @@ def _patterns(test: Batch, study: Study) -> dict[str, NDArray[np.bool_]]:
     for pattern in np.unique(present, axis=0):
         rows = (present == pattern).all(axis=1)
         of = test.rows(torch.from_numpy(np.flatnonzero(rows)))
-        enough = len(of.patient.unique()) >= FEWEST and Truth.of(of, study.task.kind).rarer() >= FEWEST_EVENTS
+        enough = len(np.unique(of.patient.numpy())) >= FEWEST and Truth.of(of, study.task.kind).rarer() >= FEWEST_EVENTS
         name = "+".join(name for name, there in zip(study.order, pattern, strict=True) if there) if enough else OTHERS
         found[name] = found.get(name, np.zeros(len(test), np.bool_)) | rows
     return found

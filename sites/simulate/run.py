@@ -175,7 +175,7 @@ def _note_shared_patients(usable: list[VirtualSite], setup: Setup) -> None:
         mine = set(entry.participant.cohort.patient_ids)
         for other in read.setdefault(place, []):
             both = len(mine.intersection(other.participant.cohort.patient_ids))
-            if both > SHARED * len(mine):
+            if both > SHARED * min(len(mine), len(other.participant.cohort.patient_ids)):
                 entry.participant.findings.append(
                     Finding(
                         id="shared",
