@@ -171,7 +171,10 @@ def _note_shared_patients(usable: list[VirtualSite], setup: Setup) -> None:
     for entry in usable:
         if (path := entry.site.data.records.file) is None:
             continue
-        place = Files(site_file=entry.file, data_dir=setup.data).find(path).resolve()
+        try:
+            place = Files(site_file=entry.file, data_dir=setup.data).find(path).resolve()
+        except DataError:  # gone since it was read
+            continue
         mine = set(entry.participant.cohort.patient_ids)
         for other in read.setdefault(place, []):
             both = len(mine.intersection(other.participant.cohort.patient_ids))
