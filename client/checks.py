@@ -54,7 +54,7 @@ def check_site(study: Study | None, site: Site, site_file: Path, data_dir: Path 
     findings, state = check.run(study), site_file.parent / site.state
     from gapweave.client import doctor
 
-    findings += [doctor.check_device(site), *doctor.check_policy(site, site_file, state)]
+    findings += [doctor.check_device(site, site_file), *doctor.check_policy(site, site_file, state)]
     if site.server is None:
         said = "no hub is named, as in a simulation: disk, memory, budget and approval are not looked at"
         return [*findings, Finding(id="server", status="ok", where=f"{site_file}:server", message=said)]

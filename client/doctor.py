@@ -53,20 +53,21 @@ def _amount(check: str, where: str, amount: float, least: float, fair: float, wh
     return _finding(check, status, where, f"{amount / 1e9:.1f} GB {what}", "" if status == "ok" else remedy)
 
 
-def check_device(site: Site) -> Finding:
+def check_device(site: Site, site_file: Path) -> Finding:
     """Whether the device that the site file names is there."""
     import torch
 
-    asked, there = site.device, torch.cuda.is_available()
-    if asked == "cpu" or (asked == "auto" and not there):
-        return _finding("device", "ok", "site:device", "trains on the CPU")
-    number = int(asked.partition(":")[2] or 0)
-    if not there or number >= torch.cuda.device_count():
-        driver = "the driver answers" if Path("/proc/driver/nvidia").exists() else "no NVIDIA driver is loaded"
-        remedy = "Mend driver and CUDA build of torch, or write device: auto"
-        return _finding("device", "problem", "site:device", f"there is no {asked}; {driver}", remedy)
-    name = torch.cuda.get_device_name(number)
-    return _finding("device", "ok", "site:device", f"trains on {name}, CUDA {torch.version.cuda}")
+    from gapweave.client.device import find_device
+
+    where = f"{site_file}:device"
+    try:
+        device = find_device(site.device, site_file)
+    except UsageError as error:
+        return _finding("device", "problem", where, error.what, error.remedy)
+    if device.type == "cpu":
+        return _finding("device", "ok", where, "trains on the CPU")
+    name = torch.cuda.get_device_name(device)
+    return _finding("device", "ok", where, f"trains on {name}, CUDA {torch.version.cuda}")
 
 
 def check_policy(site: Site, site_file: Path, state: Path) -> Iterator[Finding]:

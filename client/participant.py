@@ -14,10 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gapweave.client.capability import Capability, stated
 from gapweave.client.data import Cohort, load_cohort
+from gapweave.client.device import find_device
 from gapweave.client.evaluation import ReleasedModel, score_table, table_answer
 from gapweave.client.learner import Learner
 from gapweave.client.ledger import Ledger
@@ -30,7 +29,7 @@ from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_tensors
 from gapweave.shared.config import Site, Study
 from gapweave.shared.constants import Constants
-from gapweave.shared.errors import BudgetExhausted, RefusedError, UsageError
+from gapweave.shared.errors import BudgetExhausted, RefusedError
 from gapweave.shared.messages import split_corrections
 from gapweave.shared.model import MultimodalModel, groups
 from gapweave.shared.privacy.events import PrivacyEvent
@@ -74,7 +73,7 @@ class Participant:
         self._anchor = None if anchor is None else site_file.parent / anchor
         self.findings: list[Finding] = []
         self.held = site.held(study)
-        self.device = _device(site.device, site_file)
+        self.device = find_device(site.device, site_file)
         self.learner = Learner(study, site.name, self.held, self.device, lambda: self.training, networks)
         self._checked: LedgerView | None = None
         self._plans: dict[str, tuple[Plan, Constants]] = {}
@@ -347,14 +346,3 @@ class Participant:
             "patterns": sorted({"+".join(pattern) for pattern in names if pattern}),
             "constants": self.learner.constants.to_dict(),
         }
-
-
-def _device(name: str, site_file: Path) -> torch.device:
-    there = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if there else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (not there or (device.index or 0) >= torch.cuda.device_count()):
-        remedy = "Write `device: auto`, or mend driver and CUDA build of torch"
-        raise UsageError(f"there is no {name} on this machine", where=f"{site_file}:device", remedy=remedy)
-    return device
