@@ -20,6 +20,8 @@ from gapweave.shared.privacy.ledger import LEDGER_FILE, LedgerView, read_ledger
 
 ANY_DELTA = 1e-5
 """To see whether an event can be accounted for at all."""
+LARGEST = 1e6
+"""An epsilon beyond which an entry says nothing that can be believed."""
 
 
 def recover(state: Path, site: Site, anchor: Path | None, assume_spent: float) -> LedgerView:
@@ -114,7 +116,7 @@ def _accounted(body: dict[str, Any]) -> list[PrivacyEvent]:
 
 def _number(value: object) -> float:
     """A number of at least 0; else 0."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 0.0
+    return float(value) if isinstance(value, int | float) and 0 < value < LARGEST else 0.0
 
 
 def _put_aside(state: Path) -> None:

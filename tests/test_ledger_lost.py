@@ -320,6 +320,14 @@ def test_a_ledger_that_is_changed_again_forgets_nothing(state: Path) -> None:
     assert recover(state, hospital(), None, 0.0).assumed >= counted
 
 
+def test_a_declaration_that_is_no_number_any_more_is_no_obstacle(state: Path) -> None:
+    recover(state, hospital(), None, 2.5)
+    with closing(sqlite3.connect(state / LEDGER_FILE, isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER entries_stay")
+        connection.execute("UPDATE entries SET body = replace(body, '2.5', ?)", ["9" * 400])
+    assert recover(state, hospital(), None, 3.0).assumed == 3.0
+
+
 def test_entries_that_say_nothing_any_more_leave_it_to_the_operator(state: Path) -> None:
     tampered(state, "UPDATE entries SET body = 'gone'")
     assert recover(state, hospital(), None, 2.0).spent() == 2.0
