@@ -66,12 +66,12 @@ def test_private_runs_of_the_attack_bench_draw_the_same_noise(tmp_path: Path) ->
 
 
 def test_the_joining_bench_writes_its_section_and_goes_on(tmp_path: Path) -> None:
-    words = ("--smoke", "--panels", "planted-200,honest-200,diabetes,diabetes-private", "--out", str(tmp_path))
+    words = ("--smoke", "--panels", "planted-200,honest-200,infarction,infarction-private", "--out", str(tmp_path))
     first = printed("results", *words)
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "<!-- joining -->" in page
     for title in (
-        "### Diabetes",
+        "### Death within a year of an infarction",
         "- Epsilon 8: federated is",
         "useless: ",
         "tiny: federated: too few",
