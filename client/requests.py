@@ -70,12 +70,14 @@ def check_groups(received: Arrays, shared: Groups, largest: float = math.inf) ->
             "the server sent other parameter groups than the study shares",
             remedy="Both sides must run the same study with the same Gapweave version",
         )
-    if not all(np.isfinite(value).all() for part in received.values() for value in part.values()):
+    # Of an array that holds what is no number, the largest is none either.
+    tops = [np.abs(value).max(initial=0.0) for part in received.values() for value in part.values()]
+    if not np.isfinite(tops).all():
         raise RefusedError(
             "the server sent parameters that are no numbers",
             remedy="Resume the run from a checkpoint before its model diverged",
         )
-    if any(np.abs(value).max(initial=0.0) > largest for part in received.values() for value in part.values()):
+    if max(tops, default=0.0) > largest:
         raise RefusedError(
             f"the server sent parameters beyond {largest:g}",
             remedy="Start the study again with a smaller learning rate: its model diverged",

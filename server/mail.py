@@ -52,9 +52,8 @@ def ask(grid: Grid, kind: str, requests: Mapping[int, RecordDict], seconds: floa
         Message(content, dst_node_id=node, message_type=kind, ttl=lifetime, group_id=kind)
         for node, content in requests.items()
     ]
-    largest = max((_bytes(content) for content in requests.values()), default=0)
-    # A site in this process answers when it is asked, one at a time.
-    few = len(requests) if math.isinf(seconds) else max(1, MOST_BYTES // max(1, largest))
+    # Sites in this process give one answer at a time.
+    few = len(requests) if math.isinf(seconds) else _few(requests)
     pending = dict(zip(grid.push_messages(messages), requests, strict=True))
     deadline, wait = time.monotonic() + seconds, POLL_S
     while pending and time.monotonic() < deadline:
@@ -68,6 +67,12 @@ def ask(grid: Grid, kind: str, requests: Mapping[int, RecordDict], seconds: floa
         wait = POLL_S if answered else min(1.5 * wait, LONGEST_POLL_S)
         if pending and not answered:
             time.sleep(wait)
+
+
+def _few(requests: Mapping[int, RecordDict]) -> int:
+    """How many answers are fetched at once."""
+    largest = max(map(_bytes, requests.values()), default=0)
+    return max(1, MOST_BYTES // max(1, largest))
 
 
 def _bytes(content: RecordDict) -> int:

@@ -116,11 +116,11 @@ def too_quiet(length: float, numbers: int, sd: float) -> str | None:
 
 def norm(update: Part) -> float:
     """L2 norm of an update over all its tensors."""
-    return math.sqrt(sum(_squares(value.ravel()) for value in update.values()))
+    with np.errstate(over="ignore"):
+        return math.sqrt(sum(_squares(value.ravel()) for value in update.values()))
 
 
 def _squares(flat: NDArray[np.float32]) -> float:
     """In float32, which is four times as fast, unless that overflows."""
-    with np.errstate(over="ignore"):
-        total = float(np.dot(flat, flat))
+    total = float(np.dot(flat, flat))
     return total if np.isfinite(total) else float(np.square(flat, dtype=np.float64).sum())

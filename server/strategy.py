@@ -356,5 +356,6 @@ class RoundLoop:
         self._save()
 
     def _save(self) -> None:
-        self.state = replace(self.state, peers={name: asdict(peer) for name, peer in self.peers.items()})
+        # Not `asdict`, which copies what is written to disk at once, in depth.
+        self.state = replace(self.state, peers={name: dict(vars(peer)) for name, peer in self.peers.items()})
         save_checkpoint(self.directory.checkpoint, self.state)

@@ -30,6 +30,8 @@ PREPARE, TRAIN, EVALUATE, FINISH = "query.prepare", "train", "query.evaluate", "
 OTHER_TYPES = frozenset({"float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool"})
 """Types that a message names back to the sender; any other text of its stays out of messages."""
 MOST_AXES = 8
+USUAL = 20_000
+"""Length of a text of names and shapes that is kept."""
 
 
 class ProtocolError(GapweaveError):
@@ -64,9 +66,9 @@ def _record(tensors: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
     shape, kind = (sum(value.size for value in tensors.values()),), np.result_type(*tensors.values(), np.float32)
     # What Flower's own conversion gives, without its second per hundred messages.
     parts = (np.ascontiguousarray(value, kind).data for value in tensors.values())
-    return ArrayRecord(
-        {key: Array(str(kind), shape, "numpy.ndarray", b"".join([_npy_header(shape, kind.str), *parts]))}
-    )
+    record = ArrayRecord()  # given a dictionary, it would make each array again
+    record[key] = Array(str(kind), shape, "numpy.ndarray", b"".join([_npy_header(shape, kind.str), *parts]))
+    return record
 
 
 def _dumps(layout: Mapping[str, list[int]]) -> str:
@@ -87,8 +89,10 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
     Raises:
         ProtocolError: for another protocol version, naming both, or a message of another shape.
     """
+    # Flower's `array_records` and `config_records` write each record into the message again, checked.
+    said = content.get(HEADER)
     try:
-        header = json.loads(str(content.config_records[HEADER]["json"]))
+        header = json.loads(str(said["json"])) if isinstance(said, ConfigRecord) else None
     except (KeyError, ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
@@ -98,7 +102,7 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
             f"the other side speaks protocol {header.get('protocol')}, this one {PROTOCOL_VERSION}",
             remedy="Install the same Gapweave version on both sides",
         )
-    return header, {group: _cut(record) for group, record in content.array_records.items()}
+    return header, {group: _cut(record) for group, record in content.items() if isinstance(record, ArrayRecord)}
 
 
 def _cut(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
@@ -106,7 +110,7 @@ def _cut(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
     if len(record) != 1:
         raise ProtocolError("a group of other than one array", remedy="Both sides must run Gapweave")
     [(key, array)] = record.items()
-    values, layout = _read(array), _layout(str(key))
+    values, layout = _read(array), (_known if len(key) <= USUAL else _layout)(key)
     if values.shape != (sum(map(math.prod, layout.values())),):
         raise ProtocolError("an array that its key does not describe", remedy="Both sides must run Gapweave")
     return shaped(values, layout)
@@ -121,6 +125,10 @@ def _layout(key: str) -> dict[str, list[int]]:
     if not isinstance(layout, dict) or not all(map(_is_shape, layout.values())) or _dumps(layout) != key:
         raise ProtocolError("an array without names and shapes", remedy="Both sides must run Gapweave")
     return layout
+
+
+_known = lru_cache(maxsize=256)(_layout)
+"""Of texts that are no longer than usual: each round has the same ones."""
 
 
 def _is_shape(shape: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 
 import numpy as np
@@ -36,7 +35,7 @@ def held_out(patient: str, evaluation: Evaluation) -> bool:
     >>> held_out("p1", Evaluation(test_fraction=0.0))
     False
     """
-    digest = hmac.new(str(evaluation.split_seed).encode(), patient.encode(), hashlib.sha256).digest()
+    digest = hmac.digest(str(evaluation.split_seed).encode(), patient.encode(), "sha256")
     number = int.from_bytes(digest[:8], "big")
     if evaluation.folds is not None:
         return number % evaluation.folds == evaluation.fold
@@ -49,7 +48,7 @@ def validation_fold(patient: str, evaluation: Evaluation) -> int:
     By another hash than who is held out, so that the folds of the others are as random as all.
     """
     key = f"{evaluation.split_seed}/validation"
-    digest = hmac.new(key.encode(), patient.encode(), hashlib.sha256).digest()
+    digest = hmac.digest(key.encode(), patient.encode(), "sha256")
     return int.from_bytes(digest[:8], "big") % VALIDATION_FOLDS
 
 
