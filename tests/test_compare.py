@@ -132,6 +132,15 @@ def test_finetuned_models_and_spent_epsilon(study_file, tmp_path):
         assert row["epsilon"] is None or 0 < row["epsilon"] <= 4
 
 
+def test_with_a_state_folder_budgets_add_up(study_file, tmp_path):
+    private = ["--set", "privacy.enabled=true", "--set", "epsilon=2", "--rounds", "1"]
+    for name in ("first", "second"):
+        assert run(study_file, tmp_path / name, *private, "--seed", "0", "--state", str(tmp_path / "states")) == 0
+    (first,), (second,) = ({row["epsilon"] for row in rows_in(tmp_path / name)} for name in ("first", "second"))
+    assert 0 < first < second
+    assert (tmp_path / "states" / "alder" / "ledger.sqlite").exists()
+
+
 # Seeds
 
 
@@ -301,6 +310,8 @@ def test_a_site_that_is_left_out_stands_in_the_summary_with_the_reason(study_fil
         ["--seeds", "0,x"],
         ["--seeds", "1,1"],
         ["--seeds", ""],
+        ["--seed", "1", "--seeds", "1"],
+        ["--state", __file__],
         ["--folds", "1"],
         ["--rounds", "0"],
         ["--engine", "cloud"],

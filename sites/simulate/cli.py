@@ -18,6 +18,7 @@ from gapweave.sites.simulate.options import (
     RoundsOption,
     SetOption,
     SitesOption,
+    StateOption,
     StudyArgument,
 )
 
@@ -29,10 +30,7 @@ def simulate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Run directory to create [default: runs/<study>-<time>].")
     ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option("--state", help="Folder of the sites' ledgers and private models [default: RUN/sites]."),
-    ] = None,
+    state: StateOption = None,
     engine: EngineOption = "inline",
     rounds: RoundsOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set seed=N.")] = None,

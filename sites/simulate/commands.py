@@ -90,6 +90,17 @@ def check_engine(name: str) -> None:
         require_ray()
 
 
+def state_folder(state: Path | None) -> Path | None:
+    """`--state` as a path that stays what it is.
+
+    Raises:
+        UsageError: for a file.
+    """
+    if state is not None and state.exists() and not state.is_dir():
+        raise UsageError("this is a file", where=f"--state {state}", remedy="Give a folder")
+    return state.resolve() if state else None
+
+
 def start(
     study_file: Path | None,
     overrides: dict[str, Any],
@@ -116,17 +127,16 @@ def start(
             )
         out = (places.out or Path("runs") / f"{study.name}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
         RunDirectory.require_new(out)
-        if places.state is not None and places.state.exists() and not places.state.is_dir():
-            raise UsageError("this is a file", where=f"--state {places.state}", remedy="Give a folder")
+        state = state_folder(places.state)
         files = find_sites(file, places.sites)
         directory = RunDirectory(out)
         setup = Setup(
             sites=files,
             data=places.data.resolve() if places.data else None,
-            state=places.state.resolve() if places.state else directory.sites,
+            state=state or directory.sites,
             baselines=baselines,
             continue_without=continue_without,
-            anchored=places.state is not None,
+            anchored=state is not None,
             engine=engine,
             joining=joining,
         )
@@ -224,4 +234,13 @@ def resume(path: Path) -> tuple[dict[str, Any], Path]:
         return _finish(study, setup, directory, bars, sites)
 
 
-__all__ = ["Places", "RefusedError", "check_engine", "read_assignments", "read_baselines", "resume", "start"]
+__all__ = [
+    "Places",
+    "RefusedError",
+    "check_engine",
+    "read_assignments",
+    "read_baselines",
+    "resume",
+    "start",
+    "state_folder",
+]

@@ -88,7 +88,13 @@ def compare(request: Request) -> Result:
         spec = plan.spec(hashes, request.data, request.continue_without)
         out = request.out or Path(f"runs/compare-{plan.study}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
         _check_out(out, spec)
-        setup = Setup(sites=files, data=request.data, state=out, continue_without=request.continue_without)
+        setup = Setup(
+            sites=files,
+            data=request.data,
+            state=request.state or out,
+            continue_without=request.continue_without,
+            anchored=request.state is not None,
+        )
         check_data(plan, setup)
         _write_json(out, SPEC, spec)
         if demo and request.sites is None:

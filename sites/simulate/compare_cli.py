@@ -18,6 +18,7 @@ from gapweave.sites.simulate.options import (
     RoundsOption,
     SetOption,
     SitesOption,
+    StateOption,
     StudyArgument,
 )
 
@@ -31,7 +32,10 @@ def compare(
         list[str] | None,
         typer.Option("--vary", help=f"key=v1,v2: values of a study key or alias ({ALIAS_HELP}); several multiply."),
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Comma list; a seed sets training and split.")] = "0,1,2",
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Comma list; a seed sets training and split. [default: 0,1,2]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same as --seeds N.")] = None,
     folds: Annotated[
         int | None, typer.Option("--folds", min=2, max=100, help="Grouped K-fold by patient; each is judged once.")
     ] = None,
@@ -46,6 +50,7 @@ def compare(
         Path | None,
         typer.Option("--out", help="Folder to write; the same command resumes [default: runs/compare-<study>-<time>]."),
     ] = None,
+    state: StateOption = None,
     engine: EngineOption = "inline",
     rounds: RoundsOption = None,
     continue_without: ContinueOption = False,
@@ -68,7 +73,7 @@ def compare(
         study=study,
         overrides=overrides,
         vary=read_variations(vary or []),
-        seeds=read_seeds(seeds),
+        seeds=read_seeds(seeds, seed),
         folds=folds,
         baselines=commands.read_baselines(baselines),
         joining=joining,
@@ -76,6 +81,7 @@ def compare(
         sites=sites,
         data=data.resolve() if data else None,
         out=out.resolve() if out else None,
+        state=commands.state_folder(state),
         continue_without=continue_without,
     )
     result = work.compare(request)

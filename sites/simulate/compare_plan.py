@@ -42,6 +42,8 @@ class Request:
         sites: folder of site files, or None.
         data: folder of data sets, or None.
         out: folder to write, or None for a new one.
+        state: folder of the virtual sites' state, in which the budgets of all simulations add up; None: each simulation
+            has a fresh one.
         continue_without: go on without sites whose data cannot be used.
     """
 
@@ -56,6 +58,7 @@ class Request:
     sites: Path | None
     data: Path | None
     out: Path | None
+    state: Path | None = None
     continue_without: bool
 
 
@@ -138,15 +141,19 @@ class Plan:
         }
 
 
-def read_seeds(text: str) -> tuple[int, ...]:
-    """`--seeds` as numbers.
+def read_seeds(text: str | None, one: int | None = None) -> tuple[int, ...]:
+    """`--seeds`, or the `--seed` in its place, as numbers.
 
     >>> read_seeds("0, 1,2")
     (0, 1, 2)
 
     Raises:
-        UsageError: for anything but different whole numbers from 0 on.
+        UsageError: for anything but different whole numbers from 0 on, or both.
     """
+    if text is not None and one is not None:
+        raise UsageError("--seed and --seeds are both given", where="--seed", remedy="Give one of them")
+    if text is None:
+        text = "0,1,2" if one is None else str(one)
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words or not all(word.isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
         raise UsageError(

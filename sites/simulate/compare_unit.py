@@ -158,7 +158,7 @@ def run_unit(unit: Unit, setup: Setup, folder: Path, baselines: Baselines) -> No
 
     Args:
         unit: what to run.
-        setup: of the comparison; the virtual sites' state goes into the unit's folder.
+        setup: of the comparison; unless its state outlives it, the virtual sites' state goes into the unit's folder.
         folder: of the unit. `rows.json` in it, written last, marks it as done.
         baselines: shared by the comparison's units.
 
@@ -168,7 +168,7 @@ def run_unit(unit: Unit, setup: Setup, folder: Path, baselines: Baselines) -> No
     started = time.monotonic()
     if folder.exists():
         shutil.rmtree(folder)
-    setup = replace(setup, state=folder / "sites")
+    setup = setup if setup.anchored else replace(setup, state=folder / "sites")
     try:
         sites = load_sites(unit.study, setup)
         directory = RunDirectory.create(folder, unit.study)

@@ -28,6 +28,10 @@ JoiningOption = Annotated[
     bool,
     typer.Option("--joining", help="Let each site check if joining paid: own models, blend, intervals, verdict."),
 ]
+StateOption = Annotated[
+    Path | None,
+    typer.Option("--state", help="Folder of the sites' ledgers and private models [default: RUN/sites]."),
+]
 EngineOption = Annotated[
     str,
     typer.Option(
