@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any
 
+from gapweave.client.forecast import forecast
 from gapweave.server.aggregation import initial_groups
 from gapweave.server.rules import resolve, rule_for, start
 from gapweave.shared.config import Site, Study
@@ -105,7 +106,8 @@ def describe(study: Study) -> dict[str, str]:
         "hash": study.sha256,
         "task": f"{study.task.kind}, {', '.join(study.task.labels)}",
         "inputs": shapes,
-        "shared": f"{', '.join(shared)}: {size / 1e6:.2f} MB up and down a site and round at most",
+        "shared": f"{', '.join(shared)}: {size / 1e6:.2f} MB up and down a site and round at most, "
+        f"{study.training.rounds * size / 1e6:.2f} MB in all",
         "local": ", ".join(sorted(every.keys() - shared.keys())) or "nothing",
         "schedule": _schedule(study.training),
         "privacy": (
@@ -116,6 +118,8 @@ def describe(study: Study) -> dict[str, str]:
     }
 
 
+ASSUMED = 500
+"""Patients of a site, where none declares a number."""
 MOST_NAMED = 8
 """Variables that one line names."""
 
@@ -137,6 +141,8 @@ def foretell(study: Study, sites: Sequence[Site]) -> Iterator[tuple[str, str, st
         why = "a quarter of the range counts as 1, and training hardly sees values that vary by much less"
         yield "warning", "scaling", f"{_few(unscaled)} without scale: {why}. {SCALE_IT}"
     sizes = {site.name: site.patients.declared for site in sites if site.patients.declared is not None}
+    with suppress(UsageError):  # no noise reaches the target at a size that is assumed
+        yield "ok", "cost", str(forecast(study, max(sizes.values(), default=ASSUMED)))
     if not sizes:
         return
     if len(sizes) < len(sites):
