@@ -119,6 +119,7 @@ def test_an_unknown_key_of_a_study_names_the_nearest(change: Change, words: list
         (put("data.labs.colunms", {}), ["labs", "did you mean 'columns'"]),
         (put("data.labs.columns.sex.code", {}), ["sex", "did you mean 'codes'"]),
         (put("data.cxr.colum", "file"), ["cxr", "did you mean 'column'"]),
+        (put("data", {"recods": {"file": "a.csv", "id": "id", "patient": "id"}}), ["data", "did you mean 'records'"]),
         (put("patients.max_record", 3), ["did you mean 'max_records'"]),
     ],
     ids=lambda value: "",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from gapweave.shared.config.base import StrictModel, parse, read_yaml
+from gapweave.shared.config.base import StrictModel, parse, read_yaml, unknown_key
 from gapweave.shared.config.sources import Database, Records, Source, in_database
 from gapweave.shared.config.study import Study, Version
 
@@ -30,6 +32,8 @@ class SiteData(StrictModel):
     def _collect(cls, data: Any) -> Any:
         if not isinstance(data, dict) or "modalities" in data:
             return data
+        if "records" not in data and (meant := difflib.get_close_matches("records", map(str, data), n=1, cutoff=0.7)):
+            raise PydanticCustomError("unknown_key", "{text}", {"text": unknown_key(meant[0], ["records"])})
         own = {key: data[key] for key in ("database", "records") if key in data}
         return {"modalities": {key: value for key, value in data.items() if key not in own}, **own}
 
