@@ -45,7 +45,7 @@ def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
             yield "                the number of training patients is not declared: it is released once, with noise;"
             yield "                `gapweave site check` with this study says what the noise means for your patients"
         else:
-            report = plan_report(study, site.patients.declared, site.policy.epsilon)
+            report = plan_report(study, site.patients.declared, site.policy.epsilon, site.delta)
             yield from ("", *(f"  {line}" if line else "" for line in plan_lines(report)))
     else:
         yield f"  privacy       NONE: updates leave without noise, and can reveal patients; {cap}"

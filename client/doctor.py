@@ -114,7 +114,7 @@ def check_budget(study: Study, site: Site, state: Path, patients: int | None) ->
     if not size:
         return
     try:
-        report = plan_report(study, size, site.policy.epsilon)
+        report = plan_report(study, size, site.policy.epsilon, site.delta)
     except UsageError as error:
         yield _finding("plan", "problem", error.where, error.what, error.remedy)
         return

@@ -20,6 +20,7 @@ from gapweave.shared.config import Site, Study
 from gapweave.shared.config.base import parse
 from gapweave.shared.constants import Constants
 from gapweave.shared.errors import UsageError
+from gapweave.shared.files import intact
 from gapweave.shared.model import MultimodalModel, load_groups
 from gapweave.shared.objective import probabilities
 from gapweave.shared.schema import Batch
@@ -122,17 +123,18 @@ def find_model(run: Path, site: str, name: str) -> Path:
     state = run / "sites" / site
     setup = run / "checkpoint" / "simulation.json"
     if setup.exists():
-        state = run / json.loads(setup.read_text(encoding="utf-8"))["state"] / site
+        with intact(setup):
+            state = run / json.loads(setup.read_text(encoding="utf-8"))["state"] / site
     found = sorted(state.glob(f"runs/*/{name}.safetensors"))
     if (run / "summary.json").exists():
-        identity = json.loads((run / "summary.json").read_text(encoding="utf-8"))["run"]
+        with intact(run / "summary.json"):
+            identity = json.loads((run / "summary.json").read_text(encoding="utf-8"))["run"]
         found = [file for file in found if file.parent.name == identity]
     if not found:
-        raise UsageError(
-            f"there is no {name} of site {site!r}",
-            where=str(run),
-            remedy="Give a finished run directory, or STATE/runs/<run> at the hospital",
-        )
+        kind, remedy = "model", "Give a finished run directory, or STATE/runs/<run> at the hospital"
+        if name == "finetuned":
+            kind, remedy = "fine-tuned model", "Sites fine-tune where the study sets training.finetune"
+        raise UsageError(f"there is no {kind} of site {site!r}", where=str(run), remedy=remedy)
     return found[-1]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gapweave.shared import tensorfile
 from gapweave.shared.errors import GapweaveError, RefusedError
-from gapweave.shared.files import private_folder, write_atomically
+from gapweave.shared.files import intact, private_folder, write_atomically
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.tensorfile import Arrays
 
@@ -89,14 +89,15 @@ class RunFolder:
         """The state after the last round done."""
         if not self._round.exists():
             return RoundState()
-        arrays, note = tensorfile.parse(self._round.read_bytes())
-        parts: dict[str, Arrays] = {"private": {}, "momentum": {}, "reply": {}}
-        for key, tensors in arrays.items():
-            part, _, group = key.partition(":")
-            parts[part][group] = tensors
-        return RoundState(
-            round=note["round"], request=note["request"], event=note["event"], ledger=note["ledger"], **parts
-        )
+        with intact(self._round):
+            arrays, note = tensorfile.parse(self._round.read_bytes())
+            parts: dict[str, Arrays] = {"private": {}, "momentum": {}, "reply": {}}
+            for key, tensors in arrays.items():
+                part, _, group = key.partition(":")
+                parts[part][group] = tensors
+            return RoundState(
+                round=note["round"], request=note["request"], event=note["event"], ledger=note["ledger"], **parts
+            )
 
     def save(self, state: RoundState) -> None:
         """Replace the state in one durable rename."""
@@ -176,5 +177,6 @@ def read_model(file: Path) -> tuple[Groups, dict[str, Any]]:
             where=str(file.parent),
             remedy="Finish it with `gapweave resume`",
         )
-    arrays, card = tensorfile.parse(file.read_bytes())
+    with intact(file):
+        arrays, card = tensorfile.parse(file.read_bytes())
     return to_tensors(arrays), card

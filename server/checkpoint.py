@@ -9,7 +9,7 @@ from typing import Any
 
 from gapweave.shared import PROTOCOL_VERSION, tensorfile
 from gapweave.shared.errors import UsageError
-from gapweave.shared.files import write_atomically
+from gapweave.shared.files import intact, write_atomically
 from gapweave.shared.tensorfile import Arrays
 
 FILE = "server.safetensors"
@@ -75,10 +75,16 @@ def load_checkpoint(folder: Path, study: str) -> Checkpoint | None:
 
     Raises:
         UsageError: when it belongs to another study, or was written under another protocol.
+        DataError: when it is damaged.
     """
     file = folder / FILE
     if not file.exists():
         return None
+    with intact(file):
+        return _read(file, study)
+
+
+def _read(file: Path, study: str) -> Checkpoint:
     arrays, note = tensorfile.parse(file.read_bytes())
     protocol = note.pop("protocol", None)
     if protocol != PROTOCOL_VERSION:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gapweave.shared.errors import UsageError
+from gapweave.shared.errors import DataError, UsageError
 
 
 def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -41,6 +41,21 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Say which of our own files it is whose content cannot be read: half of it was copied, say.
+
+    Raises:
+        DataError: in place of what its reader stumbled over.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(
+            "the file is damaged or incomplete", where=str(path), remedy="Copy it again, or restore it from a backup"
+        ) from None
 
 
 def _write(path: Path, content: bytes, durable: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gapweave.shared.files import intact
 from gapweave.shared.judging import FEWEST
 
 JOINING_FILE = "joining.json"
@@ -102,5 +103,6 @@ def read_joining(folder: Path) -> dict[str, Any] | None:
     file = folder / JOINING_FILE
     if not file.exists():
         return None
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    with intact(file):
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content

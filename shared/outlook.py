@@ -22,8 +22,7 @@ from dataclasses import dataclass
 
 from gapweave.shared.config.study import Study
 from gapweave.shared.model import MultimodalModel, groups, shared_groups
-from gapweave.shared.privacy.once import preparation_events
-from gapweave.shared.privacy.plan import Plan, make_plan
+from gapweave.shared.privacy.plan import Plan, usual_plan
 
 TYPICAL = 10.0
 """Squared ratio of the clipping bound to the root mean square norm of a patient's gradient."""
@@ -130,7 +129,7 @@ def outlooks(study: Study, sizes: Mapping[str, int]) -> list[Outlook]:
     """
     if not study.privacy.enabled:
         return []
-    plans, parameters = {name: _plan(study, size) for name, size in sizes.items()}, shared_parameters(study)
+    plans, parameters = {name: usual_plan(study, size) for name, size in sizes.items()}, shared_parameters(study)
     ratio = typical(study)
     return [
         Outlook(
@@ -145,11 +144,6 @@ def outlooks(study: Study, sizes: Mapping[str, int]) -> list[Outlook]:
         )
         for name, plan in plans.items()
     ]
-
-
-def _plan(study: Study, patients: int) -> Plan:
-    delta = study.privacy.delta
-    return make_plan(study, patients, delta, preparation_events(study, study.order, delta))
 
 
 def alone_warning(study: Study, plan: Plan) -> str | None:
@@ -193,10 +187,10 @@ def schedule_advice(study: Study, patients: int) -> tuple[str, str]:
                 "Adam (aggregation.server_optimizer) for 40 to 100 rounds, did better than local steps: recipe=small"
             )
         return "fedavg", f"with about {patients} patients a site, local steps save rounds and bytes"
-    now = _plan(study, patients)
+    now = usual_plan(study, patients)
     steps = now.rounds * now.steps
     whole = study.training.model_copy(update={"batch": patients})
-    full = whole_noise(_plan(study.model_copy(update={"training": whole}), patients))
+    full = whole_noise(usual_plan(study.model_copy(update={"training": whole}), patients))
     return "fedsgd", (
         f"{steps} gradients of all {patients} patients carry noise of {full:.2g} over the whole training at this "
         f"epsilon, {steps} steps of the study's batch carry {whole_noise(now):.2g}; of a linear model whose modalities "

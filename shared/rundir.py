@@ -9,7 +9,7 @@ from typing import Any
 
 from gapweave.shared.config.study import Study, load_study
 from gapweave.shared.errors import UsageError
-from gapweave.shared.files import naming, write_atomically
+from gapweave.shared.files import intact, naming, write_atomically
 
 
 class RunDirectory:
@@ -101,8 +101,10 @@ class RunDirectory:
 
         Raises:
             UsageError: when the run has not written it.
+            DataError: when it is damaged.
         """
         file = self.path / name
         if not file.exists():
             raise UsageError(f"the run has no {name}", where=str(self.path), remedy="Finish it with `gapweave resume`")
-        return json.loads(file.read_text(encoding="utf-8"))
+        with intact(file):
+            return json.loads(file.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 Arrays = dict[str, dict[str, NDArray[np.float32]]]
@@ -35,11 +36,19 @@ def dump(arrays: Mapping[str, Mapping[str, NDArray[np.float32]]], note: Mapping[
 
 
 def parse(content: bytes) -> tuple[Arrays, dict[str, Any]]:
-    """Read what `dump` wrote: the groups, and the note."""
+    """Read what `dump` wrote: the groups, and the note.
+
+    Raises:
+        ValueError, KeyError or TypeError: for anything else.
+    """
     length = int.from_bytes(content[:8], "little")
     note: dict[str, Any] = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_NOTE])
     arrays: Arrays = {}
-    for key, value in load(content).items():
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+    for key, value in tensors.items():
         group, name = key.split("|")
         arrays.setdefault(group, {})[name] = value
     return arrays, note

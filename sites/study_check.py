@@ -19,6 +19,7 @@ from gapweave.shared.fusion import FUSIONS, chosen_fusion
 from gapweave.shared.imputers import IMPUTERS, build_imputer
 from gapweave.shared.model import MultimodalModel, groups
 from gapweave.shared.outlook import outlooks, schedule_advice
+from gapweave.shared.privacy.plan import USUAL_DELTA
 from gapweave.shared.privacy.plan_report import weakness
 from gapweave.shared.registry import Registry
 from gapweave.shared.schema import modalities
@@ -132,6 +133,10 @@ def foretell(study: Study, sites: Sequence[Site]) -> Iterator[tuple[str, str, st
     """What can be expected of a study, and at its sites from their declared sizes: (status, id, one line)."""
     if study.privacy.enabled and (weak := weakness(study.privacy.epsilon)):
         yield "warning", "epsilon", weak
+    usual = max((site.delta for site in sites), default=USUAL_DELTA)
+    if study.privacy.enabled and study.privacy.delta > usual:
+        said = f"sites plan with their own delta, {usual:g} or less, and not with the study's {study.privacy.delta:g}"
+        yield "warning", "delta", said
     quorum = study.aggregation.quorum
     if 0 < len(sites) < quorum:
         few = f"a round needs {quorum} sites, and there are {len(sites)} site files here: is that all?"

@@ -127,6 +127,11 @@ def test_intervals_over_three_seeds_hold_what_they_say(patients, splits):
     assert 546 <= hits <= 588
 
 
+def test_no_interval_of_two_seeds_ends_beyond_what_can_be():
+    found = Difference.of([{"north": {1: np.full(1001, 0.7), 2: np.full(1001, -0.1)}}])
+    assert found.interval == (-1.0, 1.0) == found.sites["north"][1]
+
+
 def test_a_difference_is_of_the_seeds_that_both_have():
     """One seed, in which both are alike; the other, which one of them lacks, is another split."""
     draws = Draws("binary")

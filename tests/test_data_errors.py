@@ -304,6 +304,14 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         DataError,
         "1 of 1 images are missing from the folder, or may not be read",
     ),
+    "cut and missing images": (
+        both(
+            truncate(f"images/{SECRET}-3.png", 500),
+            lambda hospital: (hospital.folder / f"images/{SECRET}-5.png").unlink(),
+        ),
+        DataError,
+        "(the first: data row 4); 1 of 8 images are missing from the folder, or may not be read (the first: data row 6)",
+    ),
     "cut image": (truncate(f"images/{SECRET}-3.png", 500), DataError, "(the first: data row 4)"),
     "no picture": (
         raw(f"images/{SECRET}-3.png", SECRET.encode()),

@@ -108,6 +108,16 @@ def test_a_cap_below_the_plan_ends_it_early(study: Path) -> None:
     assert planned(study, "--patients", 2000, "--cap", 12)["warnings"] == [outlook]
 
 
+def test_a_delta_that_no_site_has_is_not_planned_with(study: Path) -> None:
+    usual = planned(study, "--patients", 300)
+    edit(study, privacy={"delta": 0.5})
+    found = planned(study, "--patients", 300)
+    assert (found["delta"], found["sigma"]) == (usual["delta"], usual["sigma"]) == (1e-5, found["sigma"])
+    assert found["warnings"][0] == "The study's delta of 0.5 is not used: a site's smaller one wins."
+    assert planned(study, "--patients", 300, "--delta", 1e-3)["delta"] == 1e-3, "asked for"
+    assert "warning  delta: sites plan with their own delta, 1e-05 or less" in done("study", "check", study).out
+
+
 def test_the_text_says_the_same_in_eighty_columns(study: Path) -> None:
     out = done("privacy", "plan", study, "--patients", 300, "--cap", 9).out
     figures = plan_report(load_study(study), 300, 9)

@@ -203,7 +203,7 @@ def test_refusals(trained: tuple[str, Path, Path], new_patients: Path, tmp_path:
         assert text in outcome.error
     outcome = gapweave("predict", run, "--site", new_patients, "--out", tmp_path / "q.csv", "--model", "finetuned")
     assert outcome.code == 2
-    assert "there is no finetuned of site 'alder'" in outcome.error
+    assert "there is no fine-tuned model of site 'alder'" in outcome.error
     fewer = edit(site_file(study, "cedar").rename(tmp_path / "cedar.yaml"), data={"note": None})
     shutil.copy(fewer, site_file(study, "cedar"))
     outcome = gapweave("predict", run, "--site", site_file(study, "cedar"), "--out", tmp_path / "q.csv")

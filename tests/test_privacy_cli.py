@@ -154,6 +154,18 @@ def test_whatever_an_entry_was_changed_to_the_answer_is_json(state, capsys, sequ
     assert content.keys() >= {"site", "cohort", "unit", "epsilon", "delta", "cap", "releases"}
 
 
+@pytest.mark.parametrize("content", [b"", b"no database"])
+def test_of_a_ledger_that_cannot_be_read_the_answer_is_json(state, capsys, content):
+    for file in state.glob("ledger.sqlite*"):
+        file.write_bytes(content)
+    code, out, err = gapweave(capsys, "privacy", "verify", state, "--json")
+    assert code == 3
+    assert err.startswith("error: ")
+    answer = json.loads(out)
+    assert answer["intact"] is False
+    assert answer.keys() >= {"site", "cohort", "unit", "epsilon", "delta", "cap", "releases"}
+
+
 def test_a_removed_entry_in_the_middle_is_found(state, capsys):
     edit(state, "DELETE FROM entries WHERE sequence = 7")
     code, out, _ = gapweave(capsys, "privacy", "verify", state)

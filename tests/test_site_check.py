@@ -211,7 +211,9 @@ def test_a_declared_number_that_is_far_off(hospital: Hospital, public: int, text
     finding = by_id(check(hospital), "declared")
     assert finding.status == "warning"
     assert finding.message.startswith(text)
-    hospital.update("patients", declared=40)
+    hospital.update("patients", declared=40, upper=39)
+    assert by_id(check(hospital), "declared").message == "patients.declared=40 is above patients.upper=39"
+    hospital.update("patients", declared=40, upper=10_000)
     assert "declared" not in {finding.id for finding in check(hospital)}
 
 

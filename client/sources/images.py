@@ -41,11 +41,16 @@ def read(spec: ImageModality, source: ImageSource, reading: Reading) -> tuple[ND
             inputs[row] = _decode(folder / names[int(row)].strip(), spec, reading)
         except dicom.Unreadable as error:
             bad.setdefault((error.what, error.remedy), []).append(int(records.line[row]))
-    for (what, remedy), lines in bad.items():
+    if bad:
+        of = int(present.sum())
+        found = [
+            f"{len(lines)} of {of} images {what} (the first: data row {min(lines)})" for (what, _), lines in bad.items()
+        ]
+        remedies = "; ".join(dict.fromkeys(remedy for _, remedy in bad))
         raise DataError(
-            f"{len(lines)} of {int(present.sum())} images {what} (the first: data row {min(lines)})",
+            "; ".join(found),
             where=records.table.where(source.column),
-            remedy=f"{remedy} in {source.folder!r}, or leave their cells empty",
+            remedy=f"{remedies} in {source.folder!r}, or leave their cells empty",
         )
     return inputs, present
 

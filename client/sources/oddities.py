@@ -107,6 +107,10 @@ def unused(study: Study, site: Site, files: Files) -> list[Finding]:
 def declared(site: Site, patients: int, files: Files) -> list[Finding]:
     """A declared number of training patients that is far from the true one, which the message does not tell."""
     public = site.patients.declared
+    if public is not None and public > site.patients.upper:
+        message = f"patients.declared={public} is above patients.upper={site.patients.upper}"
+        remedy = "Raise patients.upper: delta follows from it"
+        return [_warning("declared", files.key("patients.declared"), message, remedy)]
     if public is None or patients / FAR <= public <= patients * FAR:
         return []
     relation = f"over {FAR} times" if public > patients else f"less than 1/{FAR} of"

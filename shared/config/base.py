@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,12 @@ def unknown_key(key: str, known: list[str], what: str = "key") -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}" if close else f"known {what}s: {', '.join(known)}"
     return f"unknown {what} {key!r}; {hint}"
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The remedy for a name that nobody knows: the nearest that somebody does, and all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{f'Did you mean {close[0]!r}? ' if close else ''}Known: {', '.join(known)}"
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gapweave.shared.config.base import unknown_key
+from gapweave.shared.config.base import nearest, unknown_key
 from gapweave.shared.config.recipes import RECIPES
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
@@ -105,7 +105,7 @@ def expand(key: str, value: Any) -> dict[str, Any]:
     """
     if key in PRESETS:
         if not isinstance(value, str) or value not in PRESETS[key]:
-            remedy = f"Known: {', '.join(PRESETS[key])}"
+            remedy = nearest(str(value), PRESETS[key])
             raise UsageError(f"no {key} is called {value!r}", where="--set, --vary", remedy=remedy)
         return PRESETS[key][value]
     path = ALIASES.get(key, key)

@@ -44,11 +44,12 @@ def plan(
     Example: gapweave privacy plan study.yaml --patients 1300 --epsilon 3
     """
     from gapweave.shared.config.study import load_study
+    from gapweave.shared.privacy.plan import USUAL_DELTA
     from gapweave.shared.privacy.plan_report import DEFAULT_CAP, plan_lines, plan_report
 
     given = {"privacy.epsilon": epsilon, "privacy.delta": delta, "training.rounds": rounds}
     chosen = load_study(study, {key: value for key, value in given.items() if value is not None})
-    found = plan_report(chosen, patients, DEFAULT_CAP if cap is None else cap)
+    found = plan_report(chosen, patients, DEFAULT_CAP if cap is None else cap, USUAL_DELTA if delta is None else delta)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
         return
@@ -64,12 +65,18 @@ def verify(
 
     Example: gapweave privacy verify state
     """
+    from gapweave.shared.errors import RefusedError
     from gapweave.shared.privacy.ledger import read_ledger
-    from gapweave.shared.report.ledger_report import broken_text, verified
+    from gapweave.shared.report.ledger_report import UNREADABLE, broken_text, verified
     from gapweave.shared.report.ledger_text import CHAIN, spent_words
 
-    view = read_ledger(path)
-    summary = verified(view)
+    try:
+        view = read_ledger(path)
+        summary = verified(view)
+    except RefusedError:
+        if as_json:
+            typer.echo(json.dumps(UNREADABLE, indent=1))
+        raise
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
     elif view.intact:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from gapweave.shared.config.site import Policy
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import UsageError
 from gapweave.shared.privacy.accountant import fixed_epsilon
 from gapweave.shared.privacy.events import LOOK, PrivacyEvent
-from gapweave.shared.privacy.once import NO_LOOK, NOT_ALLOWED, look_events, table_event
+from gapweave.shared.privacy.once import NO_LOOK, NOT_ALLOWED, look_events, preparation_events, table_event
 
 COUNT_SHARE = 0.05
 """Share of the target epsilon that the once-only noisy number of training patients may cost."""
@@ -18,6 +19,8 @@ VALIDATION_FOLDS = 5
 """Folds of a site's training patients, by a keyed hash; those of the first do not take part in fine-tuning."""
 SMALLEST_NOISE = 0.3
 """Noise multiplier below which less noise gains nothing."""
+USUAL_DELTA = float(Policy.model_fields["delta"].default)
+"""Delta of a site whose file sets none."""
 LARGEST_NOISE = 1e4
 """Noise multiplier above which a target is called unreachable."""
 
@@ -140,6 +143,21 @@ def make_plan(
     if not privacy.enabled:
         return plan
     return replace(plan, epsilon=fixed_epsilon([*beside, plan.event("plan", steps)], delta))
+
+
+def usual_plan(study: Study, n_hat: int, delta: float = USUAL_DELTA) -> Plan:
+    """The plan of a site that declares its number of patients and holds every modality.
+
+    Args:
+        study: gives target, clipping bound and schedule.
+        n_hat: public number of training patients.
+        delta: of the site; the study's counts where it is smaller.
+
+    Raises:
+        UsageError: when no noise reaches the target.
+    """
+    least = min(study.privacy.delta, delta)
+    return make_plan(study, n_hat, least, preparation_events(study, study.order, least))
 
 
 def _calibrate(target: float, delta: float, rate: float, steps: int, beside: tuple[PrivacyEvent, ...]) -> float:

@@ -15,8 +15,14 @@ from gapweave.shared.outlook import alone_warning
 from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import folded
-from gapweave.shared.privacy.once import preparation_events
-from gapweave.shared.privacy.plan import COUNT_SHARE, VALIDATION_FOLDS, Plan, longest_prefix, make_plan
+from gapweave.shared.privacy.plan import (
+    COUNT_SHARE,
+    USUAL_DELTA,
+    VALIDATION_FOLDS,
+    Plan,
+    longest_prefix,
+    usual_plan,
+)
 
 DEFAULT_CAP = float(Policy.model_fields["epsilon"].default)
 """Cap of a site whose file sets none."""
@@ -68,6 +74,8 @@ class PlanReport:
         """What a person should know before choosing this plan."""
         if weak := weakness(self.study.privacy.epsilon):
             yield f"{weak[0].upper()}{weak[1:]}."
+        if self.study.privacy.delta > self.plan.delta:
+            yield f"The study's delta of {self.study.privacy.delta:g} is not used: a site's smaller one wins."
         if self.rounds_allowed < self.plan.rounds:
             yield (
                 f"A cap of {self.cap:g} has room for {self.rounds_allowed} of the {self.plan.rounds} rounds: "
@@ -83,13 +91,14 @@ class PlanReport:
             yield outlook
 
 
-def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP) -> PlanReport:
+def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP, delta: float = USUAL_DELTA) -> PlanReport:
     """Plan a study as a site does that declares its number of patients.
 
     Args:
         study: target and schedule.
         patients: public number of training patients.
         cap: of the site.
+        delta: of the site.
 
     Raises:
         UsageError: for a study without privacy, a cap of nothing, or a target that no noise reaches.
@@ -100,21 +109,15 @@ def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP) -> PlanRe
         raise UsageError(
             "the study has no privacy to plan", where="study:privacy.enabled", remedy="Set privacy.enabled to true"
         )
-    plan = _plan(study, patients)
+    plan = usual_plan(study, patients, delta)
     return PlanReport(
         study=study,
         plan=plan,
         cap=cap,
         epsilon_filter=renyi_epsilon(schedule(plan), plan.delta, renyi_order(plan.delta, cap)),
         rounds_allowed=_rounds_allowed(plan, cap),
-        alternatives=tuple(_alternatives(study, patients)),
+        alternatives=tuple(_alternatives(study, patients, delta)),
     )
-
-
-def _plan(study: Study, patients: int) -> Plan:
-    """The plan of a site that holds every modality."""
-    delta = study.privacy.delta
-    return make_plan(study, patients, delta, preparation_events(study, study.order, delta))
 
 
 def schedule(plan: Plan) -> list[PrivacyEvent]:
@@ -130,11 +133,11 @@ def _rounds_allowed(plan: Plan, cap: float) -> int:
     return min(fits, plan.rounds)
 
 
-def _alternatives(study: Study, patients: int) -> Iterator[tuple[str, Plan]]:
+def _alternatives(study: Study, patients: int, delta: float) -> Iterator[tuple[str, Plan]]:
     """Plans of other schedules, where the target can be reached at all."""
     for change, other in _others(study, patients):
         with suppress(UsageError):
-            yield change, _plan(other, patients)
+            yield change, usual_plan(other, patients, delta)
 
 
 def _others(study: Study, patients: int) -> Iterator[tuple[str, Study]]:

@@ -81,6 +81,15 @@ class LedgerFacts:
         return {**content.pop("summary"), **content}
 
 
+UNREADABLE: dict[str, Any] = {
+    **dict.fromkeys(("site", "cohort", "unit", "epsilon", "epsilon_filter", "delta", "cap", "releases")),
+    "intact": False,
+    "entries": 0,
+    "broken_at": None,
+}
+"""The summary of a ledger of which nothing can be read."""
+
+
 def verified(view: LedgerView) -> dict[str, Any]:
     """The ledger's summary; of a changed ledger, what can still be read of it.
 
@@ -98,8 +107,7 @@ def verified(view: LedgerView) -> dict[str, Any]:
     except (GapweaveError, StopIteration, KeyError, TypeError, ValueError):
         if view.intact:
             raise
-    keys = ("site", "cohort", "unit", "epsilon", "epsilon_filter", "delta", "cap", "releases")
-    return {**dict.fromkeys(keys), "intact": False, **extra}
+    return {**UNREADABLE, **extra}
 
 
 def ledger_facts(view: LedgerView, audit: AuditResult | None = None) -> LedgerFacts:

@@ -16,6 +16,7 @@ from rich.console import Console
 from gapweave.client import app as client_app
 from gapweave.client.sources.findings import warnings_of
 from gapweave.shared.config import Study, load_study
+from gapweave.shared.config.base import nearest
 from gapweave.shared.config.overrides import parse_assignment
 from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.rundir import RunDirectory
@@ -70,9 +71,7 @@ def read_baselines(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in BASELINES:
-            raise UsageError(
-                f"no baseline is called {name!r}", where="--baselines", remedy=f"Known: {', '.join(BASELINES)}"
-            )
+            raise UsageError(f"no baseline is called {name!r}", where="--baselines", remedy=nearest(name, BASELINES))
     return names
 
 
@@ -83,7 +82,7 @@ def check_engine(name: str) -> None:
         UsageError: naming those that it has.
     """
     if name not in ENGINES:
-        raise UsageError(f"no engine is called {name!r}", where="--engine", remedy=f"Known: {', '.join(ENGINES)}")
+        raise UsageError(f"no engine is called {name!r}", where="--engine", remedy=nearest(name, ENGINES))
     if name == "ray":
         from gapweave.sites.simulate.ray_engine import require_ray
 

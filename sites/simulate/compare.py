@@ -24,7 +24,7 @@ from rich.console import Console
 from gapweave.client import app as client_app
 from gapweave.client.data import load_cohort
 from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, UsageError
-from gapweave.shared.files import write_atomically
+from gapweave.shared.files import intact, write_atomically
 from gapweave.shared.metrics import METRICS
 from gapweave.sites.simulate.compare_intervals import Draws
 from gapweave.sites.simulate.compare_plan import Plan, Request, Trial, Unit, make_plan
@@ -135,7 +135,8 @@ def _check_out(out: Path, spec: dict[str, Any]) -> None:
     file = out / SPEC
     if not file.exists():
         raise UsageError("the output folder exists", where=str(out), remedy="Give another --out")
-    before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(spec))
+    with intact(file):
+        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(spec))
     if before != now:
         keys = [key for key in spec if before.get(key) != now[key]]
         raise UsageError(

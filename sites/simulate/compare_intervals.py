@@ -133,9 +133,14 @@ class Difference:
         by_site = {site: _drawn([{site: part[site]} for part in parts]) for site in parts[0]}
         return cls(
             mean=float(whole[0]),
-            interval=interval(whole),
-            sites={site: (float(values[0]), interval(values)) for site, values in by_site.items()},
+            interval=_possible(interval(whole)),
+            sites={site: (float(values[0]), _possible(interval(values))) for site, values in by_site.items()},
         )
+
+
+def _possible(found: Interval) -> Interval:
+    """What of an interval can be: no two AUROCs differ by more than 1, which Student's t does not know."""
+    return None if found is None else (max(found[0], -1.0), min(found[1], 1.0))
 
 
 def _drawn(parts: Sequence[Part]) -> Array:

@@ -35,7 +35,7 @@ def evaluate_parts(model: MultimodalModel, cohort: Cohort, study: Study) -> dict
 
     Returns:
         `metrics`; `outputs`: by class or label, with the numbers of records and positives; `subgroups`: by subgroup and
-        its code, with the number of records. Records of unknown code are left out of these. `patterns`: by the
+        its code, with the number of labelled records. Records of unknown code are left out of these. `patterns`: by the
         modalities that a record has, likewise, rare patterns together; empty where all have the same.
     """
     test = cohort.testing()
@@ -49,9 +49,9 @@ def evaluate_parts(model: MultimodalModel, cohort: Cohort, study: Study) -> dict
         for code in sorted(set(of_record) - {""}):
             rows = of_record == code
             found = exact_metrics(scores[rows], target[rows], known[rows], kind)
-            subgroups[name][str(code)] = {"records": float(rows.sum()), **found}
+            subgroups[name][str(code)] = {"records": _labelled(known[rows]), **found}
     patterns = {
-        name: {"records": float(rows.sum()), **exact_metrics(scores[rows], target[rows], known[rows], kind)}
+        name: {"records": _labelled(known[rows]), **exact_metrics(scores[rows], target[rows], known[rows], kind)}
         for name, rows in _patterns(test, study).items()
     }
     return {
@@ -60,6 +60,11 @@ def evaluate_parts(model: MultimodalModel, cohort: Cohort, study: Study) -> dict
         "subgroups": subgroups,
         "patterns": patterns if len(patterns) > 1 else {},
     }
+
+
+def _labelled(known: NDArray[np.bool_]) -> float:
+    """How many records [R, K] have a label."""
+    return float(known.any(axis=1).sum())
 
 
 def _patterns(test: Batch, study: Study) -> dict[str, NDArray[np.bool_]]:

@@ -24,7 +24,7 @@ from gapweave.server.strategy import RoundLoop
 from gapweave.shared.config import Site, Study, load_site
 from gapweave.shared.config.simulation import LABEL_ATTACKS
 from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, Unreachable, UsageError
-from gapweave.shared.files import write_atomically
+from gapweave.shared.files import intact, write_atomically
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.attacks import HostileGrid, bad_names, mislabelled
 from gapweave.sites.simulate.baselines import fit_baselines
@@ -87,17 +87,18 @@ class Setup:
             raise UsageError(
                 "this run was not simulated here", where=str(directory.path), remedy="Resume it at its server"
             )
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return cls(
-            sites=tuple(directory.path / path for path in content["sites"]),
-            data=directory.path / content["data"] if content["data"] else None,
-            state=directory.path / content["state"],
-            baselines=tuple(content["baselines"]),
-            continue_without=content["continue_without"],
-            anchored=content["anchored"],
-            engine=content["engine"],
-            joining=content.get("joining", False),
-        )
+        with intact(file):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return cls(
+                sites=tuple(directory.path / path for path in content["sites"]),
+                data=directory.path / content["data"] if content["data"] else None,
+                state=directory.path / content["state"],
+                baselines=tuple(content["baselines"]),
+                continue_without=content["continue_without"],
+                anchored=content["anchored"],
+                engine=content["engine"],
+                joining=content.get("joining", False),
+            )
 
 
 def find_sites(study_file: Path, folder: Path | None) -> tuple[Path, ...]:
@@ -152,8 +153,11 @@ def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lam
     usable = len(loaded) - len(errors)
     if errors and not (setup.continue_without and usable >= study.aggregation.quorum):
         more = f" (and problems at {len(errors) - 1} more sites)" if len(errors) > 1 else ""
-        first = errors[0]
-        remedy = f"{first.remedy}, or go on with --continue-without" if not setup.continue_without else first.remedy
+        first, quorum = errors[0], study.aggregation.quorum
+        if setup.continue_without:
+            remedy = f"{first.remedy}; --continue-without needs {quorum} sites (study:aggregation.quorum)"
+        else:
+            remedy = f"{first.remedy}, or go on with --continue-without"
         raise type(first)(f"{first.what}{more}", where=first.where, remedy=remedy)
     if usable < study.aggregation.quorum:
         raise TooFewSites(
@@ -201,7 +205,8 @@ def refuse_changed_data(directory: RunDirectory, sites: Mapping[str, Participant
     """
     file = directory.checkpoint / "data.json"
     now = {name: site.cohort.digest() for name, site in sites.items()}
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    with intact(file):
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     changed = sorted(name for name, digest in now.items() if before.get(name, digest) != digest)
     if changed:
         raise DataError(
@@ -239,7 +244,8 @@ def new_run_id() -> str:
 
 def _in_full(error: GapweaveError) -> GapweaveError:
     """The same error with what each site said to itself: a simulation may show it, a server never learns it."""
-    said = "; ".join(f"{site}: {text}" for site, text in sorted(client_app.details.items()))
+    texts = sorted(client_app.details.items())
+    said = "; ".join(text if text.startswith(f"{site}:") else f"{site}: {text}" for site, text in texts)
     if not said:
         return error
     return type(error)(error.what, where=error.where, remedy=said)
