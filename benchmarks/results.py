@@ -8,6 +8,7 @@ run it again.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -249,6 +250,26 @@ def gates(models: list[Judged], draws: Draws) -> str:
     return "\n".join(lines)
 
 
+def foretold(cohort: str, out: Path) -> str:
+    """What `study check` says of joining before a run, from the sites' sizes alone; empty for a cohort of worlds."""
+    from gapweave.shared.config import load_study
+    from gapweave.shared.outlook import outlooks
+
+    lines = []
+    for name, panel in PANELS.items():
+        file = out / name / "results.json"
+        if panel.cohort != cohort or not panel.budgets or panel.world is not None or not file.exists():
+            continue
+        judged = {row["site"]: row["n_test"] for row in json.loads(file.read_text(encoding="utf-8"))}
+        sizes = {site: max(1, number * (FOLDS - 1) // FOLDS) for site, number in judged.items()}
+        for budget in panel.budgets:
+            study = load_study(study_of(panel, out), {**panel.overrides, "privacy.epsilon": budget})
+            helped = sum(outlook.helps for outlook in outlooks(study, sizes))
+            said = f"joining can be expected to help {helped} of {len(sizes)} sites"
+            lines.append(f"- {_budget(budget)}, foretold from the sites' sizes: {said}.")
+    return "\n".join(lines)
+
+
 def _budget(budget: float | None) -> str:
     return "No privacy" if budget is None else f"Epsilon {budget:g}"
 
@@ -326,7 +347,8 @@ def page(found: dict[str, tuple[list[Judged], Draws]], out: Path, seeds: tuple[i
     for name, (models, draws) in found.items():
         cohort, done = COHORTS[name], {len(entry.auroc) for entry in models}
         left = f" **Not finished: {min(done)} of {len(seeds)} splits at least.**" if min(done) < len(seeds) else ""
-        parts += [f"### {cohort.title}", cohort.note + left, table(models, draws), gates(models, draws)]
+        said = "\n".join(filter(None, [gates(models, draws), foretold(name, out)]))
+        parts += [f"### {cohort.title}", cohort.note + left, table(models, draws), said]
     if left := [cohort.title for name, cohort in COHORTS.items() if name not in found]:
         parts.append(f"**Not run for this page yet:** {'; '.join(left)}.")
     panel = PANELS[f"planted-{PLANTED[0]}"]

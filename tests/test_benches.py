@@ -73,6 +73,7 @@ def test_the_joining_bench_writes_its_section_and_goes_on(tmp_path: Path) -> Non
     for title in (
         "### Death within a year of an infarction",
         "- Epsilon 8: federated is",
+        "- Epsilon 8, foretold from the sites' sizes: joining can be expected to help",
         "useless: ",
         "tiny: federated: too few",
         "The others lose",
