@@ -4,7 +4,8 @@ How they were chosen, written down before the numbers: on the eICU stay, split s
 (`python benchmarks/results.py --seeds 0,1,2 --panels stay,stay-private`), and on the demo's generator seeds 0 to 2;
 then frozen. The page reports split seeds 10 to 12, the demo's generator seeds 100 to 102, and the diabetes and
 infarction patients.
-All of that was judged with the patients of all folds in one ranking; docs/decisions/0025 says what was wrong with it.
+The choices were made by rankings of the patients of all folds in one list; docs/decisions/0025 says what was wrong
+with that. The page ranks within folds.
 
 One number is a second choice, made after the page had reported the first: the ridge without privacy was 0.45, and the
 stay with split seeds 0 to 2 had not been asked about less (figures: docs/decisions/0021). Nothing but that decided.

@@ -322,7 +322,7 @@ and how they were chosen, before these numbers: [benchmarks/recipes.py](../bench
 
 Until lately all folds' patients were ranked in one list, which makes models of one site look worse than they are: this
 page said then that joining pays under privacy on the eICU stay, by +.044. Recipes were chosen by that measure, on other
-splits; federated models have the same AUROC by both within .01. All that is below was run anew since.
+splits; federated models have the same AUROC by both within .01. All of this section was run anew since.
 
 Five more things were changed after figures of these splits had been seen, and what they touch was measured again.
 Distances between updates are corrected for noise, because of what attacks cost on synthetic hospitals

@@ -6,7 +6,6 @@ SHA-256 that comes with Gapweave, and only then does the folder get its name.
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated
 import typer
 
 from gapweave.shared.commands import command_group
+from gapweave.shared.config.base import nearest
 from gapweave.shared.errors import DataError, UsageError
 
 SUMS = "SHA256SUMS"
@@ -85,9 +85,7 @@ def data_set(name: str) -> DataSet:
     """
     if name in DATA_SETS:
         return DATA_SETS[name]
-    close = difflib.get_close_matches(name, DATA_SETS, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    raise UsageError(f"no data set is called {name!r}", remedy=f"{hint}Known: {', '.join(DATA_SETS)}")
+    raise UsageError(f"no data set is called {name!r}", remedy=nearest(name, DATA_SETS))
 
 
 def data_folder(chosen: Path | None = None) -> Path:

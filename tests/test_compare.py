@@ -136,8 +136,9 @@ def test_with_a_state_folder_budgets_add_up(study_file, tmp_path):
     private = ["--set", "privacy.enabled=true", "--set", "epsilon=2", "--rounds", "1"]
     for name in ("first", "second"):
         assert run(study_file, tmp_path / name, *private, "--seed", "0", "--state", str(tmp_path / "states")) == 0
-    (first,), (second,) = ({row["epsilon"] for row in rows_in(tmp_path / name)} for name in ("first", "second"))
-    assert 0 < first < second
+    first, second = ({row["site"]: row["epsilon"] for row in rows_in(tmp_path / name)} for name in ("first", "second"))
+    assert first.keys() == second.keys() == HOLDS.keys()
+    assert all(0 < first[site] < second[site] for site in HOLDS)
     assert (tmp_path / "states" / "alder" / "ledger.sqlite").exists()
 
 

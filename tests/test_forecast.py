@@ -1,4 +1,4 @@
-"""What training takes of a machine, before a run: the arithmetic by hand, and against a run."""
+"""What training takes of a machine, before a run: the arithmetic by hand, and what is said of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_all_steps_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert forecast(of, 100).seconds == 3 * (7 * 2 + of.training.finetune_steps) * 10, "one of ten patients was tried"
 
 
-def test_a_forecast_is_of_the_size_of_what_a_round_takes() -> None:
+def test_a_hundred_times_the_rounds_take_longer() -> None:
     of = plan_of(private=True, training={"rounds": 10, "local_steps": 5, "batch": 50})
     few, many = forecast(of, 200), forecast(plan_of(private=True, training={"rounds": 1000, "local_steps": 5}), 200)
     assert 0 < few.seconds < 10

@@ -155,10 +155,11 @@ def test_whatever_an_entry_was_changed_to_the_answer_is_json(state, capsys, sequ
 
 
 @pytest.mark.parametrize("content", [b"", b"no database"])
-def test_of_a_ledger_that_cannot_be_read_the_answer_is_json(state, capsys, content):
+@pytest.mark.parametrize("command", ["verify", "report"])
+def test_of_a_ledger_that_cannot_be_read_the_answer_is_json(state, capsys, command, content):
     for file in state.glob("ledger.sqlite*"):
         file.write_bytes(content)
-    code, out, err = gapweave(capsys, "privacy", "verify", state, "--json")
+    code, out, err = gapweave(capsys, "privacy", command, state, "--json")
     assert code == 3
     assert err.startswith("error: ")
     answer = json.loads(out)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from click import FloatRange
 
 from gapweave.shared.commands import command_group
+
+if TYPE_CHECKING:
+    from gapweave.shared.privacy.ledger import LedgerView
 
 app = command_group(
     "Plan a study's privacy; report and verify what a site's ledger says was spent.",
@@ -65,18 +68,10 @@ def verify(
 
     Example: gapweave privacy verify state
     """
-    from gapweave.shared.errors import RefusedError
-    from gapweave.shared.privacy.ledger import read_ledger
-    from gapweave.shared.report.ledger_report import UNREADABLE, broken_text, verified
+    from gapweave.shared.report.ledger_report import broken_text
     from gapweave.shared.report.ledger_text import CHAIN, spent_words
 
-    try:
-        view = read_ledger(path)
-        summary = verified(view)
-    except RefusedError:
-        if as_json:
-            typer.echo(json.dumps(UNREADABLE, indent=1))
-        raise
+    view, summary = _verified(path, as_json)
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
     elif view.intact:
@@ -86,6 +81,21 @@ def verify(
         typer.echo(f"{path}: {broken_text(view)}")
     if summary["intact"] is False:
         raise typer.Exit(NOT_INTACT)
+
+
+def _verified(path: Path, as_json: bool) -> tuple[LedgerView, dict[str, Any]]:
+    """A ledger and its summary; of one of which nothing can be read, JSON says so before the error does."""
+    from gapweave.shared.errors import RefusedError
+    from gapweave.shared.privacy.ledger import read_ledger
+    from gapweave.shared.report.ledger_report import UNREADABLE, verified
+
+    try:
+        view = read_ledger(path)
+        return view, verified(view)
+    except RefusedError:
+        if as_json:
+            typer.echo(json.dumps(UNREADABLE, indent=1))
+        raise
 
 
 @app.command()
@@ -101,15 +111,14 @@ def report(
 
     Example: gapweave privacy report state --out privacy.html
     """
-    from gapweave.shared.privacy.ledger import read_ledger
     from gapweave.shared.report.audit_result import read_audit
     from gapweave.shared.report.ledger_page import ledger_page
-    from gapweave.shared.report.ledger_report import ledger_facts, verified
+    from gapweave.shared.report.ledger_report import ledger_facts
     from gapweave.shared.report.ledger_text import ledger_lines
 
-    view = read_ledger(path)
+    view, summary = _verified(path, as_json)
     if as_json and not view.intact:
-        typer.echo(json.dumps(verified(view), indent=1))
+        typer.echo(json.dumps(summary, indent=1))
         raise typer.Exit(NOT_INTACT)
     facts = ledger_facts(view, None if audit is None else read_audit(audit, view.opening.get("site")))
     if as_json:

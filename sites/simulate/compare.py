@@ -85,7 +85,7 @@ def compare(request: Request) -> Result:
         files = find_sites(file, request.sites)
         demo = request.study is None
         hashes = {(path.name if demo else str(path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-        spec = plan.spec(hashes, request.data, request.continue_without)
+        spec = plan.spec(hashes, request)
         out = request.out or Path(f"runs/compare-{plan.study}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
         _check_out(out, spec)
         setup = Setup(

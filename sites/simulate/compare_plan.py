@@ -115,13 +115,12 @@ class Plan:
         """Each simulation once, also when two cells come down to the same study."""
         return list({unit.name: unit for trial in self.trials for unit in trial.units}.values())
 
-    def spec(self, sites: Mapping[str, str], data: Path | None, continue_without: bool) -> dict[str, Any]:
+    def spec(self, sites: Mapping[str, str], request: Request) -> dict[str, Any]:
         """What decides the results; a folder with another one is another comparison's.
 
         Args:
             sites: site file -> hash of its content.
-            data: folder of data sets.
-            continue_without: as asked for.
+            request: as asked for.
         """
         cells = [
             {"cell": trial.cell, "seed": trial.seed, "units": [u.name for u in trial.units]} for trial in self.trials
@@ -134,8 +133,9 @@ class Plan:
             "folds": self.folds,
             "baselines": list(self.baselines),
             "joining": self.joining,
-            "data": None if data is None else str(data),
-            "continue_without": continue_without,
+            "data": None if request.data is None else str(request.data),
+            "state": None if request.state is None else str(request.state),
+            "continue_without": request.continue_without,
             "sites": dict(sites),
             "cells": cells,
         }

@@ -49,9 +49,9 @@ def evaluate_parts(model: MultimodalModel, cohort: Cohort, study: Study) -> dict
         for code in sorted(set(of_record) - {""}):
             rows = of_record == code
             found = exact_metrics(scores[rows], target[rows], known[rows], kind)
-            subgroups[name][str(code)] = {"records": _labelled(known[rows]), **found}
+            subgroups[name][str(code)] = {"records": labelled(known[rows]), **found}
     patterns = {
-        name: {"records": _labelled(known[rows]), **exact_metrics(scores[rows], target[rows], known[rows], kind)}
+        name: {"records": labelled(known[rows]), **exact_metrics(scores[rows], target[rows], known[rows], kind)}
         for name, rows in _patterns(test, study).items()
     }
     return {
@@ -62,8 +62,8 @@ def evaluate_parts(model: MultimodalModel, cohort: Cohort, study: Study) -> dict
     }
 
 
-def _labelled(known: NDArray[np.bool_]) -> float:
-    """How many records [R, K] have a label."""
+def labelled(known: NDArray[np.bool_]) -> float:
+    """How many records have a label, of [R, K] known ones."""
     return float(known.any(axis=1).sum())
 
 

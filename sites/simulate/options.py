@@ -30,7 +30,9 @@ JoiningOption = Annotated[
 ]
 StateOption = Annotated[
     Path | None,
-    typer.Option("--state", help="Folder of the sites' ledgers and private models [default: RUN/sites]."),
+    typer.Option(
+        "--state", help="Folder of the sites' ledgers and private models [default: RUN/sites, new in each run]."
+    ),
 ]
 EngineOption = Annotated[
     str,

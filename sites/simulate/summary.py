@@ -16,10 +16,9 @@ from gapweave.server.summary import FROM_TABLES, released_facts, run_facts
 from gapweave.shared.config import Study
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
 from gapweave.sites.simulate.attacks import bad_names
-from gapweave.sites.simulate.evaluate import PARTS, evaluate, evaluate_parts, mean_metrics, metrics_of
+from gapweave.sites.simulate.evaluate import PARTS, evaluate, evaluate_parts, labelled, mean_metrics, metrics_of
 
 if TYPE_CHECKING:
-    from gapweave.shared.schema import Batch
     from gapweave.sites.simulate.run import VirtualSite
 
 Baselines = Mapping[str, Mapping[str, Predictor]]
@@ -94,7 +93,10 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         "modalities": participant.held,
         "warnings": [f"{finding.where}: {finding.message}" for finding in warnings_of(participant.findings)],
         "patients": {"train": cohort.training().patients, "test": cohort.testing().patients},
-        "records": {"train": _labelled(cohort.training()), "test": _labelled(cohort.testing())},
+        "records": {
+            part: int(labelled(batch.label_mask.numpy()))
+            for part, batch in (("train", cohort.training()), ("test", cohort.testing()))
+        },
         "rounds": peer.last_round,
         **(evaluate_parts(model, cohort, study) if model else dict.fromkeys(PARTS)),
         "fine_tuned": evaluate(load_site_model(tuned).model, cohort, study) if tuned.exists() else None,
@@ -102,11 +104,6 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         "released": loop.released[name].to_dict() if name in loop.released else None,
         "privacy": _privacy(participant.state),
     }
-
-
-def _labelled(batch: Batch) -> int:
-    """Records of which something is known that is to be predicted."""
-    return int(batch.label_mask.any(1).sum())
 
 
 def _absent(held: list[str], status: str, reason: str) -> dict[str, Any]:
