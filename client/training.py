@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,8 +51,12 @@ class Step:
         plan = self.plan
         chosen = torch.from_numpy(self.draws.uniform(data.patients) < plan.sample_rate).nonzero()[:, 0]
         batch = data.of_patients(chosen.to(data.patient.device))
-        total = self.engine.sum(self.shown(batch), self.used(batch), self.objective)
         size = plan.sample_rate * plan.n_hat
+        if self.engine.sensitivity == math.inf:
+            # Nothing is clipped, so a division a record does what one a parameter would.
+            shares = replace(batch, weight=batch.weight / size)
+            return self.engine.sum(self.shown(shares), self.used(batch), self.objective)
+        total = self.engine.sum(self.shown(batch), self.used(batch), self.objective)
         noised = self._noised(total)
         means = torch._foreach_div(list(noised.values()), size)
         return {name: mean.float() for name, mean in zip(noised, means, strict=True)}

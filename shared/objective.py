@@ -52,7 +52,7 @@ def record_losses(outputs: Outputs, target: Tensor, label_mask: Tensor, kind: Ta
 def loss_terms(outputs: Outputs, target: Tensor, label_mask: Tensor, kind: TaskKind) -> Terms:
     """The parts of what `record_losses` gives, for schemes that weigh them."""
     fused = outputs.logits if outputs.joint is None else outputs.joint
-    distance = (outputs.imputed - outputs.embeddings.detach()).square().mean(-1)
+    distance = functional.mse_loss(outputs.imputed, outputs.embeddings.detach(), reduction="none").mean(-1)
     rest = outputs.imputer_weight * mean_over(distance, outputs.present & ~outputs.used)
     return Terms(
         joint=cross_entropy(fused, target, label_mask, kind),

@@ -113,10 +113,10 @@ class Batch:
         """The given records, patients numbered as before."""
         return replace(
             self,
-            inputs=self.each_input(lambda tensor: tensor[rows]),
-            present=self.present[rows],
-            target=self.target[rows],
-            label_mask=self.label_mask[rows],
-            patient=self.patient[rows],
-            weight=self.weight[rows],
+            inputs=self.each_input(lambda tensor: tensor.index_select(0, rows)),
+            present=self.present.index_select(0, rows),
+            target=self.target.index_select(0, rows),
+            label_mask=self.label_mask.index_select(0, rows),
+            patient=self.patient.index_select(0, rows),
+            weight=self.weight.index_select(0, rows),
         )

@@ -203,7 +203,7 @@ def test_on_the_demo_the_imputer_explains_what_the_others_tell_of_a_modality(tmp
             used = testing.present.clone()
             used[:, at] = False
             imputed = model.decide(
-                asked, testing.present, used, model.votes(asked, used, model.ready(testing.inputs, testing.present))
+                asked, testing.present, used, model.votes(asked, model.ready(testing.inputs, testing.present))
             ).imputed
             assert explained(imputed[judge, at], asked[judge, at]) > 0, name
             told.append(name)

@@ -33,8 +33,8 @@ class PlainEngine:
         names = self.model.named
         if len(batch) == 0:
             return {name: torch.zeros_like(parameter) for name, parameter in names.items()}
-        losses = (objective or self._plain)(self.model, batch, used) * batch.weight
-        gradients = torch.autograd.grad(losses.sum(), list(names.values()), allow_unused=True)
+        loss = torch.dot((objective or self._plain)(self.model, batch, used), batch.weight)
+        gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
         return {
             name: torch.zeros_like(parameter) if gradient is None else gradient
             for (name, parameter), gradient in zip(names.items(), gradients, strict=True)

@@ -154,7 +154,7 @@ class Scheme:
         """
         ready = model.ready(batch.inputs, batch.present)
         embeddings = self.shown(model, batch, used, model.embed(ready, batch.present))
-        votes = model.votes(embeddings, batch.present, ready)
+        votes = model.votes(embeddings, ready)
         outputs = model.decide(embeddings, batch.present, used, votes)
         return self.total(
             Lesson(

@@ -39,7 +39,7 @@ class OnTheFlyModulation(Scheme):
     def shown(self, model: MultimodalModel, batch: Batch, used: Tensor, embeddings: Tensor) -> Tensor:
         """The same embeddings with the modulated gradient."""
         with torch.no_grad():
-            votes = model.votes(embeddings, used, model.ready(batch.inputs, batch.present))
+            votes = model.votes(embeddings, model.ready(batch.inputs, batch.present))
             sure = torch.exp(-cross_entropy(votes, batch.target, batch.label_mask, self.kind))
             factors = modulation(sure, used, self.alpha).unsqueeze(-1)
         still = embeddings.detach()
