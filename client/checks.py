@@ -70,19 +70,19 @@ def check_site(study: Study | None, site: Site, site_file: Path, data_dir: Path 
 RAREST = 8
 """So many variables of a modality are listed with the share of records that have them."""
 
-AT_THE_HUB = frozenset({"connection", "name", "server", "tls", "clock", "version", "authentication"})
+OUT_OF_REACH = frozenset({"reach", "connection", "name", "server", "tls", "clock", "version", "authentication"})
 OF_THE_SITE = frozenset({"key", "state", "device", "disk", "memory"})
 OF_THE_BUDGET = frozenset({"ledger", "budget", "plan", "policy"})
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """That of the first kind which has a problem: data, hub, the site's own machine, budget."""
+    """That of the first kind which has a problem: data, database or hub, the site's own machine, budget."""
     found = {finding.id for finding in findings if finding.status == "problem"}
     if not found:
         return 0
-    if found - AT_THE_HUB - OF_THE_SITE - OF_THE_BUDGET:
+    if found - OUT_OF_REACH - OF_THE_SITE - OF_THE_BUDGET:
         return DataError.exit_code
-    if found & AT_THE_HUB:
+    if found & OUT_OF_REACH:
         return Unreachable.exit_code
     return UsageError.exit_code if found & OF_THE_SITE else RefusedError.exit_code
 
@@ -122,7 +122,8 @@ class _Check:
             return action()
         except GapweaveError as error:
             if (error.where, error.what) not in {(finding.where, finding.message) for finding in self.findings}:
-                self._add(check, "problem", error.where, error.what, error.remedy)
+                kind = "reach" if isinstance(error, Unreachable) else check
+                self._add(kind, "problem", error.where, error.what, error.remedy)
             return None
 
     def _database(self) -> None:

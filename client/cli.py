@@ -57,7 +57,7 @@ def check(
 ) -> None:
     """Find what is wrong with data, machine, network and budget before a run does.
 
-    Exits 6 when there is a problem with the data, else 5 with the hub, else 2, or 3 with ledger and budget.
+    Exits 6 when there is a problem with the data, else 5 with database or hub, else 2, or 3 with ledger and budget.
 
     Example: gapweave site check hospital.yaml --study study.yaml
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import loss_terms, probabilities, record_losses
 from gapweave.shared.schema import Batch
-from gapweave.shared.schemes import Moment, Scheme, build_scheme
+from gapweave.shared.schemes import Lesson, Moment, Scheme, build_scheme
 from gapweave.shared.schemes.distill import divergence
 from gapweave.shared.schemes.ogm_ge import modulation
 from gapweave.shared.schemes.pmr import prototypes
@@ -80,6 +81,39 @@ def test_blended_losses_by_hand() -> None:
     weights = torch.tensor([1.0, 3.0, 0.0, 1.0])  # cxr, labs, note, vitals
     expected = 0.5 * terms.joint + (weights * terms.votes).sum(1) / 4
     torch.testing.assert_close(scheme.losses(model, batch, batch.present, LAST), expected)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_a_vote_counts_less_where_the_others_see_the_truth_by_hand(task: str) -> None:
+    _, scheme, model, batch = scene("dwfuse", "late", task, beta=0.5)
+    outputs = model(batch.inputs, batch.present, batch.present)
+    terms = loss_terms(outputs, batch.target, batch.label_mask, scheme.kind)
+    doubts = 1 - torch.exp(-terms.votes.detach())  # of the truth, by each modality
+    weights = (doubts.prod(1, keepdim=True) / doubts) ** (0.5 / 3)
+    expected = terms.joint + (weights * terms.votes).mean(1)
+    torch.testing.assert_close(scheme.losses(model, batch, batch.present, LAST), expected, rtol=1e-4, atol=1e-5)
+    single = torch.tensor([True, False, False, False]).expand(6, -1)
+    alone = scheme.losses(model, batch, single, LAST)
+    torch.testing.assert_close(alone, plain(model, batch, single, task))
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_the_scheme_dwfuse_trains_votes_as_the_fusion_of_that_name_does(task: str) -> None:
+    _, scheme, model, batch = scene("dwfuse", "dwfuse", task)
+    outputs = model(batch.inputs, batch.present, batch.present)
+    votes = model.votes(outputs.embeddings, model.ready(batch.inputs, batch.present))
+    terms = loss_terms(outputs, batch.target, batch.label_mask, scheme.kind)
+    lesson = Lesson(
+        model=model,
+        batch=batch,
+        kind=scheme.kind,
+        at=LAST,
+        embeddings=outputs.embeddings,
+        votes=votes,
+        outputs=replace(outputs, vote_weights=None),
+        terms=terms,
+    )
+    torch.testing.assert_close(scheme.total(lesson), terms.joint + terms.votes.mean(1))
 
 
 def test_modulation_by_hand() -> None:

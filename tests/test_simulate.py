@@ -443,6 +443,14 @@ def test_the_demo_without_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(summary["sites"]) == 6
     assert summary["mean"]["auroc"] > 0.6
     assert 0 < max(spent(run).values()) <= 8
+    assert all(row["local_only"]["auroc"] for row in summary["sites"].values())  # beside the federated model, unasked
+
+
+def test_baselines_can_be_left_out(study: Path, tmp_path: Path) -> None:
+    done("simulate", study, "--out", tmp_path / "run", *QUICK, *OPEN, "--baselines", "none")
+    summary = summary_of(tmp_path / "run")
+    assert summary["baselines"] == {}
+    assert all(row["local_only"] is None for row in summary["sites"].values())
 
 
 def test_where_nobody_is_held_out_there_is_no_learning_curve(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import yaml
 from cohorts import LABS, NOTE, VITALS, Hospital, assert_same, study
 from databases import PASSWORD, Postgres, fill
 
-from gapweave.client.checks import check_site
+from gapweave.client.checks import check_site, exit_code
 from gapweave.client.data import load_cohort
 from gapweave.client.sources import sql
 from gapweave.client.sources.files import Files
@@ -251,7 +251,9 @@ def test_bad_databases(store: Any, tmp_path: Path, caplog: pytest.LogCaptureFixt
     said = f"{caught.value}{caplog.text}".replace(str(tmp_path), "")
     assert SECRET not in said
     assert PASSWORD not in said
-    lines = " ".join(str(finding) for finding in check_site(study({"labs": LABS}), hospital.site, hospital.site_file))
+    findings = check_site(study({"labs": LABS}), hospital.site, hospital.site_file)
+    assert exit_code(findings) == (5 if error is Unreachable else 6)  # as a run of it exits
+    lines = " ".join(map(str, findings))
     assert text.split(". ")[0].rsplit(": ")[-1] in lines
     assert SECRET not in lines.replace(str(tmp_path), "")
     assert not (tmp_path / "nothing.db").exists()

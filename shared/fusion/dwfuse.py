@@ -50,9 +50,9 @@ class DynamicWeightedFusion(Fusion):
     def forward(self, slots: Tensor, used: Tensor, modality_logits: Tensor) -> Fused:
         """Weigh the votes of all classes."""
         joint = self.head(joined(slots, used))
-        votes = self._log_probabilities(present_only(modality_logits, used))
+        votes = class_log_probabilities(present_only(modality_logits, used), self.exclusive)
         weights = present_only(class_weights(votes.detach().exp(), used, self.beta), used)
-        total = self._log_probabilities(joint) + (weights * votes).sum(1)
+        total = class_log_probabilities(joint, self.exclusive) + (weights * votes).sum(1)
         scores = total / (used.sum(1, keepdim=True) + 1)
         return Fused(
             logits=scores if self.exclusive else _positive_less_negative(scores),
@@ -61,16 +61,17 @@ class DynamicWeightedFusion(Fusion):
             vote_weights=weights,
         )
 
-    def _log_probabilities(self, logits: Tensor) -> Tensor:
-        """[..., K] to [..., C]: of each class, or of "no" to every label and then of "yes" to every label."""
-        if self.exclusive:
-            return torch.log_softmax(logits, -1).clamp(min=FLOOR)
-        return functional.logsigmoid(torch.cat([-logits, logits], -1)).clamp(min=FLOOR)
-
     def _shares(self, scores: Tensor, weights: Tensor) -> Tensor:
         favoured = weights.gather(2, scores.argmax(1).view(-1, 1, 1).expand(-1, weights.shape[1], 1))[:, :, 0]
         shares: Tensor = favoured / favoured.sum(1, keepdim=True).clamp(min=1e-30)
         return shares
+
+
+def class_log_probabilities(logits: Tensor, exclusive: bool) -> Tensor:
+    """[..., K] to [..., C]: of each class, or of "no" to every label and then of "yes" to every label."""
+    if exclusive:
+        return torch.log_softmax(logits, -1).clamp(min=FLOOR)
+    return functional.logsigmoid(torch.cat([-logits, logits], -1)).clamp(min=FLOOR)
 
 
 def class_weights(probabilities: Tensor, used: Tensor, beta: float) -> Tensor:

@@ -35,7 +35,7 @@ def simulate(
     rounds: RoundsOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set seed=N.")] = None,
     continue_without: ContinueOption = False,
-    baselines: BaselinesOption = "",
+    baselines: BaselinesOption = "local",
     joining: JoiningOption = False,
     assignments: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,

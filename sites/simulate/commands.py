@@ -69,6 +69,8 @@ def read_baselines(text: str) -> tuple[str, ...]:
         UsageError: for an unknown one.
     """
     names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if names == ("none",):
+        return ()
     for name in names:
         if name not in BASELINES:
             raise UsageError(f"no baseline is called {name!r}", where="--baselines", remedy=nearest(name, BASELINES))

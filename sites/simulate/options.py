@@ -23,7 +23,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help=f"key=value: a dotted path of the study file, or an alias ({ALIAS_HELP})."),
 ]
-BaselinesOption = Annotated[str, typer.Option("--baselines", help="Comma list of local, pooled, lr, gbm.")]
+BaselinesOption = Annotated[str, typer.Option("--baselines", help="Comma list of local, pooled, lr, gbm; or none.")]
 JoiningOption = Annotated[
     bool,
     typer.Option("--joining", help="Let each site check if joining paid: own models, blend, intervals, verdict."),
