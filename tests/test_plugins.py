@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-SUITE = Path(__file__).parent / "test_families.py"
+SUITES = [Path(__file__).parent / name for name in ("test_families.py", "test_rule_contract.py")]
 
 PLUGIN = '''
-"""A fusion and a scheme that keep their contracts, one of each that mixes patients, and an imputer."""
+"""A fusion, a scheme and a rule that keep their contracts, one of each that does not, and an imputer."""
 
+import numpy as np
 from torch import Tensor
 
+from gapweave.server.aggregators import AGGREGATORS, Columnwise
 from gapweave.shared.fusion import FUSIONS, Fused, Fusion, Shape
 from gapweave.shared.fusion.parts import Docks, Head, Numbers
 from gapweave.shared.imputers import IMPUTERS, Imputer
@@ -97,6 +99,26 @@ class Coupling(Scheme):
 
     def total(self, lesson: Lesson) -> Tensor:
         return lesson.plain / lesson.plain.mean()
+
+
+class Middle(Columnwise):
+    """The median of each coordinate."""
+
+    properties = frozenset({"equal", "permutation", "translation", "breakdown"})
+
+    def combine(self, block, f):
+        return np.median(block, axis=0).astype(np.float32)
+
+
+class Boastful(Middle):
+    """The mean, which says that bad sites do not move it."""
+
+    def combine(self, block, f):
+        return block.mean(0)
+
+
+AGGREGATORS.register("foreign_middle")(Middle())
+AGGREGATORS.register("foreign_boastful")(Boastful())
 '''
 
 
@@ -112,7 +134,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")]))
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rA", "-p", "no:cacheprovider", "-k", "foreign"]
     done = subprocess.run(
-        [*command, str(SUITE)],
+        [*command, *map(str, SUITES)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -138,7 +160,7 @@ def test_the_suite_runs_on_a_fusion_and_an_imputer_that_are_installed(outcomes: 
     assert any("foreign_constant" in test for test in outcomes["PASSED"])
     assert not outcomes["ERROR"]
     assert any("test_a_scheme_trains_one_private_round[foreign_doubling]" in test for test in outcomes["PASSED"])
-    mixing = ("foreign_mixing", "foreign_coupling")
+    mixing = ("foreign_mixing", "foreign_coupling", "foreign_boastful")
     assert not [test for test in outcomes["FAILED"] if not any(name in test for name in mixing)]
 
 
@@ -156,4 +178,15 @@ def test_the_suite_finds_a_scheme_that_couples_patients(outcomes: dict[str, set[
     assert failed >= {
         "test_a_schemes_loss_is_of_one_record_in_every_pattern",
         "test_a_scheme_trains_one_private_round",
+    }
+
+
+def test_the_suite_finds_a_rule_that_promises_too_much(outcomes: dict[str, set[str]]) -> None:
+    of = {kind: {test for test in tests if test.startswith("test_a_rule")} for kind, tests in outcomes.items()}
+    assert {test.partition("[")[0] for test in of["FAILED"]} == {"test_a_rule_stays_with_the_honest_sites"}
+    assert all("foreign_boastful" in test for test in of["FAILED"])
+    assert {test.partition("[")[0] for test in of["PASSED"] if "foreign_middle" in test} >= {
+        "test_a_rule_stays_with_the_honest_sites",
+        "test_a_rule_moves_with_the_updates",
+        "test_a_rule_with_fewer_sites_than_its_theorem_needs_says_so",
     }
