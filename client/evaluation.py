@@ -7,7 +7,9 @@ not paid for: neither by its parameters, nor by a prior of the training labels, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,9 @@ from gapweave.shared.privacy.once import problems
 from gapweave.shared.schema import Batch
 from gapweave.shared.tables import BINS, bin_of
 from gapweave.shared.tensorfile import Arrays
+
+BLOCK = 16
+"""Records that are scored together: more would leave most places empty where patients are few."""
 
 
 class ReleasedModel:
@@ -67,20 +72,19 @@ class ReleasedModel:
         self._model = MultimodalModel(study, held, constants)
         load_groups(self._model, {**initial, **to_tensors(trained.private), **to_tensors(received)})
 
-    def scores(self, record: Batch) -> Tensor:
-        """[K] probabilities of one record, of class 1 for binary, else of each class or label."""
+    def scores(self, records: Batch) -> Tensor:
+        """[R, K] probabilities, of class 1 for binary, else of each class or label."""
         with torch.no_grad():
-            logits = self._model(record.inputs, record.present, record.present).logits
-        found = probabilities(logits, self.study.task.kind)[0]
-        return found[1:] if self.study.task.kind == "binary" else found
+            logits = self._model(records.inputs, records.present, records.present).logits
+        found = probabilities(logits, self.study.task.kind)
+        return found[:, 1:] if self.study.task.kind == "binary" else found
 
 
 def score_table(model: ReleasedModel, test: Batch) -> NDArray[np.int64]:
     """Count patients by label and score bin; not yet noised.
 
     A patient's index record is the first one with any modality, in the order of the site's file; its labels do not
-    choose it. Each record is scored alone: a row of a matrix product may be rounded differently beside others, and a
-    score at a bin's edge would then depend on who else is there.
+    choose it. A score depends on its record alone, to the last bit (`_blocks`).
 
     Args:
         model: to be scored; a released one.
@@ -95,13 +99,35 @@ def score_table(model: ReleasedModel, test: Batch) -> NDArray[np.int64]:
     if not isinstance(model, ReleasedModel):
         raise TypeError(f"only a released model may be scored for release, not a {type(model).__name__}")
     counts = np.zeros((problems(model.study), 2, BINS), np.int64)
-    for row in first_records(test, test.present.any(1)).tolist():
-        record = test.rows(torch.tensor([row]))
-        bins = bin_of(model.scores(record).double().numpy())
-        for at, place in enumerate(bins):
-            if record.label_mask[0, at]:
-                counts[at, int(record.target[0, at] > 0.5), place] += 1
+    for block in _blocks(test, first_records(test, test.present.any(1)).tolist()):
+        filled = block >= 0
+        rows = torch.where(filled, block, block.max())  # what stands in an empty place is not looked at
+        bins = bin_of(model.scores(test.rows(rows)).double().numpy())[filled.numpy()]
+        known, truth = test.label_mask[block[filled]].numpy(), (test.target[block[filled]] > 0.5).long().numpy()
+        problem = np.broadcast_to(np.arange(len(counts)), known.shape)
+        np.add.at(counts, (problem[known], truth[known], bins[known]), 1)
     return counts
+
+
+def _blocks(test: Batch, rows: Sequence[int]) -> Iterator[Tensor]:
+    """The rows in blocks of so many places, each at the place that its content gives it; -1 where nobody is.
+
+    A row of a matrix product may be rounded differently beside more or fewer others, or at another place among them;
+    a score at a bin's edge would then depend on who else is there. What the others hold changes no bit of it.
+    """
+    places: list[list[int]] = [[] for _ in range(BLOCK)]
+    for row in rows:
+        places[_digest(test, row) % BLOCK].append(row)
+    for there in zip_longest(*places, fillvalue=-1):
+        yield torch.tensor(there)
+
+
+def _digest(test: Batch, row: int) -> int:
+    """A number that follows from what a model reads of a record."""
+    digest = zlib.crc32(test.present[row].numpy().tobytes())
+    for values in test.inputs.values():
+        digest = zlib.crc32(values[row].numpy().tobytes(), digest)
+    return digest
 
 
 def table_answer(event: PrivacyEvent, value: list[float] | None) -> Mapping[str, Any]:

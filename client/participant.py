@@ -337,7 +337,8 @@ class Participant:
     def _card(self) -> dict[str, Any]:
         """What prediction needs beside the parameters; it stays at the site."""
         data = self.training
-        names = [[name for name, here in zip(self.study.order, row, strict=True) if here] for row in data.present]
+        patterns = data.present.unique(dim=0).tolist()
+        names = [[name for name, here in zip(self.study.order, row, strict=True) if here] for row in patterns]
         return {
             "site": self.site.name,
             "study": self.study.model_dump(mode="json"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from gapweave.client import participant as participant_module
 from gapweave.client import preparation
 from gapweave.client.audit_site import canaries, joined
-from gapweave.client.evaluation import ReleasedModel, score_table
+from gapweave.client.evaluation import ReleasedModel, _blocks, score_table
 from gapweave.client.joining import joining_check
 from gapweave.client.participant import Participant
 from gapweave.client.predict import load_site_model
@@ -139,7 +139,9 @@ def test_the_index_record_is_the_first_with_data_and_its_labels_do_not_choose_it
     assert counts.sum((1, 2)).tolist() == [1, 2], "the second record counts, and has only the second label"
     alone = score_table(model, replace(batch, present=present, label_mask=known).of_patients(torch.tensor([0])))
     row = batch.rows(torch.tensor([1]))
-    place = int(np.searchsorted([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9], float(model.scores(row)[1]), "right"))
+    place = int(
+        np.searchsorted([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9], float(model.scores(row)[0, 1]), "right")
+    )
     assert alone[1, int(batch.target[1, 1]), place] == 1
     nobody = score_table(model, replace(batch, present=torch.zeros_like(present)))
     assert nobody.sum() == 0, "a patient without data has no score: a fallback prior would be un-noised"
@@ -148,17 +150,26 @@ def test_the_index_record_is_the_first_with_data_and_its_labels_do_not_choose_it
 def test_a_score_does_not_depend_on_who_else_is_there() -> None:
     """Else a score at a bin's edge could change with a patient more, and sensitivity would not be 1."""
     of = study_of()
-    model, batch = released_model(of), canaries(of, HELD, (1,) * 40, 0)
+    model, batch = released_model(of), canaries(of, HELD, (1,) * 300, 0)
     seen: list[int] = []
-    real = model._model.forward
+    real = model.scores
 
-    def forward(inputs: Any, present: Any, used: Any) -> Any:
-        seen.append(len(present))
-        return real(inputs, present, used)
+    def bits(patients: list[int]) -> dict[int, bytes]:
+        found = {}
+        for block in _blocks(batch, patients):
+            scores = real(batch.rows(block.clamp(min=0))).numpy()
+            found |= {row: scores[at].tobytes() for at, row in enumerate(block.tolist()) if row >= 0}
+        return found
 
-    model._model.forward = forward  # type: ignore[method-assign]
+    everybody = bits(list(range(300)))
+    assert len(everybody) == 300
+    generator = np.random.default_rng(0)
+    for share in (0.01, 0.1, 0.5, 0.99):
+        some = bits(np.flatnonzero(generator.random(300) < share).tolist())
+        assert some == {row: everybody[row] for row in some}
+    model.scores = lambda records: seen.append(len(records)) or real(records)  # type: ignore[method-assign, func-returns-value]
     score_table(model, batch)
-    assert seen == [1] * 40
+    assert set(seen) == {16}
 
 
 def test_cells_get_the_noise_of_the_event(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +261,7 @@ def test_the_scored_model_is_the_final_one_and_not_the_fine_tuned_one(
         """Over all records: how far noise moves a single one is chance."""
         return float((score(one) - score(other)).abs().max())
 
-    scores = torch.cat([scored[0].scores(records.rows(torch.tensor([at]))) for at in range(len(records))]).double()
+    scores = scored[0].scores(records).double().flatten()
     torch.testing.assert_close(scores, score(final), rtol=0, atol=1e-6)
     assert apart(final, tuned) > 1e-4
     assert apart(final, site.learner.model) > 1e-4, "the site's own object was fine-tuned in place"

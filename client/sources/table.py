@@ -83,7 +83,9 @@ def _one_each(values: NDArray[Any], seen: NDArray[np.bool_], cells: Cells, resul
 def _note_repeats(cells: dict[str, Cells], source: ColumnsSource | MeasurementSource, reading: Reading) -> None:
     if isinstance(source, MeasurementSource) or source.time is not None:
         return
-    repeats = {name: len(one.rows.record) - len(np.unique(one.rows.record)) for name, one in cells.items()}
+    repeats = {
+        name: len(one.rows.record) - np.count_nonzero(np.bincount(one.rows.record)) for name, one in cells.items()
+    }
     # In wide form every variable stands in the same rows: count them once.
     count = sum(repeats.values()) if source.item is not None else max(repeats.values())
     if count:

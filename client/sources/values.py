@@ -226,23 +226,25 @@ def note_presence(cells: dict[str, Cells], seen: dict[str, NDArray[np.bool_]], r
         seen: which of its cells [E] hold a value.
         reading: the modality.
     """
-    having = {name: np.unique(cells[name].rows.record[seen[name]]) for name in cells}
-    anything = len(np.unique(np.concatenate(list(having.values()))))
-    for name, records in having.items():
-        reading.shares[name] = len(records) / max(1, anything)
+    count = len(reading.records)
+    having = {name: np.bincount(cells[name].rows.record[seen[name]], minlength=count) > 0 for name in cells}
+    anything = int(np.any(list(having.values()), axis=0).sum())
+    for name, has in having.items():
+        records = int(has.sum())
+        reading.shares[name] = records / max(1, anything)
         raw = cells[name].raw
-        if not len(records) and len(raw) and missing(raw.cast(pl.String)).all():
+        if not records and len(raw) and missing(raw.cast(pl.String)).all():
             reading.warn(
                 "empty",
                 cells[name].where,
                 f"{name!r} is empty in all {len(raw)} rows of the site's records",
                 "Correct the column, or remove the variable if the site does not have it",
             )
-        elif 0 < len(records) < RARE * anything:
+        elif 0 < records < RARE * anything:
             reading.warn(
                 "rare",
                 cells[name].where,
-                f"{len(records)} of {anything} records with {reading.modality!r} have {name!r}",
+                f"{records} of {anything} records with {reading.modality!r} have {name!r}",
                 "Check the column, the ids and the times if that is fewer than the hospital measures",
             )
 
