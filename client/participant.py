@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gapweave.client.capability import Capability, stated
 from gapweave.client.data import Cohort, load_cohort
 from gapweave.client.device import find_device
@@ -337,7 +339,7 @@ class Participant:
     def _card(self) -> dict[str, Any]:
         """What prediction needs beside the parameters; it stays at the site."""
         data = self.training
-        patterns = data.present.unique(dim=0).tolist()
+        patterns = torch.unique(data.present, dim=0).tolist()
         names = [[name for name, here in zip(self.study.order, row, strict=True) if here] for row in patterns]
         return {
             "site": self.site.name,
