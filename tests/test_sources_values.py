@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gapweave.client.sources.findings import Finding
-from gapweave.shared.errors import UsageError
+from gapweave.shared.errors import DataError, UsageError
 
 START = datetime(2024, 5, 1, 13)
 
@@ -285,14 +285,50 @@ def test_a_date_alone_counts_from_the_end_of_its_day(hospital: Hospital, kind: s
     }
     ids = [f"r{row}" for row in range(8) for _ in range(3)]
     hospital.write("vitals.parquet", {"id": ids, "when": times[kind], "bp": [100.0, 200.0, 300.0] * 8})
-    hospital.add("vitals", file="vitals.parquet", time="when", index="start", columns={"bp": "bp"})
+    hospital.add("vitals", file="vitals.parquet", time="when", index="start", midnight="date", columns={"bp": "bp"})
     true = [f"2024-05-02 00:00{zone}"] * 8 + [f"2024-05-09 13:00{zone}"]  # the last is beyond the window
     only = {"id": [f"r{row}" for row in (*range(8), 0)], "when": true, "bp": [100.0] * 9}
     found = hospital.load(study({"vitals": VITALS}))
     (finding,) = [one for one in hospital.findings(study({"vitals": VITALS})) if "date alone" in one.message]
     assert finding.message.startswith("24 of 24 rows")
+    vitals = {"file": "vitals.parquet", "time": "when", "index": "start", "columns": {"bp": "bp"}}
+    hospital.add("vitals", **vitals, midnight="time")
     hospital.write("vitals.parquet", only)
     assert_same(found, hospital.load(study({"vitals": VITALS})))
+
+
+def test_times_that_are_all_midnight_are_refused_until_somebody_says_what_they_are(hospital: Hospital) -> None:
+    hospital.records(8, start=["2024-05-01 23:00"] * 8)
+    ids = [f"r{row}" for row in range(8) for _ in range(3)]
+    hospital.write("vitals.csv", {"id": ids, "when": ["2024-05-02 00:00:00"] * 24, "bp": [100.0] * 24})
+    hospital.add("vitals", file="vitals.csv", time="when", index="start", columns={"bp": "bp"})
+    with pytest.raises(DataError, match=r"24 times are midnight throughout.*`midnight: date`.*:data\.vitals"):
+        hospital.load(study({"vitals": VITALS}))
+    vitals = {"file": "vitals.csv", "time": "when", "index": "start", "columns": {"bp": "bp"}}
+    hospital.add("vitals", **vitals, midnight="time")
+    assert hospital.load(study({"vitals": VITALS})).batch.present.all()
+
+
+@pytest.mark.parametrize(
+    ("start", "when"),
+    [
+        ("2024-05-01 00:00", "2024-05-01 13:30"),
+        ("2024-05-01 00:00Z", "2024-05-01 13:30Z"),
+        ("2024-05-01 00:00", "2024-05-01 13:30+02:00"),
+        ("2024-05-01", "never"),
+    ],
+)
+def test_how_one_patients_times_are_written_changes_no_others_hours(hospital: Hospital, start: str, when: str) -> None:
+    hospital.records(8, start=["2024-05-01 00:00"] * 7 + [start])
+    ids = [f"r{row}" for row in range(8) for _ in range(3)]
+    times = ["2024-05-01 00:00", "2024-05-01 05:00", "2024-05-01"] * 8
+    found = []
+    for last in (times[-1], when):
+        hospital.write("vitals.csv", {"id": ids, "when": [*times[:-1], last], "bp": [100.0, 120.0, 90.0] * 8})
+        hospital.add("vitals", file="vitals.csv", time="when", index="start", columns={"bp": "bp"})
+        found.append(hospital.load(study({"vitals": VITALS})).batch)
+    assert torch.equal(found[0].inputs["vitals"][:7], found[1].inputs["vitals"][:7])
+    assert found[1].present[:7].all()
 
 
 def test_a_missing_index_time_is_told_as_that(hospital: Hospital) -> None:

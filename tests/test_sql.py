@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import sqlite3
 import sys
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from gapweave.shared.cli import _run
 from gapweave.shared.config import load_site, load_study
 from gapweave.shared.config.base import parse
 from gapweave.shared.config.site import Site
-from gapweave.shared.config.sources import Database
+from gapweave.shared.config.sources import Database, Rows
 from gapweave.shared.errors import DataError, GapweaveError, Unreachable, UsageError
 from gapweave.sites.demo.write import write_demo
 
@@ -342,7 +344,35 @@ def test_postgresql_reads_in_parts_in_a_transaction_that_only_reads(store: Any, 
     files = Files(site_file=hospital.site_file, database=hospital.site.data.database)
     query = "SELECT current_setting('transaction_read_only') AS a, current_setting('transaction_isolation') AS b, (SELECT count(*) FROM pg_cursors) AS c"
     table = sql.run(lambda: sa.text(query), ["a", "b", "c"], files, "x")
-    assert table.frame.row(0) == ("on", "repeatable read", 1)
+    assert table.frame.row(0) == ("on", "repeatable read", "1")
+
+
+@pytest.mark.parametrize("odd", [12.5, "x", "2024-05-01 05:00+02:00", None, 2**62])
+def test_how_one_row_is_written_changes_no_other(tmp_path: Path, odd: object) -> None:
+    """A type for the whole column follows from all its values: ids of 18 digits became one beside a fraction."""
+    others = [
+        (900000000000207001, "2024-05-01 00:00:00"),
+        (900000000000207002, "2024-05-02 13:00:00"),
+        (3, "1"),
+        (20, "2"),
+    ]
+
+    def read(rows: list[tuple[object, object]]) -> pl.DataFrame:
+        path = tmp_path / "h.db"
+        path.unlink(missing_ok=True)
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("CREATE TABLE t (id, at)")
+            connection.executemany("INSERT INTO t VALUES (?, ?)", rows)
+            connection.commit()
+        files = Files(site_file=tmp_path / "site.yaml", database=Database(url="sqlite:///h.db"))
+        return sql.read(Rows(table="t"), ["id", "at"], files, "data.t").frame
+
+    alone = read([*others])
+    assert alone["id"].to_list() == ["3", "20", "900000000000207001", "900000000000207002"], "by number, told apart"
+    together = read([(odd, odd), *others])
+    assert len(together) == 5
+    mine = pl.Series([None if odd is None else str(odd)])
+    assert together.filter(~pl.col("id").eq_missing(mine)).equals(alone)
 
 
 @BOTH

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 DAY = 24 * MICROSECONDS
 
+PAIR = ("ancestor_concept_id", "descendant_concept_id")
+CONCEPTS = ("concept", "unit_concept_id")
+"""Columns of concepts: whole numbers in every CDM."""
+
 
 @dataclass
 class _Within:
@@ -68,7 +72,7 @@ def _read(
     key = records.id_column if records.id_column in cdm.VISIT_IDS else cdm.VISIT_IDS[0]
     within = _Within(records, window)
     names = ["key", "at", "day", "concept", "value", "start", *events.more]
-    table = sql.run(lambda: cdm.select_events(events, key, files), names, files, where, within)
+    table = sql.run(lambda: cdm.select_events(events, key, files), names, files, where, within, CONCEPTS)
     rows = Rows(table=table, record=records.rows_of(table.frame["key"]), hour=hours(table.frame))
     return rows, within
 
@@ -91,9 +95,7 @@ def _expanded(sets: Mapping[str, tuple[Iterable[int], bool]], files: Files, wher
     ancestors = sorted({concept for concepts, below in sets.values() if below for concept in concepts})
     pairs: list[tuple[int, int]] = []
     if ancestors:
-        pairs = sql.run(
-            lambda: cdm.descendants(ancestors, files), ["ancestor_concept_id", "descendant_concept_id"], files, where
-        ).frame.rows()
+        pairs = sql.run(lambda: cdm.descendants(ancestors, files), PAIR, files, where, whole=PAIR).frame.rows()
     return {
         name: frozenset(concepts) | {low for high, low in pairs if below and high in set(concepts)}
         for name, (concepts, below) in sets.items()
@@ -146,7 +148,7 @@ def read_measurements(
 
 
 def _in_study_unit(table: Table, column: Measured, card: Range, key: str) -> NDArray[np.float64]:
-    values = table.frame["value"].cast(pl.Float64).fill_null(float("nan")).to_numpy(writable=True)
+    values = table.frame["value"].cast(pl.Float64, strict=False).fill_null(float("nan")).to_numpy(writable=True)
     if not column.units and card.unit is None:
         return values
     unit = table.frame["unit_concept_id"].cast(pl.Int64).fill_null(0)

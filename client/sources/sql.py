@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,12 @@ def read(source: Rows, wanted: Iterable[str], files: Files, key: str, keep: Keep
 
 
 def run(
-    statement: Callable[[], Executable], wanted: Iterable[str], files: Files, where: str, keep: Keep | None = None
+    statement: Callable[[], Executable],
+    wanted: Iterable[str],
+    files: Files,
+    where: str,
+    keep: Keep | None = None,
+    whole: Collection[str] = (),
 ) -> Table:
     """Run one statement that reads.
 
@@ -62,6 +66,7 @@ def run(
         files: for the database.
         where: key of the site file, for messages.
         keep: which rows of a part are needed.
+        whole: columns that hold whole numbers, whatever their values are; all others are text.
 
     Raises:
         DataError: when the database refuses the statement.
@@ -74,9 +79,9 @@ def run(
         result = connection.execute(statement(), execution_options=options)
         names = _names(result)
         at = {name: names.index(name) for name in asked if name in names}
-        parts, rows = [_frame([], at)], 0
+        parts, rows = [_frame([], at, whole)], 0
         for fetched in result.partitions(PART):
-            part = _frame(fetched, at)
+            part = _frame(fetched, at, whole)
             rows += len(fetched)
             parts.append(part if keep is None else part.filter(keep(part)))
     return Table(place=where, names=names, wanted=frozenset(asked), frame=_ordered(parts), rows=rows, named=True)
@@ -89,8 +94,8 @@ def may_write(files: Files) -> bool | None:
         DataError: and the other errors of `run`, also where it cannot be told.
     """
     table = run(lambda: _right(files), ["may_write"], files, files.key("data.database"))
-    may: bool | None = table.frame["may_write"][0]
-    return may
+    may = table.frame["may_write"][0]
+    return None if may is None else may == "1"
 
 
 def _right(files: Files) -> Executable:
@@ -220,46 +225,37 @@ def _told(where: str, *, connecting: bool = False) -> Iterator[None]:
         raise DataError(f"the database refused the query ({kind})", where=where, remedy=remedy) from None
 
 
-def _frame(rows: Sequence[Sequence[Any]], at: dict[str, int]) -> pl.DataFrame:
-    return pl.DataFrame([_series(name, [row[place] for row in rows]) for name, place in at.items()])
+def _frame(rows: Sequence[Sequence[Any]], at: dict[str, int], whole: Collection[str]) -> pl.DataFrame:
+    columns = [_series(name, [row[place] for row in rows]) for name, place in at.items()]
+    return pl.DataFrame([one.cast(pl.Int64, strict=False) if one.name in whole else one for one in columns])
 
 
 def _series(name: str, values: list[Any]) -> pl.Series:
-    """Values of one column of a part; types that are no number, time or text become text."""
-    kinds = {type(value) for value in values if value is not None}
-    if not kinds:
-        return pl.Series(name, [None] * len(values), dtype=pl.Null)
-    if kinds <= {bool}:
-        return pl.Series(name, values, dtype=pl.Boolean)
-    if kinds <= {bool, int} and all(value is None or abs(value) < 2**63 for value in values):
-        return pl.Series(name, values, dtype=pl.Int64)
-    if kinds <= {bool, int, float, Decimal}:
-        numbers = [None if value is None else float(value) for value in values]
-        return pl.Series(name, numbers, dtype=pl.Float64)
-    if kinds == {date}:
-        return pl.Series(name, values, dtype=pl.Date)
-    if kinds == {datetime}:
-        return _moments(name, values)
-    if kinds & {bytes, memoryview}:
-        return pl.Series(name, [None if value is None else bytes(value) for value in values], dtype=pl.Binary)
-    return pl.Series(name, [None if value is None else str(value) for value in values], dtype=pl.String)
+    """Values of one column of a part as text, each by itself, as a text file would hold them.
+
+    A type for the whole column would follow from all its values: one patient's odd one would change how the others' are
+    read, an id of 18 digits beside a fraction say.
+    """
+    if any(isinstance(value, bytes | memoryview) for value in values):
+        return pl.Series(name, [None if value is None else b"" for value in values], dtype=pl.Binary)  # refused later
+    return pl.Series(name, [None if value is None else _text(value) for value in values], dtype=pl.String)
 
 
-def _moments(name: str, values: list[datetime | None]) -> pl.Series:
-    if all(value is None or value.tzinfo is None for value in values):
-        return pl.Series(name, values, dtype=pl.Datetime("us"))
-    aware = [None if value is None else value.astimezone(UTC) for value in values]
-    return pl.Series(name, aware, dtype=pl.Datetime("us", "UTC"))
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    # A text file has a point and no exponent in a decimal number, and a blank between date and time.
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 
 def _ordered(parts: list[pl.DataFrame]) -> pl.DataFrame:
-    """All parts as one, each column of the one type that they have in common, else text."""
+    """All parts as one, by the value of each column in turn: numbers first, as numbers, then other texts."""
     if not parts[0].width:
         return parts[0]
     for name in parts[0].columns:
-        kinds = {part.schema[name] for part in parts} - {pl.Null}
-        if len(kinds) > 1 and not all(kind.is_numeric() for kind in kinds):
-            parts = [part.with_columns(pl.col(name).cast(pl.String)) for part in parts]
-    frame = pl.concat(parts, how="vertical_relaxed")
-    sortable = [name for name, kind in frame.schema.items() if kind != pl.Binary]
-    return frame.sort(sortable, nulls_last=True, maintain_order=True) if sortable else frame
+        if len({part.schema[name] for part in parts}) > 1:  # bytes in some parts only
+            parts = [part.with_columns(pl.lit(b"").alias(name)) for part in parts]
+    frame = pl.concat(parts)
+    columns = [pl.col(name) for name, kind in frame.schema.items() if kind != pl.Binary]
+    keys = [key for column in columns for key in (column.cast(pl.Float64, strict=False), column)]
+    return frame.sort(keys, nulls_last=True, maintain_order=True) if keys else frame

@@ -134,7 +134,7 @@ def read_rows(source: ColumnsSource | TextSource, columns: list[str], hours: int
         )
     keep, hour = record >= 0, None
     if source.time is not None and hours is not None:
-        hour = hours_of(table, source.time, source.index, record, reading)
+        hour = hours_of(table, source.time, source.index, source.midnight, record, reading)
         _note_late(hour[keep & ~np.isnan(hour)], hours, table.where(source.time), reading)
         keep &= hour < hours
     return Rows(table=table, record=record, hour=hour).only(keep)

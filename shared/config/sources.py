@@ -158,12 +158,18 @@ class Records(Rows):
         return data
 
 
+Midnight = Literal["date", "time"]
+
+_MIDNIGHT = "what a timestamp at midnight is: a date alone, or that time of day (default: the latter, unless all are)"
+
+
 class ColumnsSource(Rows):
     """Values for a table or series modality: one column a variable, or long form (item, value)."""
 
     id: str | None = Field(None, description="record id column (default: that of records)")
     time: str | None = Field(None, description="hours since the record's index time, or a timestamp")
     index: str | None = Field(None, description="records column with the index time, when `time` is a timestamp")
+    midnight: Midnight | None = Field(None, description=_MIDNIGHT)
     item: str | None = Field(None, description="long form: column with the item's code")
     value: str | None = Field(None, description="long form: column with the value")
     columns: dict[str, ValueColumn] = Field(min_length=1, description="the study's variable -> local column")
@@ -184,6 +190,7 @@ class TextSource(Rows):
     id: str | None = Field(None, description="record id column (default: that of records)")
     time: str | None = Field(None, description="hours since the record's index time, or a timestamp")
     index: str | None = Field(None, description="records column with the index time, when `time` is a timestamp")
+    midnight: Midnight | None = Field(None, description=_MIDNIGHT)
     columns: list[str] = Field(min_length=1, description="local text columns")
     encoder: str | None = Field(None, description=_ENCODER)
 
