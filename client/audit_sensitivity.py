@@ -38,6 +38,8 @@ FAINT = 0.1 / STRONG
 FEW = 3
 CROWDS = (65, 64, 49, 48, 33, 31, 17, 16, 7, 5, 3)
 """Patients of mini-batches, on both sides of blocks that products work on; the losses of the first few must agree."""
+GONE = (0, 1, 2, 3, 5, 8)
+"""Patients who leave before all others, which then stand so many rows before; the losses of the last few must agree."""
 
 
 class Silent(Step):
@@ -135,7 +137,7 @@ def _memory(scene: Scene) -> Iterator[str]:
 
 
 def _rounding(scene: Scene) -> Iterator[str]:
-    """How many patients are there decides no bit of another's loss.
+    """How many patients are there, and who came before, decides no bit of another's loss.
 
     A hostile server's parameters can make one bit decide a whole gradient.
     """
@@ -145,16 +147,21 @@ def _rounding(scene: Scene) -> Iterator[str]:
     def objective(model: MultimodalModel, batch: Batch, used: Tensor) -> Tensor:
         nonlocal last
         losses = step.objective(model, batch, used)
-        last = losses.detach()
+        last = losses.detach()[batch.weight > 0]
         return losses
 
-    batch, found = scene.canaries((1,) * max(CROWDS), seed=17), set()
-    for count in CROWDS:
-        some = batch.of_patients(torch.arange(count, device=batch.patient.device))
+    crowd = max(CROWDS)
+    batch, places = scene.canaries((1,) * crowd, seed=17), torch.arange(crowd)
+
+    def rounded(patients: Tensor, those: slice) -> bytes:
+        some = batch.of_patients(patients.to(batch.patient.device))
         step.engine.sum(some, some.present, objective)
-        found.add(last[:FEW].cpu().numpy().tobytes())
-    if len(found) > 1:
+        return last[those].cpu().numpy().tobytes()
+
+    if len({rounded(places[:count], slice(FEW)) for count in CROWDS}) > 1:
         yield "how many patients there are decides how another's loss is rounded"
+    if len({rounded(places[gone:], slice(-FEW, None)) for gone in GONE}) > 1:
+        yield "who came before decides how another's loss is rounded"
 
 
 def neighbours(scene: Scene) -> Iterator[tuple[str, Batch, Batch]]:

@@ -121,7 +121,7 @@ def test_the_rule_equals_a_loop_over_patients(of: Study, records: tuple[int, ...
     found = flat(FastEngine(random_model(of).double(), "binary", BOUND).sum(double(batch), used))
     assert length(found - exact) <= 1e-9 * length(exact)
     single = flat(FastEngine(random_model(of), "binary", BOUND).sum(batch, used))
-    assert length(single - exact) <= 1e-6 * max(1.0, length(exact))
+    assert length(single - exact) <= 3e-6 * max(1.0, length(exact))
 
 
 def test_the_model_predicts_as_before(of: Study) -> None:

@@ -293,6 +293,61 @@ def test_one_patient_more_or_less_changes_the_sum_by_at_most_the_bound(
         assert length(alone) <= bound * SLACK
 
 
+def test_one_patients_records_do_not_decide_how_all_others_are_clipped() -> None:
+    """Uses that cancel: the two forms of a layer's norm differ for everybody, whichever one patient's records choose."""
+    of = study({name: LABS for name in "abcd"}, model={"embedding": 16, "fusion": "cross_attention", "imputer": "none"})
+    model, generator = MultimodalModel(of, of.order), torch.Generator().manual_seed(1)
+    fusion = model.fusion
+    with torch.no_grad():
+        for dock in fusion.docks.layers:
+            dock.weight.copy_(0.0025 * torch.randn(dock.weight.shape, generator=generator))
+            dock.bias.fill_(1000)
+        fusion.key.weight.zero_()
+        fusion.latents.table.weight.fill_(1000)
+        fusion.query.weight.copy_(1000 * torch.eye(len(fusion.query.weight)))
+        fusion.value.weight.copy_(250 * torch.randn(fusion.value.weight.shape, generator=generator))
+        fusion.value.weight -= fusion.value.weight.mean(1, keepdim=True)
+    batch = random_batch(of, [1] * 64 + [8], present=torch.ones(72, 4, dtype=torch.bool))
+    inputs = {name: torch.cat([rows[:1].expand(64, -1), rows[64:]]) for name, rows in batch.inputs.items()}
+    batch = replace(batch, inputs=inputs, target=torch.cat([torch.ones(64, 1), batch.target[64:]]))
+    less = batch.of_patients(torch.arange(64))
+    engine = Private(model, "binary", 1.0)
+    change = flat(engine.sum(batch, batch.present)) - flat(engine.sum(less, less.present))
+    assert length(change) <= SLACK
+
+
+def test_who_leaves_does_not_decide_how_all_others_are_rounded() -> None:
+    """Parameters for which the last bits of a sum decide a loss; without the first patient all others move by a row."""
+    of = study({name: LABS for name in "abc"}, model={"embedding": 16, "fusion": "autoencoder", "imputer": "none"})
+    model, generator = MultimodalModel(of, of.order), torch.Generator().manual_seed(0)
+    fusion, mask, spread = model.fusion, torch.zeros(3), 0.0
+    for _ in range(5000):  # weights of the mask whose sum of rows depends on where the row begins
+        one = 2000 * torch.rand(3, generator=generator) - 1000
+        one[2] = -one[0] - one[1]
+        rows, weight = torch.zeros(8, 51), torch.zeros(8, 51)
+        rows[:, 48:], weight[:, 48:] = 1, one
+        sums = nn.functional.linear(rows, weight)[:, 0]
+        if one.abs().max() <= 1000 and sums.max() - sums.min() > spread:
+            mask, spread = one, float(sums.max() - sums.min())
+    with torch.no_grad():
+        for value in (fusion.encode.weight, fusion.encode.bias, fusion.decode.weight, fusion.decode.bias):
+            value.zero_()
+        fusion.encode.weight[:, 48:] = mask
+        fusion.head.wide.weight.zero_()
+        fusion.head.wide.bias.fill_(-500)
+        fusion.head.hidden.weight.fill_(-1000)
+        fusion.head.hidden.bias.zero_()
+        fusion.head.deep.weight.fill_(100)
+        fusion.head.deep.bias.zero_()
+    batch = random_batch(of, [1] * 65, present=torch.ones(65, 3, dtype=torch.bool))
+    batch = replace(batch, target=torch.zeros_like(batch.target))
+    batch.present[torch.arange(65) % 4 != 3, 2] = False
+    less = batch.of_patients(torch.arange(1, 65))
+    engine = Private(model, "binary", 1.0)
+    change = flat(engine.sum(batch, batch.present)) - flat(engine.sum(less, less.present))
+    assert length(change) <= SLACK
+
+
 @few
 @given(order=st.permutations(range(9)), relabel=st.permutations(range(5)))
 def test_the_order_of_records_and_patients_changes_nothing(order: list[int], relabel: list[int]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gapweave.client.gradients.layers import Part, Use, matrix, sequences
+from gapweave.client.gradients.padding import aligned
 from gapweave.client.gradients.patients import Patients
 from gapweave.shared.errors import UsageError
 
@@ -47,11 +48,11 @@ class Product:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Apply it."""
-        return functional.linear(inputs, self.weight, self.bias)
+        return aligned(inputs, self.weight, self.bias)
 
     def part(self, uses: Sequence[Use], patients: Patients) -> Part:
         """Its share of the per-patient gradients."""
-        return matrix(self.weight, self.bias, *sequences(uses, patients))
+        return matrix(self.weight, self.bias, *sequences(uses, patients), patients.most)
 
 
 class _Scan(torch.autograd.Function):

@@ -18,7 +18,7 @@ from gapweave.client.gradients import Gradient, plain_objective
 from gapweave.client.gradients.clipping import Grouping, clip_factors, grouped, together
 from gapweave.client.gradients.composite import COMPOSITES, Product
 from gapweave.client.gradients.layers import RULES, Gradients, Part, Single, Use, singles
-from gapweave.client.gradients.padding import padded
+from gapweave.client.gradients.padding import align, padded
 from gapweave.client.gradients.patients import Factors, Patients
 from gapweave.client.gradients.probe import probe_independence, synthetic
 from gapweave.shared.errors import UsageError
@@ -65,6 +65,7 @@ class FastEngine:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._groups = [set(names) for names in grouped(self._names.values(), grouping)]
         self._tape: Recording | None = None
+        align(model)
         for layer in _known_layers(model):
             (self._replace_forward if type(layer) in COMPOSITES else self._record)(layer)
         for parameter in self._names:

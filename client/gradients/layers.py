@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gapweave.client.gradients.padding import LINE
 from gapweave.client.gradients.patients import Factors, Patients
 
 Use = tuple[Tensor, Tensor]
@@ -104,18 +105,22 @@ def _squares(rows: Tensor) -> Tensor:
     )
 
 
-def matrix(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradients: Tensor) -> Part:
+def matrix(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradients: Tensor, most: int) -> Part:
     """The rule of y = W x + b used S times.
+
+    Which of its two forms is taken follows from the uses a record, which are the study's: the two differ where uses
+    cancel, and the records of one patient must not decide how all others are clipped.
 
     Args:
         weight: [p, d].
         bias: [p], or None.
         inputs: [P, S, d].
         gradients: [P, S, p].
+        most: records of the patient who has most; S is so many times the uses a record.
     """
     steps, wide, tall = inputs.shape[1], inputs.shape[2], gradients.shape[2]
-    if steps * (wide + tall) > wide * tall:
-        values = {weight: torch.bmm(gradients.transpose(1, 2), inputs).flatten(1)}
+    if steps // most * (wide + tall) > wide * tall:
+        values = {weight: _products(gradients, inputs).flatten(1)}
         if bias is not None:
             values[bias] = gradients.sum(1)
         return instantiated(values)
@@ -130,6 +135,14 @@ def matrix(weight: Tensor, bias: Tensor | None, inputs: Tensor, gradients: Tenso
         return _weighted_product(weight, bias, factors.kept(inputs), factors.kept(gradients), factors)
 
     return Part(squares=squares, scale=scale, weighted=weighted)
+
+
+def _products(gradients: Tensor, inputs: Tensor) -> Tensor:
+    """[P, p, d]: each patient's own matrix, of rows that are whole lines of memory (see `padding`)."""
+    tall, wide = gradients.shape[2], inputs.shape[2]
+    filled = (functional.pad(values, (0, -values.shape[2] % LINE)) for values in (gradients, inputs))
+    left, right = (values.contiguous() for values in filled)
+    return torch.bmm(left.transpose(1, 2), right)[:, :tall, :wide]
 
 
 def _ghost_norms(inputs: Tensor, gradients: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
@@ -165,7 +178,7 @@ def _weighted_product(
 def linear(layer: nn.Linear, uses: Sequence[Use], patients: Patients) -> Part:
     """nn.Linear over any number of leading axes after the record's."""
     inputs, gradients = sequences(uses, patients)
-    return matrix(layer.weight, layer.bias, inputs, gradients)
+    return matrix(layer.weight, layer.bias, inputs, gradients, patients.most)
 
 
 def sequences(uses: Sequence[Use], patients: Patients) -> tuple[Tensor, Tensor]:

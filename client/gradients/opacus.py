@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gapweave.client.gradients import Gradient, plain_objective
 from gapweave.client.gradients.clipping import Grouping, clip_factors, grouped, together
-from gapweave.client.gradients.padding import padded
+from gapweave.client.gradients.padding import align, padded
 from gapweave.shared.errors import UsageError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.objective import TaskKind
@@ -46,6 +46,7 @@ class OpacusEngine:
             )
         self.model, self._plain = model, plain_objective(kind)
         self.bound = self.sensitivity = bound
+        align(model)
         self.module = GradSampleModule(model, batch_first=True, loss_reduction="sum")
         self.names = dict(model.named_parameters())
         self._groups = grouped(self.names, grouping)

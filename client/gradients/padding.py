@@ -1,23 +1,31 @@
 """Mini-batches of whole blocks of records: how many patients were drawn must not decide how products are rounded.
 
 A matrix product works on blocks of rows; rows that are left over take other instructions, whose sums differ in the last
-bits. Parameters may be chosen so that these bits decide a loss: then one patient more in a batch changed the gradients
-of three others, and the clipped sum by four times the bound. Blocks are filled with records that weigh nothing.
+bits; so do rows that begin in the middle of a line of memory, and the last numbers of a function's. Parameters may be
+chosen so that these bits decide a loss: then one patient more or less changed the gradients of all who came after, and
+the clipped sum by thirteen times the bound. Blocks are filled with records that weigh nothing, rows with zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from gapweave.shared.schema import Batch
 
-BLOCKS = (8, 16, 32)
+BLOCKS = (16, 32, 64)
 """Records that a block may have; the last where no machine's word can be had."""
+
+LINE = 16
+"""Numbers of 4 bytes in a line of memory."""
+
+FUNCTIONS = (torch.sigmoid, torch.tanh, torch.exp, functional.softplus, functional.logsigmoid, functional.silu)
+"""Of single numbers, that a machine is asked about: it takes several numbers at once, and those left over otherwise."""
 
 WIDTHS = (1, 2, 5, 16, 33, 76, 128, 200)
 """Of layers that a machine is asked about, each with each."""
@@ -56,26 +64,64 @@ def padded(batch: Batch, used: Tensor) -> tuple[Batch, Tensor]:
     return whole, filled(used)
 
 
+def align(model: nn.Module) -> None:
+    """Let all linear layers of a model work on whole lines of memory."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+
+
+def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    return aligned(inputs, layer.weight, layer.bias)
+
+
+def aligned(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b, of rows that all begin with a line of memory, forward and back.
+
+    Args:
+        inputs: [..., d].
+        weight: [p, d].
+        bias: [p], or None.
+    """
+    tall, wide = weight.shape
+    more, beside = -wide % LINE, -tall % LINE
+    if not more and not beside:
+        return functional.linear(inputs.contiguous(), weight, bias)
+    inputs = functional.pad(inputs, (0, more)) if more else inputs.contiguous()
+    weight = functional.pad(weight, (0, more, 0, beside))
+    bias = None if bias is None else functional.pad(bias, (0, beside))
+    return functional.linear(inputs, weight, bias)[..., :tall]
+
+
 @cache
 def block_of(device: torch.device) -> int:
-    """Records of a block on a device: the fewest by which its products round rows alike, however many blocks there are.
+    """Records of a block on a device: the fewest by which it rounds rows alike, wherever among others they are.
 
-    Asked once a process, of random numbers. Few records matter where one is large: eight images cost half of sixteen.
+    Asked once a process, of random numbers.
     """
     return next((size for size in BLOCKS if rounds_alike(size, device)), BLOCKS[-1])
 
 
 def rounds_alike(size: int, device: torch.device, product: Product = torch.matmul) -> bool:
-    """Whether the first rows of products of whole blocks have the same bits, however many blocks there are."""
-    most, generator = 16 * size, torch.Generator().manual_seed(size)
+    """Whether rows of products and of functions have the same bits in whole blocks, however many, at any place."""
+    generator = torch.Generator().manual_seed(size)
     for wide in WIDTHS:
-        rows = torch.randn(most, wide, generator=generator).to(device)
+        rows = torch.randn(16 * size, wide, generator=generator).to(device)
+        if not all(_alike(function, rows, size) for function in FUNCTIONS):
+            return False
+        filled = functional.pad(rows, (0, -wide % LINE))
         for tall in WIDTHS:
-            weight = torch.randn(tall, wide, generator=generator).to(device)
-            # As a layer multiplies on its way forward, and back.
-            for matrix in (weight.T, weight.reshape(wide, tall)):
-                whole = product(rows, matrix)
-                for blocks in (1, 2, 3, 4, 5, 7, 8, 12):
-                    if not torch.equal(product(rows[: size * blocks], matrix), whole[: size * blocks]):
-                        return False
+            matrix = torch.randn(filled.shape[1], tall + -tall % LINE, generator=generator).to(device)
+            if not _alike(lambda some, matrix=matrix: product(some, matrix), filled, size):  # type: ignore[misc]
+                return False
+    return True
+
+
+def _alike(function: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> bool:
+    whole = function(rows)
+    for blocks, gone in ((1, 0), (2, 1), (3, 2), (4, 3), (5, 5), (7, 7), (8, 0), (12, size - 1)):
+        # The first are gone, and all others stand that much before where they stood.
+        some = rows[gone : gone + size * blocks].contiguous()
+        if not torch.equal(function(some), whole[gone : gone + size * blocks]):
+            return False
     return True

@@ -15,19 +15,22 @@ class Patients:
 
     Attributes:
         count: P.
+        most: records that a patient has at most.
         simple: whether record i is patient i, so that nothing needs sorting.
     """
 
     def __init__(self, patient: Tensor, patients: int) -> None:
         self.count, self._patient, self.records = patients, patient, len(patient)
         self.simple = self.records == patients and bool((patient[1:] > patient[:-1]).all())
+        self.most = 1
         if self.simple:
             return
         counts = torch.bincount(patient, minlength=patients)
         order = torch.argsort(patient, stable=True)
         start = torch.cumsum(counts, 0) - counts
         within = torch.arange(self.records, device=patient.device) - start[patient[order]]
-        self._slots = torch.full((patients, int(counts.max())), self.records, dtype=torch.int64, device=patient.device)
+        self.most = int(counts.max())
+        self._slots = torch.full((patients, self.most), self.records, dtype=torch.int64, device=patient.device)
         self._slots[patient[order], within] = order
         self._several = (counts > 1).nonzero()[:, 0]
 
