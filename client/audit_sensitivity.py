@@ -39,7 +39,7 @@ FEW = 3
 CROWDS = (65, 64, 49, 48, 33, 31, 17, 16, 7, 5, 3)
 """Patients of mini-batches, on both sides of blocks that products work on; the losses of the first few must agree."""
 GONE = (0, 1, 2, 3, 5, 8)
-"""Patients who leave before all others, which then stand so many rows before; the losses of the last few must agree."""
+"""Patients who leave before all others, which then stand so many rows before; the others' losses must agree."""
 
 
 class Silent(Step):
@@ -160,7 +160,7 @@ def _rounding(scene: Scene) -> Iterator[str]:
 
     if len({rounded(places[:count], slice(FEW)) for count in CROWDS}) > 1:
         yield "how many patients there are decides how another's loss is rounded"
-    if len({rounded(places[gone:], slice(-FEW, None)) for gone in GONE}) > 1:
+    if len({rounded(places[gone:], slice(max(GONE) - crowd, None)) for gone in GONE}) > 1:
         yield "who came before decides how another's loss is rounded"
 
 

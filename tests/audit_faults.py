@@ -138,6 +138,11 @@ def left_over_rows(patch: Patch) -> None:
     patch.setattr(fast, "padded", lambda batch, used: (batch, used))
 
 
+def rows_anywhere(patch: Patch) -> None:
+    """Rows of products that begin in the middle of a line of memory: those after a patient who leaves are rounded anew."""
+    patch.setattr(fast, "align", lambda model: None)
+
+
 def subset(patch: Patch) -> None:
     """Losses are means over those who have the modality, instead of constants."""
     unprobed(patch)
@@ -283,6 +288,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], set[str]]] = {
     "batch clipping": (batch_clipping, {"sensitivity"}),
     "float32 cancelling norms": (float32_norms, {"sensitivity"}),
     "rows left over of a block": (left_over_rows, {"sensitivity"}),
+    "rows that begin anywhere": (rows_anywhere, {"sensitivity"}),
     "batch mean": (batch_mean, {"sensitivity"}),
     "batch mean, engine blind": (batch_mean_unprobed, {"sensitivity"}),
     "subset instead of mask": (subset, {"sensitivity"}),
