@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from torch import nn
+from torch import Tensor, nn
 
 from gapweave.client import learner, participant, training
-from gapweave.client.gradients import fast
+from gapweave.client.gradients import fast, padding
 from gapweave.client.ledger import Ledger
 from gapweave.client.training import Step
 from gapweave.shared.encoders.widedeep import WideDeep
@@ -139,8 +139,13 @@ def left_over_rows(patch: Patch) -> None:
 
 
 def rows_anywhere(patch: Patch) -> None:
-    """Rows of products that begin in the middle of a line of memory: those after a patient who leaves are rounded anew."""
-    patch.setattr(fast, "align", lambda model: None)
+    """Products that round every third row in another way, as where rows begin in the middle of a line of memory."""
+
+    def product(layer: nn.Linear, inputs: Tensor) -> Tensor:
+        place = torch.arange(len(inputs)).view(-1, *[1] * (inputs.ndim - 1))
+        return nn.functional.linear(inputs, layer.weight, layer.bias) * torch.where(place % 3 == 0, 1 + 2.0**-22, 1.0)
+
+    patch.setattr(padding, "_forward", product)
 
 
 def subset(patch: Patch) -> None:
