@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gapweave.server.peers import Peer
+from gapweave.shared.config.study import Study
 from gapweave.shared.privacy.plan import LARGEST_NOISE, SMALLEST_NOISE
 
 MOST_PATIENTS = 10**9
 MOST_STEPS = 10**6
 MOST_EVENTS = 1000
+MOST_NAMED = 5
+SMALLEST_SCALE = 0.01
+"""Of the noise in a count: an epsilon of 100 for that alone."""
 LONGEST_TEXT = 500
 """Characters of a site's own words that a hub keeps: each round's stand in its log and in the report."""
 
@@ -29,6 +35,14 @@ class _Event(_Stated):
     sample_rate: float = Field(1.0, gt=0, le=1)
     steps: int = Field(1, ge=1, le=MOST_STEPS)
     max_grad_norm: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _payable(self) -> _Event:
+        """What less noise costs could not be computed: the memory that it takes grows as the noise falls."""
+        least = SMALLEST_NOISE / 2 if self.kind == "dp_sgd" else SMALLEST_SCALE
+        if 0 < self.noise_multiplier < least:
+            raise ValueError("less noise than any release has")
+        return self
 
 
 class _Plan(_Stated):
@@ -69,6 +83,29 @@ def well_formed(header: dict[str, Any]) -> bool:
     except ValidationError:
         return False
     return True
+
+
+def unfit(study: Study, shared: Collection[str], peer: Peer) -> str:
+    """Why a well-formed handshake does not fit the study; empty when it does.
+
+    Names end up in files that people read, and a plan without noise would switch off what the hub computes from noise.
+
+    Args:
+        study: of the run.
+        shared: names of its shared groups.
+        peer: as it declared itself.
+    """
+    foreign = sorted(set(peer.groups) - set(shared))
+    if foreign:
+        return f"declares groups that the study does not share: {foreign[:MOST_NAMED]}"
+    if len(set(peer.groups)) < len(peer.groups):
+        return "declares a group twice"
+    if not set(peer.modalities) <= set(study.order):
+        return "declares modalities that the study does not have"
+    stated = ("noise_multiplier", "sample_rate", "n_hat")
+    if study.privacy.enabled and not all(peer.plan.get(key) for key in stated):
+        return "states no noise, in a study with privacy"
+    return ""
 
 
 def malformed(header: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ MOST_BYTES = 200_000_000
 """Of answers that are fetched at once: Flower holds them all, twice. Large ones come one by one."""
 GRACE_S = 60.0
 """How much longer than the deadline a message may live: a retry then finds the stored reply."""
+LONGEST_HEADER = 2**20
+"""Characters of an answer's header: it stands in every checkpoint; a plan with a thousand looks takes 300,000."""
 
 
 @dataclass(kw_only=True)
@@ -96,7 +98,7 @@ def _read(node: int, reply: Message) -> Answer:
         status = "late" if reply.error.code == ErrorCode.NODE_UNAVAILABLE else "failed"
         return Answer(node=node, header={"status": status, "text": _transport(reply)}, arrays={})
     try:
-        header, arrays = wire.unpack(reply.content)
+        header, arrays = wire.unpack(reply.content, LONGEST_HEADER)
     except wire.ProtocolError as error:
         return Answer(node=node, header={"status": "failed", "text": str(error)}, arrays={})
     if header.get("status") not in ("ok", "refused", "failed"):

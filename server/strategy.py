@@ -17,7 +17,7 @@ from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.agreement import Agreement
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.evaluation import Released, ask_tables
-from gapweave.server.handshake import malformed, well_formed
+from gapweave.server.handshake import malformed, unfit, well_formed
 from gapweave.server.history import History, decay_of
 from gapweave.server.mail import POLL_S, Answer, ask
 from gapweave.server.peers import NO_NODE, Peer
@@ -196,12 +196,8 @@ class RoundLoop:
         if known is not None:
             peer.last_round, peer.agreement = known.last_round, known.agreement
             peer.ledger = peer.ledger or known.ledger  # a site that refuses because of it does not send another
-        foreign = set(peer.groups) - self.state.groups.keys()
-        if foreign:
-            peer.status, peer.reason = (
-                "failed",
-                f"declares groups that the study does not share: {sorted(foreign)}",
-            )
+        if peer.status == "ok" and (reason := unfit(self.study, self.state.groups, peer)):
+            peer.status, peer.reason = "failed", reason
         self.peers[name] = peer
         self.peers.pop(f"{name}, node-{answer.node}", None)  # as which it came while its old node was there
 

@@ -111,7 +111,7 @@ def _privacy(study: Study, peer: Peer, released: Released) -> dict[str, Any] | N
         events = [PrivacyEvent.from_dict(event) for event in stated]
         delta = float(peer.plan["delta"])
         cost = fixed_epsilon(events, delta)
-    except (GapweaveError, KeyError, TypeError, ValueError, ArithmeticError):
+    except (GapweaveError, KeyError, TypeError, ValueError, ArithmeticError, MemoryError):
         return None
     return {
         "unit": "patient",

@@ -30,6 +30,8 @@ PREPARE, TRAIN, EVALUATE, FINISH = "query.prepare", "train", "query.evaluate", "
 OTHER_TYPES = frozenset({"float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool"})
 """Types that a message names back to the sender; any other text of its stays out of messages."""
 MOST_AXES = 8
+DEEPEST = 40
+"""Nests in each other of a header: a study has seven."""
 USUAL = 20_000
 """Length of a text of names and shapes that is kept."""
 
@@ -83,8 +85,12 @@ def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
+def unpack(content: RecordDict, longest: float = math.inf) -> tuple[dict[str, Any], Arrays]:
     """Read a message's content; its arrays are views of it, and cannot be written to.
+
+    Args:
+        content: of the message.
+        longest: characters that its header may have.
 
     Raises:
         ProtocolError: for another protocol version, naming both, or a message of another shape.
@@ -92,10 +98,11 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
     # Flower's `array_records` and `config_records` write each record into the message again, checked.
     said = content.get(HEADER)
     try:
-        header = json.loads(str(said["json"])) if isinstance(said, ConfigRecord) else None
+        text = str(said["json"]) if isinstance(said, ConfigRecord) else ""
+        header = json.loads(text) if len(text) <= longest else None
     except (KeyError, ValueError, RecursionError):
         header = None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not _writable(header):
         raise ProtocolError("a message without a Gapweave header", remedy="Both sides must run Gapweave")
     if header.get("protocol") != PROTOCOL_VERSION:
         raise ProtocolError(
@@ -103,6 +110,23 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], Arrays]:
             remedy="Install the same Gapweave version on both sides",
         )
     return header, {group: _cut(record) for group, record in content.items() if isinstance(record, ArrayRecord)}
+
+
+def _writable(header: dict[str, Any]) -> bool:
+    """Whether what was read can be written again: halves of characters and deep nests are legal JSON, and end a run."""
+    level: list[Any] = [header]
+    for _ in range(DEEPEST):
+        below = (value.values() if isinstance(value, dict) else value for value in level)
+        inner = [one for values in below for one in values]
+        keys = (key for value in level if isinstance(value, dict) for key in value)
+        try:
+            "".join(text for text in (*keys, *inner) if isinstance(text, str)).encode()
+        except UnicodeEncodeError:
+            return False
+        level = [one for one in inner if isinstance(one, dict | list)]
+        if not level:
+            return True
+    return False
 
 
 def _cut(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:

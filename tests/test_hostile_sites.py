@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from hospitals import plan_of
 from pretence import ALL, Answer, Pretence, Pretender, loop, study_of
 
+from gapweave.server.model_card import save_model
+from gapweave.server.summary import summarise_deployment
 from gapweave.shared import PROTOCOL_VERSION, wire
+from gapweave.shared.report.run_report import write_report
 from gapweave.shared.tables import BINS, read_tables
 from gapweave.shared.tensorfile import Arrays, dump
 
@@ -249,6 +253,72 @@ def test_an_absurd_plan_is_refused_at_the_door(tmp_path: Path, stated: dict[str,
     run.run()
     assert (run.peers["c"].status, run.peers["c"].reason) == ("failed", "a handshake of another form")
     assert {run.peers[site].status for site in HONEST} == {"ok"}
+
+
+def nest(depth: int) -> Any:
+    return json.loads("[" * depth + "]" * depth)
+
+
+GOOD = {"noise_multiplier": 1.0, "sample_rate": 0.5, "n_hat": 100, "delta": 1e-5}
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        {"plan": {**GOOD, "more": nest(900)}},
+        {"ledger": {"hash": nest(900)}},
+        {"plan": {**GOOD, "no_table": "\ud800"}},
+        {"modalities": ["labs\n# Approved"]},
+        {"modalities": ["labs", "x" * 10_000]},
+        {"plan": {**GOOD, "more": "x" * 2_000_000}},
+        {"groups": [*ALL, ALL[0]]},
+        {"plan": {}},
+        {"plan": {**GOOD, "noise_multiplier": 0.0}},
+        {"plan": {**GOOD, "preparation": [{"kind": "count_table", "released": "x", "noise_multiplier": 1e-6}]}},
+        {"plan": {**GOOD, "preparation": [{"kind": "dp_sgd", "released": "x", "noise_multiplier": 0.01}]}},
+    ],
+    ids=[
+        "deep plan",
+        "deep ledger",
+        "half a character",
+        "markup",
+        "long name",
+        "huge",
+        "group twice",
+        "no plan",
+        "no noise",
+        "free table",
+        "free step",
+    ],
+)
+def test_a_handshake_that_would_end_the_run_or_swell_its_files_is_left_out(tmp_path: Path, hello: Any) -> None:
+    of = plan_of(private=True, training={"rounds": 2}, aggregation={"quorum": 2, "deadline_s": 5, "shrink": True})
+    sites = [Pretender(name, hello={"plan": GOOD}) for name in HONEST]
+    run = loop(tmp_path, of, Pretence(*sites, Pretender("c", hello={"plan": GOOD, **hello})))
+    run.run()
+    assert {peer.status for name, peer in run.peers.items() if name not in HONEST} == {"failed"}
+    assert all(run.peers[name].last_round == 2 for name in HONEST)
+    summary = summarise_deployment(of, run)
+    run.directory.write_json("summary.json", summary)
+    save_model(run.directory, of, run.final, run.peers)
+    write_report(run.directory)
+    kept = sum(file.stat().st_size for file in run.directory.path.rglob("*") if file.is_file())
+    assert len(json.dumps(summary)) < 20_000
+    assert kept < 1_000_000
+    assert "Approved" not in (run.directory.path / "model" / "README.md").read_text()
+
+
+def test_half_a_character_in_an_excuse_ends_no_run(tmp_path: Path) -> None:
+    class Excuse(Pretender):
+        def train(self, number: int, arrays: Arrays) -> Answer:
+            return {"status": "failed", "text": "\ud800", "round": number}, {}
+
+    of = study_of()
+    run = loop(tmp_path, of, Pretence(*map(Pretender, HONEST), Excuse("c")))
+    run.run()
+    run.directory.write_json("summary.json", summarise_deployment(of, run))
+    write_report(run.directory)
+    assert "a message without a Gapweave header" in (run.directory.path / "rounds.jsonl").read_text()
 
 
 def test_a_long_excuse_is_cut(tmp_path: Path) -> None:
