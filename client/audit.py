@@ -30,7 +30,8 @@ from gapweave.client.audit_one_run import one_run
 from gapweave.client.audit_provenance import provenance, rehearse
 from gapweave.client.audit_record import record
 from gapweave.client.audit_sensitivity import sensitivity
-from gapweave.client.audit_site import RECORDS, RUN, CanarySite, Finding, Scene, audit_copy, canaries
+from gapweave.client.audit_site import RECORDS, RUN, CanarySite, Finding, Scene, audit_copy
+from gapweave.client.canaries import canaries
 from gapweave.client.ledger import Ledger
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from gapweave.client.audit_sensitivity import FAINT, STRONG, flat, scaled_model, silent_step
-from gapweave.client.audit_site import RUN, CanarySite, Finding, Scene, audit_copy, canaries, finding, scaled
+from gapweave.client.audit_site import RUN, CanarySite, Finding, Scene, audit_copy, finding, scaled
+from gapweave.client.canaries import canaries
 from gapweave.client.state import to_arrays
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study

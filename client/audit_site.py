@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gapweave.client.canaries import canaries
 from gapweave.client.data import Cohort
 from gapweave.client.gradients import Gradient, GradientEngine
 from gapweave.client.learner import Learner
@@ -26,7 +27,7 @@ from gapweave.shared.config.site import Patients, Site
 from gapweave.shared.config.study import Study
 from gapweave.shared.privacy.draws import Draws
 from gapweave.shared.privacy.plan import Plan
-from gapweave.shared.schema import Batch, modalities
+from gapweave.shared.schema import Batch
 from gapweave.shared.schemes import Objective
 
 RECORDS = (1, 2, 1, 3, 1, 1, 5, 1)
@@ -54,40 +55,6 @@ class Finding:
 def finding(part: str, faults: Sequence[str], figures: dict[str, float]) -> Finding:
     """A part that passed, or the faults that it found."""
     return Finding(part=part, passed=not faults, text="; ".join(faults) or "as declared", figures=figures)
-
-
-def canaries(study: Study, held: Sequence[str], records: Sequence[int], seed: int = 0) -> Batch:
-    """Synthetic patients of a study's shapes, with gaps; every record has something.
-
-    Args:
-        study: gives shapes and task.
-        held: modalities of the site.
-        records: number of records of each patient.
-        seed: of the synthetic values; canaries are public, their seed hides nothing.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    total, counts = sum(records), torch.tensor(records, dtype=torch.int64)
-    inputs = {
-        modality.name: torch.randn(total, *modality.shape, generator=generator)
-        for modality in modalities(study)
-        if modality.name in held
-    }
-    columns = torch.tensor([name in held for name in study.order])
-    present = (torch.rand(total, len(study.order), generator=generator) < 0.7) & columns
-    present[~present.any(1)] = columns
-    target = torch.zeros(total, study.task.outputs)
-    target[torch.arange(total), torch.randint(0, study.task.outputs, (total,), generator=generator)] = 1
-    if study.task.kind != "multiclass":
-        target = torch.randint(0, 2, target.shape, generator=generator).float()
-    return Batch(
-        inputs=inputs,
-        present=present,
-        target=target,
-        label_mask=torch.ones_like(target, dtype=torch.bool),
-        patient=torch.repeat_interleave(torch.arange(len(records)), counts),
-        weight=torch.repeat_interleave(1 / counts.float(), counts),
-        patients=len(records),
-    )
 
 
 def joined(one: Batch, other: Batch) -> Batch:

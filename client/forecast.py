@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gapweave.client.audit_site import canaries
+from gapweave.client.canaries import canaries
 from gapweave.client.device import find_device
 from gapweave.client.learner import Learner
 from gapweave.client.state import RoundState, to_arrays

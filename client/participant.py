@@ -29,6 +29,7 @@ from gapweave.client.requests import LARGEST, check_groups, check_open, check_ro
 from gapweave.client.setting import run_setting
 from gapweave.client.sources.findings import Finding
 from gapweave.client.state import Groups, RoundState, RunFolder, read_model, to_tensors
+from gapweave.client.trial import try_model
 from gapweave.shared.config import Site, Study
 from gapweave.shared.constants import Constants
 from gapweave.shared.errors import BudgetExhausted, RefusedError
@@ -121,6 +122,8 @@ class Participant:
             DataError: when the data cannot be used.
         """
         check_policy(self.study, self.site, simulation=self._simulation)
+        if not self._simulation:  # which has tried the model once for all its sites
+            try_model(self.study, self.held, self.device)
         with self.ledger() as ledger:
             ledger.check_echo(echo)
             by = "simulation" if self._simulation else "policy.studies"

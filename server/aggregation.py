@@ -14,12 +14,12 @@ from gapweave.server.aggregators import Accumulator, Sum, Update
 from gapweave.server.agreement import Agreement, against_the_others, agreements
 from gapweave.server.fednova import Normalisation, scaled
 from gapweave.server.history import History
-from gapweave.server.rules import protection, quorum_of, rule_of, start, written
+from gapweave.server.rules import protection, quorum_of, resolve, rule_of, start, written
 from gapweave.server.scaffold import Variates
 from gapweave.server.screening import norm, reason_to_reject, too_long, too_quiet
 from gapweave.shared.config.sharing import AnyRule
 from gapweave.shared.config.study import Study
-from gapweave.shared.errors import TooFewSites
+from gapweave.shared.errors import TooFewSites, UsageError
 from gapweave.shared.model import MultimodalModel, groups, shared_groups
 from gapweave.shared.optimizers import ServerOptimizer
 from gapweave.shared.tensorfile import Arrays, size
@@ -122,10 +122,26 @@ class GroupAggregation:
             except TooFewSites as error:
                 lines[group]["left_alone"] = error.what
                 continue
+            except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+                if all(type(stage).__module__.startswith("gapweave.") for stage in resolve(rule)):
+                    raise
+                raise _unsound(rule, group, f"fails ({type(error).__name__})") from error
+            self._require_sound(group, rule, aggregate)
             self.noise[group] = self._variance(group, rule, holders)
             change = self._optimizer.step(group, aggregate)
             result[group] = {name: value + change[name] for name, value in self._current[group].items()}
         return result, lines
+
+    def _require_sound(self, group: str, rule: AnyRule, aggregate: Update) -> None:
+        """Refuse what a rule must not give: sites would be sent it, and refuse it as if they were at fault.
+
+        Raises:
+            UsageError: naming rule and group.
+        """
+        shapes = {name: value.shape for name, value in self._current[group].items()}
+        fits = {name: value.shape for name, value in aggregate.items()} == shapes
+        if not fits or not all(np.isfinite(value).all() for value in aggregate.values()):
+            raise _unsound(rule, group, "gave numbers that are not finite" if fits else "gave other tensors")
 
     def _variance(self, group: str, rule: AnyRule, holders: list[str]) -> float:
         """What the rule leaves of the holders' noise; tried on noise alone, for rules differ in whom they heed."""
@@ -201,3 +217,8 @@ def initial_groups(study: Study) -> Arrays:
         group: {name: tensor.numpy().copy() for name, tensor in all_groups[group].items()}
         for group in shared_groups(study, all_groups)
     }
+
+
+def _unsound(rule: AnyRule, group: str, what: str) -> UsageError:
+    remedy = "Resume the run with another rule; tests/test_rule_contract.py says what this one does wrong"
+    return UsageError(f"the rule {written(rule)} of {group!r} {what}", where="study:aggregation", remedy=remedy)

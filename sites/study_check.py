@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any
 
 from gapweave.client.forecast import forecast
+from gapweave.client.trial import try_model
 from gapweave.server.aggregation import initial_groups
 from gapweave.server.rules import resolve, rule_for, start
 from gapweave.shared.config import Site, Study
@@ -24,6 +25,28 @@ from gapweave.shared.privacy.plan_report import weakness
 from gapweave.shared.registry import Registry
 from gapweave.shared.schema import modalities
 from gapweave.shared.schemes import SCHEMES, build_scheme
+
+
+def check_study(study: Study, sites: Iterable[Site]) -> list[UsageError]:
+    """All that can be found wrong with a study without data, before a site pays for it.
+
+    Args:
+        study: as it was read.
+        sites: all that will take part, as far as they are known.
+
+    Returns:
+        Why some groups would be left alone in every round.
+
+    Raises:
+        UsageError: naming the key; also where all groups would be left alone.
+    """
+    check_names(study)
+    held = holders_of(study, sites)
+    alone = left_alone(study, held)
+    if alone and alone.keys() == held.keys():
+        raise next(iter(alone.values()))
+    try_model(study, study.order)
+    return list(alone.values())
 
 
 def check_names(study: Study) -> None:
@@ -60,33 +83,36 @@ def _at(key: str) -> Iterator[None]:
         raise UsageError(error.what, where=f"study:{key}{error.where.replace(':', '.')}", remedy=error.remedy) from None
 
 
-def check_holders(study: Study, sites: Iterable[Site]) -> None:
-    """Refuse a rule that the holders of a group are too few for: the group would be left alone in every round.
+def holders_of(study: Study, sites: Iterable[Site]) -> dict[str, int]:
+    """How many of the sites hold each shared group that any of them holds."""
+    held = [site.held(study) for site in sites]
+    modality = {group: group.partition("/")[2] for group in initial_groups(study)}
+    counts = {group: sum(not name or name in names for names in held) for group, name in modality.items()}
+    return {group: count for group, count in counts.items() if count}
+
+
+def left_alone(study: Study, held: Mapping[str, int]) -> dict[str, UsageError]:
+    """Groups whose holders are too few for their rule, so that they would be left alone in every round, and why.
 
     Args:
         study: names the rules.
-        sites: all that will take part.
-
-    Raises:
-        UsageError: naming the group, its rule and its holders.
+        held: of each group, the number of its holders.
     """
-    held = [site.held(study) for site in sites]
-    for group in initial_groups(study):
-        modality = group.partition("/")[2]
-        holders = sum(not modality or modality in names for names in held)
-        if holders == 0:
-            continue
+    found = {}
+    for group, holders in held.items():
         rule = rule_for(study.aggregation.of(group), holders)
         if study.aggregation.strict and holders < 3:
-            raise UsageError(
+            found[group] = UsageError(
                 f"strict leaves {group!r} alone in every round: {holders} of the sites hold it",
                 where="study:aggregation.strict",
                 remedy="Keep the group at the sites (sharing), find three holders, or set strict to false",
             )
+            continue
         try:
             start(rule, group, holders)
         except TooFewSites as error:
-            raise UsageError(error.what, where=error.where, remedy=error.remedy) from None
+            found[group] = UsageError(error.what, where=error.where, remedy=error.remedy)
+    return found
 
 
 def _schedule(training: Training) -> str:

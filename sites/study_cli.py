@@ -71,15 +71,15 @@ def check(
     from gapweave.shared.errors import UsageError
     from gapweave.sites.simulate.commands import read_assignments
     from gapweave.sites.simulate.run import find_sites
-    from gapweave.sites.study_check import check_holders, check_names, describe, foretell
+    from gapweave.sites.study_check import check_study, describe, foretell
 
     hospitals = []
     try:
         study = load_study(path, read_assignments(assignments or []))
-        check_names(study)
         if sites is not None or any((path.parent / "sites").glob("*.yaml")):
             hospitals = [load_site(file) for file in find_sites(path, sites)]
-            check_holders(study, hospitals)
+        for alone in check_study(study, hospitals):
+            raise alone
     except UsageError as error:
         if as_json:
             problem = {"id": "study", "status": "problem", "where": error.where or str(path)}

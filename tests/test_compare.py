@@ -397,7 +397,7 @@ def test_a_baseline_that_trains_by_another_server_is_fitted_again(study_file, tm
         return fit(study, cohorts, names, **options)
 
     monkeypatch.setattr(compare_unit, "fit_baselines", counted)
-    vary = ["--vary", "aggregation.server_lr=0.5,2.0", "--vary", "aggregation.default=mean,median"]
+    vary = ["--vary", "aggregation.server_lr=0.5,2.0", "--vary", "aggregation.default=mean,norm_bound"]
     assert run(study_file, tmp_path / "out", *vary, "--seeds", "0", "--baselines", "local,lr") == 0
     assert sorted(fitted) == [("local", 0.5), ("local", 2.0), ("lr", 0.5)]
 

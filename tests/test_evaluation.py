@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gapweave.client import participant as participant_module
 from gapweave.client import preparation
-from gapweave.client.audit_site import canaries, joined
+from gapweave.client.audit_site import joined
+from gapweave.client.canaries import canaries
 from gapweave.client.evaluation import ReleasedModel, _blocks, score_table
 from gapweave.client.joining import joining_check
 from gapweave.client.participant import Participant

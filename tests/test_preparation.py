@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from gapweave.client import participant as participant_module
 from gapweave.client import preparation
-from gapweave.client.audit_site import canaries, joined
+from gapweave.client.audit_site import joined
+from gapweave.client.canaries import canaries
 from gapweave.client.participant import Participant
 from gapweave.client.preparation import (
     column_sums,

@@ -19,7 +19,7 @@ from gapweave.shared.config.base import parse
 from gapweave.shared.config.sharing import AnyRule, Rule
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites, UsageError
-from gapweave.sites.study_check import check_holders, check_names
+from gapweave.sites.study_check import check_names, check_study
 
 LINE = (-50.0, 0.0, 1.0, 2.0, 3.0, 60.0, 70.0)
 
@@ -116,11 +116,14 @@ def test_an_f_too_large_for_the_holders_is_refused_with_the_group_named(tmp_path
     held = [["labs", "note"]] * 3 + [["labs"]] * 2
     hospitals: list[Hospital] = [build(tmp_path / str(at), f"site{at}", have) for at, have in enumerate(held)]
     sites = [hospital.site for hospital in hospitals]
-    check_holders(study_of(aggregation={"default": {"rule": "trimmed_mean", "f": 1}}), sites)
-    with pytest.raises(UsageError, match=r"trimmed_mean \(f=2\) of 'encoder/note' is not safe with 2 bad of 3 sites"):
-        check_holders(study_of(aggregation={"default": {"rule": "trimmed_mean", "f": 2}}), sites)
+    assert not check_study(study_of(aggregation={"default": {"rule": "trimmed_mean", "f": 1}}), sites)
+    found = check_study(study_of(aggregation={"default": {"rule": "trimmed_mean", "f": 2}}), sites)
+    assert "trimmed_mean (f=2) of 'encoder/note' is not safe with 2 bad of 3 sites" in str(found[0])
+    assert len(found) == 2
     fitting = {"default": {"rule": "trimmed_mean", "f": 2}, "encoder/note": "mean", "head/note": "mean"}
-    check_holders(study_of(aggregation=fitting), sites)
+    assert not check_study(study_of(aggregation=fitting), sites)
+    with pytest.raises(UsageError, match="is not safe with 1 bad of 2 sites"):
+        check_study(study_of(aggregation={"default": "trimmed_mean"}), sites[:2])  # nothing would be trained jointly
 
 
 def test_a_round_uses_the_parameters_and_logs_them(tmp_path: Path) -> None:

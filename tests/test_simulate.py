@@ -446,6 +446,22 @@ def test_the_demo_without_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(row["local_only"]["auroc"] for row in summary["sites"].values())  # beside the federated model, unasked
 
 
+@pytest.mark.parametrize("choice", ["default=trimmed_mean", "strict=true"])
+def test_a_study_that_would_train_nothing_jointly_is_refused_before_it_costs(
+    study: Path, tmp_path: Path, choice: str
+) -> None:
+    """It spent the budget, left every group alone, and ended with 0."""
+    (tmp_path / "sites").mkdir()
+    for name in SITES[:2]:
+        shutil.copy(site_file(study, name), tmp_path / "sites")
+    words = ("simulate", study, "--sites", tmp_path / "sites", "--out", tmp_path / "run", "--state", tmp_path / "state")
+    outcome = gapweave(*words, *QUICK, "--set", f"aggregation.{choice}")
+    assert outcome.code == 2
+    assert "of 2 sites" in outcome.err or "2 of the sites hold it" in outcome.err
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "state").exists()
+
+
 def test_baselines_can_be_left_out(study: Path, tmp_path: Path) -> None:
     done("simulate", study, "--out", tmp_path / "run", *QUICK, *OPEN, "--baselines", "none")
     summary = summary_of(tmp_path / "run")

@@ -15,15 +15,15 @@ from rich.console import Console
 
 from gapweave.client import app as client_app
 from gapweave.client.sources.findings import warnings_of
-from gapweave.shared.config import Study, load_study
+from gapweave.shared.config import Study, load_site, load_study
 from gapweave.shared.config.base import nearest
 from gapweave.shared.config.overrides import parse_assignment
 from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.baselines import BASELINES
-from gapweave.sites.simulate.progress import Bars
+from gapweave.sites.simulate.progress import Bars, say
 from gapweave.sites.simulate.run import ENGINES, Setup, VirtualSite, find_sites, load_sites, simulate
-from gapweave.sites.study_check import check_names
+from gapweave.sites.study_check import check_study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,6 @@ def start(
         demo = study_file is None
         file = _demo(Path(scratch)) if study_file is None else study_file
         study = load_study(file, overrides)
-        check_names(study)
         if engine == "ray" and study.simulation.attack != "none":
             raise UsageError(
                 "attacks need all sites in one process", where="--engine ray", remedy="Simulate bad sites inline"
@@ -130,6 +129,8 @@ def start(
         RunDirectory.require_new(out)
         state = state_folder(places.state)
         files = find_sites(file, places.sites)
+        for problem in check_study(study, map(load_site, files)):
+            say(f"warning: {problem}")
         directory = RunDirectory(out)
         setup = Setup(
             sites=files,
@@ -193,7 +194,7 @@ def _resumable(directory: RunDirectory) -> Iterator[None]:
     except KeyboardInterrupt:
         if directory.checkpoint.exists():
             said = f"`gapweave resume {directory.path}` goes on with this run"
-            Console(stderr=True, highlight=False, soft_wrap=True).print(said, markup=False)
+            say(said)
         raise
     finally:
         client_app.forget()
@@ -201,12 +202,11 @@ def _resumable(directory: RunDirectory) -> Iterator[None]:
 
 def _warn(sites: list[VirtualSite]) -> None:
     """Say what `gapweave site check` would say, so that nobody trains on a wrong unit unawares."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     for entry in sites:
         for finding in warnings_of(entry.participant.findings):
             remedy = f". {finding.remedy}" if finding.remedy else ""
             line = f"{finding.status}: {entry.site.name}: {finding.where}: {finding.message}{remedy}"
-            console.print(line, markup=False)
+            say(line)
 
 
 def _finish(

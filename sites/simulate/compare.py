@@ -23,6 +23,7 @@ from rich.console import Console
 
 from gapweave.client import app as client_app
 from gapweave.client.data import load_cohort
+from gapweave.shared.config import load_site
 from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, UsageError
 from gapweave.shared.files import intact, write_atomically
 from gapweave.shared.metrics import METRICS
@@ -42,8 +43,9 @@ from gapweave.sites.simulate.compare_unit import (
     rows_of,
     run_unit,
 )
-from gapweave.sites.simulate.progress import progress_bars
+from gapweave.sites.simulate.progress import progress_bars, say
 from gapweave.sites.simulate.run import Setup, find_sites, load_sites
+from gapweave.sites.study_check import check_study
 
 SPEC, HOSPITALS = "compare.json", "hospitals"
 
@@ -150,13 +152,17 @@ def check_data(plan: Plan, setup: Setup) -> None:
     """Read every site's data once for each way in which the cells read them.
 
     Raises:
+        UsageError: for a study that cannot be trained, or not at these sites.
         DataError: for a problem, or for a split column that does not hold each patient out in one fold.
         UsageError: when a site file and a study do not fit together.
     """
-    seen = set()
+    seen, sites = set(), [load_site(file) for file in setup.sites]
     try:
         for trial in plan.trials:
             study = trial.units[0].study
+            if trial.seed == plan.trials[0].seed:
+                for problem in check_study(study, sites):
+                    say(f"warning: {cell_name(trial.cell)}: {problem}")
             read = study.model_dump(mode="json", include={"task", "modalities"})
             key = json.dumps([read, study.aggregation.quorum], sort_keys=True)
             if key not in seen:

@@ -27,6 +27,11 @@ def progress_bars(console: Console) -> Progress:
     )
 
 
+def say(line: str) -> None:
+    """A warning or a hint, beside the progress bars."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+
+
 class Bars:
     """A `Watcher` that draws progress bars; use it as a context manager.
 
