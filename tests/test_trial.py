@@ -76,6 +76,8 @@ def test_a_foreign_part_that_cannot_be_trained_is_named_and_costs_nothing(
     private = plan_of(private=True, model={"fusion": "theirs", "imputer": "none"})
     site = participant(build(tmp_path / "alder", "alder", ["labs", "note", "vitals"]), private)
     site._simulation = False
+    policy = site.site.policy.model_copy(update={"studies": [private.sha256]})
+    site.site = site.site.model_copy(update={"policy": policy})
     with pytest.raises(UsageError):
         site.prepare("run")
     assert not site.state.exists() or not read_ledger(site.state).events()
