@@ -25,6 +25,7 @@ from gapweave.client.sources.oddities import (
     read_twice,
     unused,
     without_label,
+    without_modality,
 )
 from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
@@ -191,6 +192,8 @@ class _Check:
         present = self._modalities(study, records)
         self.findings += unused(study, self.site, self.files)
         self.findings += read_twice(self.site, self.files) + label_as_input(study, self.site, self.files)
+        if targets is not None and present is not None:
+            self.findings += without_modality(targets, present, label_where(study, self.site, records))
         if targets is not None and held_out is not None and present is not None:
             usable = np.logical_and(targets.known.any(axis=1), present.any(axis=1))
             training = usable & ~held_out[records.patient]

@@ -28,6 +28,7 @@ from gapweave.client.sources.oddities import (
     read_twice,
     unused,
     without_label,
+    without_modality,
 )
 from gapweave.client.sources.records import Reading, Records, read_records, refuse_repeats
 from gapweave.client.sources.split import test_patients
@@ -136,6 +137,7 @@ def load_cohort(
         findings += beyond_upper(site, len(records.patient_ids), files)
         findings += read_twice(site, files) + label_as_input(study, site, files)
         findings += without_label(targets, label_where(study, site, records))
+        findings += without_modality(targets, present, label_where(study, site, records))
         findings += one_valued(study.task, targets, label_where(study, site, records))
         present = hide(present, study, site.name, records, targets)
     for name in [name for name in site.held(study) if name in study.scores]:

@@ -7,7 +7,7 @@ Grid and Messages only (docs/decisions/0002).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -207,10 +207,10 @@ class RoundLoop:
     def _reasons(self) -> list[str]:
         return [f"{peer.site}: {peer.reason}" for peer in self.peers.values() if peer.reason]
 
-    def _require_quorum(self, count: int, what: str) -> None:
+    def _require_quorum(self, count: int, what: str, said: Sequence[str] = ()) -> None:
         quorum = self.study.aggregation.quorum
         if count < quorum:
-            reasons = "; ".join(self._reasons()) or "none gave a reason"
+            reasons = "; ".join(said or self._reasons()) or "none gave a reason"
             raise TooFewSites(
                 f"{count} sites {what}, the quorum is {quorum} ({reasons})",
                 where="study:aggregation.quorum",
@@ -242,7 +242,8 @@ class RoundLoop:
         for peer in by_node.values():
             answered[peer.site] = {"status": "late", "reason": "no answer before the deadline"}
         taken = sum(site["status"] == "ok" for site in answered.values())
-        self._require_quorum(taken, f"answered in round {number}")
+        said = [f"{site}: {it['reason']}" for site, it in answered.items() if it.get("reason")]
+        self._require_quorum(taken, f"answered in round {number}", said)
         current, log_lines = combine.finish()
         self.variates.settle(everybody)
         for name, agreement in combine.agreements.items():

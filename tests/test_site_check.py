@@ -228,7 +228,7 @@ def test_a_run_is_warned_as_the_check_is(hospital: Hospital) -> None:
     of = study({"labs": LABS, "vitals": VITALS, "note": NOTE})
     one, other = warnings_of(check(hospital, of)), warnings_of(hospital.findings(of))
     assert {finding.id for finding in one} == {
-        *("record_cap", "unlabelled", "numbers", "unit", "empty", "modality", "unused", "declared")
+        *("record_cap", "unlabelled", "numbers", "unit", "empty", "modality", "unused", "declared", "empty_records")
     }
     assert set(one) == set(other)
 
@@ -392,3 +392,12 @@ def test_patients_who_are_ill_are_not_in_another_unit(hospital: Hospital) -> Non
     hospital.add("labs", file="labs.csv", columns={"bun": "na"})
     of = study({"labs": {"kind": "table", "columns": {"bun": {"card": "bun"}}}})
     assert "unit" not in {one.id for one in check(hospital, of)}
+
+
+def test_labelled_records_without_any_modality_are_counted(hospital: Hospital) -> None:
+    """They were in no line: 24 held out and 121 to train on were 145 of 150 patients."""
+    hospital.records(40)
+    hospital.labs(33)
+    finding = by_id(check(hospital), "empty_records")
+    assert finding.status == "warning"
+    assert finding.message.startswith("7 of 40 labelled records have none of the study's modalities")

@@ -34,6 +34,18 @@ def without_label(targets: Targets, where: str) -> list[Finding]:
     return [_warning("unlabelled", where, message, "Fill in the labels if they are known")]
 
 
+def without_modality(targets: Targets, present: NDArray[np.bool_], where: str) -> list[Finding]:
+    """Labelled records of which nothing is there that a model could read."""
+    known = targets.known.any(axis=1)
+    count = int((known & ~present.any(axis=1)).sum())
+    if not count:
+        return []
+    message = (
+        f"{count} of {int(known.sum())} labelled records have none of the study's modalities and are not trained on"
+    )
+    return [_warning("empty_records", where, message, "Compare the ids with those of the modalities' files")]
+
+
 def one_valued(task: Task, targets: Targets, where: str) -> list[Finding]:
     """Classes that no record has, and labels that all known records have or lack: rare ones, or wrong codes."""
     if task.kind == "binary":

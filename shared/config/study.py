@@ -163,6 +163,8 @@ class Evaluation(StrictModel):
 
     @model_validator(mode="after")
     def _within(self) -> Self:
+        if self.folds is None and self.fold:
+            raise ValueError(f"fold={self.fold} needs folds, in how many patients are divided")
         if self.folds is not None and self.fold >= self.folds:
             raise ValueError(f"fold={self.fold} must be below folds={self.folds}")
         return self
@@ -303,16 +305,18 @@ def load_study(path: Path, overrides: dict[str, Any] | None = None) -> Study:
     Raises:
         UsageError: naming file, key and remedy.
     """
-    from gapweave.shared.config.overrides import apply, expand
+    from gapweave.shared.config.overrides import apply
 
-    given = overrides or {}
+    content = read_yaml(path, "study")
+    changed = apply(content, overrides or {})
     try:
-        return parse(Study, apply(read_yaml(path, "study"), given), str(path))
+        return parse(Study, changed, str(path))
     except UsageError as error:
+        if not overrides:
+            raise
+        parse(Study, content, str(path))  # where the file alone is wrong, that is what there is to mend
         key = error.where.removeprefix(f"{path}:")
-        if any(f"{key}.".startswith(f"{part}.") for option in given.items() for part in expand(*option)):
-            raise UsageError(error.what, where=f"command line:{key}", remedy="Correct that option") from None
-        raise
+        raise UsageError(error.what, where=f"command line:{key}", remedy="Correct that option") from None
 
 
 @lru_cache(maxsize=64)

@@ -102,6 +102,17 @@ def state_folder(state: Path | None) -> Path | None:
     return state.resolve() if state else None
 
 
+def data_folder(data: Path | None) -> Path | None:
+    """`--data` as a path that stays what it is.
+
+    Raises:
+        UsageError: for a folder that is not there.
+    """
+    if data is not None and not data.is_dir():
+        raise UsageError("there is no such folder", where=f"--data {data}", remedy="Correct it, or leave it out")
+    return data.resolve() if data else None
+
+
 def start(
     study_file: Path | None,
     overrides: dict[str, Any],
@@ -134,7 +145,7 @@ def start(
         directory = RunDirectory(out)
         setup = Setup(
             sites=files,
-            data=places.data.resolve() if places.data else None,
+            data=data_folder(places.data),
             state=state or directory.sites,
             baselines=baselines,
             continue_without=continue_without,

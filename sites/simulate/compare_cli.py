@@ -79,7 +79,7 @@ def compare(
         joining=joining,
         smoke=smoke,
         sites=sites,
-        data=data.resolve() if data else None,
+        data=commands.data_folder(data),
         out=out.resolve() if out else None,
         state=commands.state_folder(state),
         continue_without=continue_without,

@@ -157,7 +157,8 @@ def load_sites(study: Study, setup: Setup, progress: Callable[[str], None] = lam
         if setup.continue_without:
             remedy = f"{first.remedy}; --continue-without needs {quorum} sites (study:aggregation.quorum)"
         else:
-            remedy = f"{first.remedy}, or go on with --continue-without"
+            joint = "? Or" if first.remedy.endswith("?") else ", or"
+            remedy = f"{first.remedy.rstrip('?')}{joint} go on with --continue-without"
         raise type(first)(f"{first.what}{more}", where=first.where, remedy=remedy)
     if usable < study.aggregation.quorum:
         raise TooFewSites(

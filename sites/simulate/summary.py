@@ -94,8 +94,8 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
         "warnings": [f"{finding.where}: {finding.message}" for finding in warnings_of(participant.findings)],
         "patients": {"train": cohort.training().patients, "test": cohort.testing().patients},
         "records": {
-            part: int(labelled(batch.label_mask.numpy()))
-            for part, batch in (("train", cohort.training()), ("test", cohort.testing()))
+            "train": int((cohort.training().weight > 0).sum()),
+            "test": int(labelled(cohort.testing().label_mask.numpy())),
         },
         "rounds": peer.last_round,
         **(evaluate_parts(model, cohort, study) if model else dict.fromkeys(PARTS)),
