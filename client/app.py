@@ -177,7 +177,9 @@ def participant(config: Mapping[str, Any], study: Study) -> Participant:
     data = Path(str(config["data"])) if config.get("data") else None
     simulation = bool(config.get("simulation", False))
     anchored = bool(config.get("anchored", not simulation))
-    return _cached(file, file.stat().st_mtime_ns, _state(config), data, simulation, anchored, study.canonical())
+    now = file.stat()
+    changed = (now.st_mtime_ns, now.st_size, now.st_ino)
+    return _cached(file, changed, _state(config), data, simulation, anchored, study.canonical())
 
 
 _networks: Networks = {}
@@ -185,7 +187,7 @@ _networks: Networks = {}
 
 @lru_cache(maxsize=1024)
 def _cached(
-    file: Path, changed: int, state: Path, data: Path | None, simulation: bool, anchored: bool, study: str
+    file: Path, changed: tuple[int, ...], state: Path, data: Path | None, simulation: bool, anchored: bool, study: str
 ) -> Participant:
     return Participant(
         study_from_json(study),

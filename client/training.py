@@ -15,6 +15,7 @@ from gapweave.client.gradients.clipping import GROUPINGS
 from gapweave.client.gradients.fast import FastEngine
 from gapweave.client.gradients.opacus import OpacusEngine
 from gapweave.client.gradients.plain import PlainEngine
+from gapweave.client.requests import LARGEST
 from gapweave.shared.config.study import Study
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.privacy.draws import Draws
@@ -120,6 +121,8 @@ class Sgd:
         corrections: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._training, self._shrinkage = study.training, study.shrinkage
+        # A server's corrections must not lead out of the bounds that its parameters are held to.
+        self._bounded = study.privacy.enabled
         self.buffers = dict(buffers)
         self._start = dict(start or {})
         self._corrections = dict(corrections or {})
@@ -148,6 +151,9 @@ class Sgd:
                 changes = torch._foreach_add(list(changes), before, alpha=training.momentum)
                 self.buffers = dict(zip(named, changes, strict=True))
             torch._foreach_sub_(parameters, list(changes), alpha=training.lr)
+            if self._bounded:
+                torch._foreach_clamp_min_(parameters, -LARGEST)
+                torch._foreach_clamp_max_(parameters, LARGEST)
 
 
 def train(model: MultimodalModel, data: Batch, step: Step, optimizer: Sgd, steps: int) -> None:

@@ -172,6 +172,16 @@ def test_the_proximal_term_pulls_shared_parameters_only(tmp_path: Path) -> None:
     assert moved(3) < 0.7 * moved(0)
 
 
+@pytest.mark.parametrize("private", [True, False])
+def test_a_servers_corrections_lead_no_parameter_out_of_bounds_under_privacy(tmp_path: Path, private: bool) -> None:
+    of = plan_of(private=private)
+    model = participant(build(tmp_path / "one", "north"), of).learner.model
+    pushed = {name: torch.full_like(value, 1e6) for name, value in model.named.items()}
+    Sgd(of, {}, corrections=pushed).step(model, {name: torch.zeros_like(value) for name, value in pushed.items()})
+    largest = max(float(value.detach().abs().max()) for value in model.named.values())
+    assert largest == 1000 if private else largest > 1000
+
+
 def test_the_charge_is_durable_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = participant(build(tmp_path / "a", "north"), plan_of(private=True))
     site.prepare(RUN)
