@@ -109,7 +109,7 @@ def _reply(message: Message, context: Context, work: Callable[[dict[str, Any], A
         return Message(pack({"status": "ok", **answer}, reply), reply_to=message)
     except Exception as error:
         name = _name(context)
-        details[name] = str(error)
+        details[name] = " ".join(str(error).split())  # a foreign part's own text may have lines
         return Message(pack({**_status(error), "site": name}, {}), reply_to=message)
 
 

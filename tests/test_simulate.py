@@ -370,7 +370,9 @@ def test_overrides_are_written_out(study: Path, tmp_path: Path) -> None:
 def test_fine_tuning_is_charged_within_the_target(study: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ("--set", "training.finetune=true", "--set", "training.finetune_steps=3")
-    done("simulate", study, "--out", run, *QUICK, *settings)
+    outcome = done("simulate", study, "--out", run, *QUICK, *settings)
+    (mean,) = (line.split() for line in outcome.out.splitlines() if line.strip().startswith("mean"))
+    assert len(mean) == 1 + len(("local", "federated", "fine-tuned"))
     for name, row in summary_of(run)["sites"].items():
         assert set(row["fine_tuned"]) == METRICS
         assert 0 < row["privacy"]["epsilon"] <= 8

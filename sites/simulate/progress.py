@@ -11,6 +11,7 @@ from rich.table import Table
 
 from gapweave.shared.joining import harmed, lines
 from gapweave.shared.report.wording import rounded_up
+from gapweave.sites.simulate.evaluate import mean_metrics
 
 
 def progress_bars(console: Console) -> Progress:
@@ -86,7 +87,7 @@ MODELS_BESIDE_SITES = 4
 def result_tables(summary: dict[str, Any]) -> list[Table]:
     """AUROC by site and model, and what each site is and spent."""
     baselines = summary["baselines"]
-    fine_tuned = any(row["fine_tuned"] for row in summary["sites"].values())
+    fine_tuned = [row["fine_tuned"] for row in summary["sites"].values() if row["fine_tuned"]]
     models = [*baselines, "federated", *(["fine-tuned"] if fine_tuned else [])]
     title = f"{summary['study']}: AUROC on held-out patients, {summary['metrics_are']}"
     scores = _table(title, ["site", *models])
@@ -101,6 +102,7 @@ def result_tables(summary: dict[str, Any]) -> list[Table]:
             facts.add_row(site, *_facts(row))
     scores.add_section()
     means = [*(baselines[name]["mean"] for name in baselines), summary["mean"]]
+    means += [mean_metrics(fine_tuned)] if fine_tuned else []
     scores.add_row("mean", *[_auroc(metrics) for metrics in means])
     return [scores, *([facts] if facts else [])]
 
