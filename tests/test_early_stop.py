@@ -286,7 +286,8 @@ class Scored(Pretence):
 
 def scored(of: Study, *values: dict[str, float]) -> Scored:
     plan = make_plan(of, MANY, 1e-5)
-    stated = {"looks": [event.to_dict() for event in plan.looks], "no_table": "none"}
+    noise = {"noise_multiplier": plan.noise_multiplier, "sample_rate": plan.sample_rate, "n_hat": plan.n_hat}
+    stated = {**noise, "looks": [event.to_dict() for event in plan.looks], "no_table": "none"}
     apart = dict(zip(of.training.looks, values, strict=False))
     return Scored(*[Pretender(name) for name in sorted(values[0])], apart=apart, plan=stated)
 
