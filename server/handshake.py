@@ -14,7 +14,7 @@ from gapweave.shared.privacy.plan import LARGEST_NOISE, SMALLEST_NOISE
 MOST_PATIENTS = 10**9
 MOST_STEPS = 10**6
 MOST_EVENTS = 1000
-MOST_NAMED = 5
+MOST_NAMED, LONGEST_NAME = 5, 80
 SMALLEST_SCALE = 0.01
 """Of the noise in a count: an epsilon of 100 for that alone."""
 LONGEST_TEXT = 500
@@ -97,7 +97,8 @@ def unfit(study: Study, shared: Collection[str], peer: Peer) -> str:
     """
     foreign = sorted(set(peer.groups) - set(shared))
     if foreign:
-        return f"declares groups that the study does not share: {foreign[:MOST_NAMED]}"
+        named = [name[:LONGEST_NAME] for name in foreign[:MOST_NAMED]]
+        return f"declares groups that the study does not share: {named}"
     if len(set(peer.groups)) < len(peer.groups):
         return "declares a group twice"
     if not set(peer.modalities) <= set(study.order):
