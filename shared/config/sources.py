@@ -160,7 +160,7 @@ class Records(Rows):
 
 Midnight = Literal["date", "time"]
 
-_MIDNIGHT = "what a timestamp at midnight is: a date alone, or that time of day (default: the latter, unless all are)"
+_MIDNIGHT = "what a timestamp at midnight is: a date alone, or that time of day (a column of nothing else needs it)"
 
 
 class ColumnsSource(Rows):
