@@ -486,9 +486,10 @@ def test_huge_parameters_get_no_more_than_the_clip(
 ) -> None:
     """Everyone's contribution is clipped: without noise a round moves the groups by at most lr n C / (q n_hat).
 
-    So it is by itself, were the bound on what a site takes not there.
+    So it is by itself, were the bounds on what a site takes and on where its own steps lead not there.
     """
-    monkeypatch.setattr("gapweave.client.participant.LARGEST", math.inf)
+    for room in ("participant", "training"):
+        monkeypatch.setattr(f"gapweave.client.{room}.LARGEST", math.inf)
     site = connect(tmp_path / "hospital")
     site.prepare()
     monkeypatch.setattr(Step, "_noised", lambda self, total: total)
