@@ -24,6 +24,7 @@ def bench(*options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.long
 def test_each_cell_is_a_line_with_every_engine() -> None:
     (cell,) = bench("--smoke")
     assert list(cell) == ["model", "batch", "plain_ms", *RATIOS, *SHARES, *MEMORY]

@@ -111,13 +111,12 @@ def test_a_record_without_any_modality_keeps_the_prevalence(tmp_path: Path) -> N
 
 def test_predict_calibrates_after_the_check_only(tmp_path: Path) -> None:
     study = hospitals(tmp_path / "demo")
-    run, site = tmp_path / "run", site_file(study, "alder")
-    done("simulate", study, "--out", run, *QUICK, *OPEN)
+    run, checked, site = tmp_path / "run", tmp_path / "checked", site_file(study, "alder")
+    done("simulate", study, "--out", run, *QUICK, *OPEN, "--baselines", "none")
     refused = gapweave("predict", run, "--site", site, "--calibrated", "--out", tmp_path / "no.csv")
     assert refused.code == 2
     assert "gapweave site report" in refused.err
     assert not (tmp_path / "no.csv").exists()
-    checked = tmp_path / "checked"
     done("simulate", study, "--out", checked, *QUICK, *OPEN, "--joining")
     told = done(
         "predict", checked, "--site", site, "--model", "federated", "--calibrated", "--out", tmp_path / "yes.csv"

@@ -64,6 +64,8 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return federation(tmp_path_factory.mktemp("hospitals"), 2, SETTINGS)
 
 
+@pytest.mark.long
+@pytest.mark.federation
 def test_inline_twice_and_deployed_give_one_model(hospitals: Path, tmp_path: Path) -> None:
     first = inline(hospitals, tmp_path / "first")
     second = inline(hospitals, tmp_path / "second")

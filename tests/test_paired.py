@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
-from gapweave.client.classical import logistic_regression
 from gapweave.shared.joining import MARGIN, verdict
 from gapweave.shared.judging import FEWEST
 from gapweave.shared.metrics import exact_metrics
@@ -72,21 +72,21 @@ def test_only_records_of_one_fold_are_ranked_against_each_other() -> None:
 def test_a_model_that_knows_nothing_is_at_one_half_out_of_fold() -> None:
     """Ranked among all, the shares of small folds give .44: more positives held out are fewer to learn from.
 
-    Twenty features of noise, thirty cohorts: the mean within folds has a standard error of .015.
+    Twenty features of noise, a hundred cohorts: the mean within folds has a standard error of .008.
     """
     random, found = np.random.default_rng(4), []
-    for _ in range(30):
+    for _ in range(100):
         target, fold = random.random(100) < 0.35, random.integers(5, size=100)
         features, score = random.normal(size=(100, 20)), np.zeros(100)
         for at in range(5):
             inside = fold == at
-            model = logistic_regression(features[~inside], target[~inside], np.flatnonzero(~inside))
+            model = LogisticRegression(C=0.01).fit(features[~inside], target[~inside])
             score[inside] = model.predict_proba(features[inside])[:, 1]
         truth = truth_of(target[:, None].astype(float))
         found.append([Bootstrap(of).aurocs(both(score))[0] for of in (truth, replace(truth, fold=fold))])
     among_all, within = np.mean(found, axis=0)
     assert among_all < 0.47
-    assert abs(within - 0.5) < 0.05
+    assert abs(within - 0.5) < 0.04
 
 
 def test_intervals_of_differences_hold_nothing_where_there_is_nothing() -> None:
