@@ -14,7 +14,7 @@ from gapweave.server.aggregators import Accumulator, Sum, Update
 from gapweave.server.agreement import Agreement, against_the_others, agreements
 from gapweave.server.fednova import Normalisation, scaled
 from gapweave.server.history import History
-from gapweave.server.rules import protection, quorum_of, resolve, rule_of, start, written
+from gapweave.server.rules import begin, protection, quorum_of, resolve, rule_of, start, written
 from gapweave.server.scaffold import Variates
 from gapweave.server.screening import norm, reason_to_reject, too_long, too_quiet
 from gapweave.shared.config.sharing import AnyRule
@@ -118,9 +118,9 @@ class GroupAggregation:
                 "screened": self._screened[group],
             }
             try:
-                aggregate = self._combine(group, rule, holders)
+                aggregate = self._combine(group, holders)
             except TooFewSites as error:
-                lines[group]["left_alone"] = error.what
+                lines[group] |= {"left_alone": error.what, "protects": "none"}
                 continue
             except (ValueError, TypeError, ArithmeticError, LookupError) as error:
                 if all(type(stage).__module__.startswith("gapweave.") for stage in resolve(rule)):
@@ -197,10 +197,8 @@ class GroupAggregation:
         for group in self._kept:
             self._screen(group, reasons)
 
-    def _combine(self, group: str, rule: AnyRule, holders: list[str]) -> Update:
-        if self._study.aggregation.strict and len(holders) < 3:
-            raise TooFewSites(f"{len(holders)} holders cannot protect each other, and the study is strict")
-        accumulator = start(rule, group, len(holders))
+    def _combine(self, group: str, holders: list[str]) -> Update:
+        accumulator = begin(self._study.aggregation, group, len(holders))
         if group in self._sums:
             return scaled(self._sums[group].finish(), self._usual(group, holders))
         for site in holders:

@@ -25,6 +25,9 @@ SHARE = 0.5
 """How strongly a site must pull against the others, over how strongly they pull together: one whose patients are merely
 unlike theirs hardly ever does."""
 
+FEWEST = 4
+"""Holders of a group among whom the median over the others is no single site's word."""
+
 Part = Mapping[str, NDArray[np.float32]]
 
 
@@ -62,13 +65,14 @@ def agreements(updates: Mapping[str, Part]) -> dict[str, float]:
     The median over the others, so that sites which act together cannot vouch for each other.
 
     Args:
-        updates: by site; of one alone or of two nothing can be said.
+        updates: by site; of fewer than four nothing is said: among three, one bad site is half of what each of the
+            honest ones meets, and could have them left out.
 
     Returns:
         By site: the median cosine with the others' updates, in standard deviations of what noise would give.
     """
     heard = [site for site, update in updates.items() if any(value.any() for value in update.values())]
-    if len(heard) < 3:
+    if len(heard) < FEWEST:
         return {}
     others, products, size = len(heard) - 1, np.zeros((len(heard), len(heard))), 0
     for name in updates[heard[0]]:

@@ -6,18 +6,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.serverapp import Grid
 
 from gapweave.server.mail import Answer, ask
 from gapweave.server.peers import NO_NODE, Peer
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
-from gapweave.shared.privacy.once import NOT_ASKED, look_scale, problems, table_scale
+from gapweave.shared.privacy.once import NOT_ASKED, held_out, look_scale, problems, table_scale
 from gapweave.shared.tables import Scores, ScoreTable, mean_table_metrics, pooled, read_tables, table_metrics
 from gapweave.shared.tensorfile import Arrays
 
 NO_ANSWER = "the site did not answer"
 UNREADABLE = "the site sent something else than a table"
+TOO_MANY = "the site's table holds more patients than it has by its own plan"
+SLACK = 10
+"""How many times the test patients that follow from a site's plan its table may hold: noise, and a public number that
+is not up to date. Otherwise one table could be all of the pooled figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,8 @@ def ask_tables(
     packed = wire.records(groups)
     requests = {node: wire.pack(header, {group: packed[group] for group in peer.groups}) for node, peer in able.items()}
     for answer in ask(grid, wire.EVALUATE, requests, seconds) if requests else ():
-        result[able[answer.node].site] = _read(study, answer, look)
+        peer = able[answer.node]
+        result[peer.site] = _read(study, peer, answer, look)
     return result
 
 
@@ -88,12 +94,16 @@ def _why_none(peer: Peer, look: bool) -> str:
     return NO_ANSWER if peer.plan.get(given) else str(peer.plan.get(why_none, NOT_ASKED))
 
 
-def _read(study: Study, answer: Answer, look: bool) -> Released:
+def _read(study: Study, peer: Peer, answer: Answer, look: bool) -> Released:
     if answer.header["status"] != "ok":
         return Released(reason=str(answer.header.get("text", "")))
     scale = look_scale(study) if look else table_scale(study)
     tables = read_tables(answer.header.get("table"), problems(study), scale)
-    return Released(reason=UNREADABLE) if tables is None else Released(tables=tuple(tables))
+    if tables is None:
+        return Released(reason=UNREADABLE)
+    if any(np.abs(table.counts).sum() > SLACK * held_out(study, peer.patients) for table in tables):
+        return Released(reason=TOO_MANY)
+    return Released(tables=tuple(tables))
 
 
 def pooled_metrics(released: Iterable[Released]) -> Scores | None:

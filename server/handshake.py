@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gapweave.server.peers import Peer
+from gapweave.shared.config.base import SiteName
 from gapweave.shared.config.study import Study
 from gapweave.shared.privacy.plan import LARGEST_NOISE, SMALLEST_NOISE
 
@@ -69,6 +71,7 @@ class _Plan(_Stated):
 class _Handshake(_Stated):
     """A capability (`client/capability.py`)."""
 
+    site: str = Field("", pattern=f"{SiteName}|^$", max_length=LONGEST_TEXT)
     modalities: list[str] = Field([], max_length=MOST_EVENTS)
     groups: list[str] = []
     rounds: int = Field(0, ge=0, le=MOST_STEPS)
@@ -104,11 +107,13 @@ def unfit(study: Study, shared: Collection[str], peer: Peer) -> str:
     if not set(peer.modalities) <= set(study.order):
         return "declares modalities that the study does not have"
     stated = ("noise_multiplier", "sample_rate", "n_hat")
-    if study.privacy.enabled and not all(peer.plan.get(key) for key in stated):
+    if peer.status == "ok" and study.privacy.enabled and not all(peer.plan.get(key) for key in stated):
         return "states no noise, in a study with privacy"
     return ""
 
 
 def malformed(header: dict[str, Any]) -> dict[str, Any]:
-    """A handshake that cannot be used, as one that failed."""
-    return {"site": header.get("site"), "status": "failed", "text": "a handshake of another form"}
+    """A handshake that cannot be used, as one that failed; its name only where it is one."""
+    name = header.get("site")
+    known = name if isinstance(name, str) and re.fullmatch(SiteName, name) else None
+    return {"site": known, "status": "failed", "text": "a handshake of another form"}

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from gapweave.server.certificates import RENEW_DAYS, days_left, make_authority, make_server_certificate
 from gapweave.server.proxy import proxy_configuration
-from gapweave.shared.config.base import StrictModel, parse, read_yaml
+from gapweave.shared.config.base import SiteName, StrictModel, parse, read_yaml
 from gapweave.shared.config.study import Version
 from gapweave.shared.errors import UsageError
 from gapweave.shared.files import private_folder, write_atomically
@@ -32,14 +32,13 @@ from gapweave.shared.service import Service
 
 PORT = 9092
 """Where sites connect to; the SuperLink and its health server listen on the two after the proxy's, on loopback."""
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
 class HubConfig(StrictModel):
     """hub.yaml."""
 
     version: Version = Field(description="format of the file: 1")
-    name: str = Field(pattern=NAME, description="name of the hub")
+    name: str = Field(pattern=SiteName, description="name of the hub")
     hosts: list[str] = Field(min_length=1, description="names and addresses of this machine, the first for the sites")
     port: int = Field(PORT, ge=1, le=65535, description="public port, that sites connect to")
     listen_port: int | None = Field(
@@ -83,7 +82,7 @@ class Hub:
         """
         if (folder / "hub.yaml").exists():
             raise UsageError("there is a hub already", where=str(folder), remedy="Start it, or give another --dir")
-        if not re.fullmatch(NAME, name):
+        if not re.fullmatch(SiteName, name):
             raise UsageError(
                 f"{name!r} is no name for a hub", where="--name", remedy="Use letters, digits, '-' and '_'"
             )
@@ -160,7 +159,7 @@ class Hub:
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
-        if not re.fullmatch(NAME, name):
+        if not re.fullmatch(SiteName, name):
             raise UsageError(f"{name!r} is no name of a site", where="NAME", remedy="Give the `name` of its site file")
         if not key.exists():
             raise UsageError("there is no such file", where=str(key), remedy="`gapweave site init` makes site.pub")

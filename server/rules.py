@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -116,8 +117,51 @@ def _read(rule: AnyRule) -> tuple[str, dict[str, Any]]:
     return (rule, {}) if isinstance(rule, str) else (rule.rule, rule.parameters)
 
 
+def left_alone(aggregation: Aggregation, held: Mapping[str, int]) -> dict[str, TooFewSites]:
+    """Groups that no round would change, and why: their holders, or those that a round asks, are too few.
+
+    Args:
+        aggregation: names the rules, and how many sites a round asks.
+        held: of each group, the number of its holders.
+    """
+    found = {}
+    for group, holders in held.items():
+        asked = holders if aggregation.sample is None else min(holders, aggregation.sample)
+        try:
+            begin(aggregation, group, asked)
+        except TooFewSites as error:
+            of = (
+                f" (aggregation.sample: {aggregation.sample} of {holders} holders in a round)"
+                if asked < holders
+                else ""
+            )
+            found[group] = TooFewSites(f"{error.what}{of}", where=error.where, remedy=error.remedy)
+    return found
+
+
+def begin(aggregation: Aggregation, group: str, sites: int) -> Accumulator:
+    """Begin the aggregation of one group by its own rule.
+
+    Args:
+        aggregation: of the study.
+        group: its name.
+        sites: number of updates that will come.
+
+    Raises:
+        TooFewSites: as `start`; also for fewer than three where the study is strict.
+        UsageError: as `resolve`.
+    """
+    if aggregation.strict and sites < 3:
+        raise TooFewSites(
+            f"strict leaves {group!r} alone: {sites} holders cannot protect each other",
+            where="study:aggregation.strict",
+            remedy="Keep the group at the sites (sharing), find three holders, or set strict to false",
+        )
+    return start(rule_of(aggregation, group, sites), group, sites)
+
+
 def start(rule: AnyRule, group: str, sites: int) -> Accumulator:
-    """Begin the aggregation of one group.
+    """Begin the aggregation of one group by any rule.
 
     Args:
         rule: of the study, for example `nnm+trimmed_mean`.

@@ -12,8 +12,9 @@ whose answer was lost is corrected next time by what the server has of it.
 Guarantee: costs no privacy: an update is a function of the noised steps and of what the server sent; a correction is
     added after the noise, where clipping bounds each patient's part whatever the parameters are.
 Assumes: plain SGD at the sites: no momentum, no proximal term.
-Edge cases: a site without a variate yet, or whose update of the group was screened, gets no correction (the paper's
-    first round has none either); a group whose rule cannot work among its variates has none in that round.
+Edge cases: a site without a variate yet, or whose update of the group was screened or is too large for one, gets no
+    correction (the paper's first round has none either); a group whose rule cannot work among its variates has none in
+    that round.
 Reference: Karimireddy et al. 2020 (arXiv 1910.06378), algorithm 1.
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 from gapweave.server.aggregators import Sum, Update
 from gapweave.server.peers import Peer
 from gapweave.server.rules import rule_of, start
+from gapweave.server.screening import REPRESENTABLE
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
 from gapweave.shared.tensorfile import Arrays
@@ -87,7 +89,8 @@ class Variates:
                 total.add(part, weight=peer.patients if aggregation.weights == "patients" else 1)
             else:
                 total.add(part)
-        return total.finish()
+        common = total.finish()
+        return common if all(np.isfinite(value).all() for value in common.values()) else None
 
     def take(self, site: str, group: str, update: Update, patients: int) -> None:
         """The mean gradient behind an update that was not screened."""
@@ -96,9 +99,13 @@ class Variates:
             return
         reach = np.float32(1 / (training.steps_for(patients) * training.lr))
         sent = self._sent.get(site, {}).get(group)
-        self.kept.setdefault(site, {})[group] = {
+        variate = {
             name: -reach * value if sent is None else -reach * value - sent[name] for name, value in update.items()
         }
+        if all(np.abs(value).max(initial=0.0) <= REPRESENTABLE for value in variate.values()):
+            self.kept.setdefault(site, {})[group] = variate
+        else:
+            self.forget(site, group)
 
     def forget(self, site: str, group: str) -> None:
         """What an update said that was screened after all."""
@@ -111,4 +118,4 @@ class Variates:
         """
         if not self._study.training.scaffold:
             return updates
-        return {site: self.kept[site][group] for site in updates}
+        return {site: kept for site in updates if (kept := self.kept.get(site, {}).get(group)) is not None}

@@ -1,7 +1,8 @@
 """Early stop: looks at the scores after some rounds, and whether they still get better.
 
 What is looked at was released: noised tables that each site charges to its ledger, reserved before the first round.
-The median over sites decides, so that a minority cannot end a run, or keep it going, by what it says.
+The median over sites of what each one gained since the best look decides: a minority cannot end a run, or keep it
+going, by what it says. The median of what they say would not do: whoever says high first and low later moves it alone.
 
 Guarantee: the decision is post-processing of charged tables; with their noise it costs no further privacy. What a site
     spent is counted as its whole schedule, or by the filter (`LedgerView.spent`): ending early depends on results.
@@ -65,8 +66,16 @@ class EarlyStop:
         """Whether so many looks in a row were no better than the best one before them."""
         if self._training.early_stop is None:
             return False
-        seen = [look["auroc"] for look in self.looks if look["auroc"] is not None]
-        return bool(seen) and len(seen) - 1 - seen.index(max(seen)) >= self._training.early_stop.patience
+        best: dict[str, float] = {}
+        waited = 0
+        for look in self.looks:
+            seen = {site: value for site, value in look["sites"].items() if value is not None}
+            gains = [seen[site] - best[site] for site in seen.keys() & best.keys()]
+            if seen and (not gains or median(gains) > 0):
+                best, waited = seen, 0
+            else:
+                waited += bool(seen)
+        return waited >= self._training.early_stop.patience
 
 
 def seen_of(released: Mapping[str, Released]) -> tuple[dict[str, float | None], dict[str, str]]:

@@ -7,7 +7,8 @@ Grid and Messages only (docs/decisions/0002).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from gapweave.server.handshake import malformed, unfit, well_formed
 from gapweave.server.history import History, decay_of
 from gapweave.server.mail import POLL_S, Answer, ask
 from gapweave.server.peers import NO_NODE, Peer
-from gapweave.server.rules import resolve, rule_for
+from gapweave.server.rules import left_alone, resolve, rule_for
 from gapweave.server.sampling import sampled
 from gapweave.server.scaffold import Variates
 from gapweave.server.screening import noise_sd
@@ -29,7 +30,7 @@ from gapweave.server.shrinkage import shrunk
 from gapweave.server.stopping import EarlyStop, seen_of
 from gapweave.shared import wire
 from gapweave.shared.config.study import Study
-from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable
+from gapweave.shared.errors import DataError, RefusedError, TooFewSites, Unreachable
 from gapweave.shared.late import add_late, late_mean
 from gapweave.shared.messages import as_corrections
 from gapweave.shared.optimizers import ServerOptimizer
@@ -86,6 +87,12 @@ class RoundLoop:
         self.observer = observer or Observer()
         self.deadline_s = study.aggregation.deadline_s if deadline_s is None else deadline_s
         saved = load_checkpoint(directory.checkpoint, study.sha256)
+        if saved is None and any(directory.rounds()):
+            raise DataError(
+                "rounds were done, and their checkpoint is gone",
+                where=str(directory.checkpoint),
+                remedy="Restore it; a new run would begin anew and charge the sites again",
+            )
         self.state = saved or Checkpoint(run=run, study=study.sha256, round=0, groups=initial_groups(study))
         self.optimizer = ServerOptimizer(study.aggregation, self.state.moments)
         self.history = History(decay_of(study), self.state.history, self.state.counts)
@@ -95,9 +102,8 @@ class RoundLoop:
         self.released: dict[str, Released] = {}
         self._greeted: set[int] = set()
         for group in self.state.groups:
-            resolve(
-                rule_for(study.aggregation.of(group), 1)
-            )  # an unknown rule is refused before any site pays for a round
+            # An unknown rule is refused before any site pays for a round.
+            resolve(rule_for(study.aggregation.of(group), 1))
         directory.keep_rounds(self.state.round)
 
     def run(self) -> dict[str, Peer]:
@@ -146,9 +152,21 @@ class RoundLoop:
         self.observer.prepared(self.peers)
         active = self._active()
         if not active and all(peer.status == "refused" for peer in self.peers.values()):
-            raise RefusedError("every site refused the study", remedy="; ".join(self._reasons()))
+            raise RefusedError("every site refused the study", remedy=_listed(self._reasons()))
         if self._goes_on:
             self._require_quorum(len(active), "can take part")
+            self._require_work(active)
+
+    def _require_work(self, active: list[Peer]) -> None:
+        """Refuse a run that would leave every group alone in every round, before a site pays for one.
+
+        Raises:
+            TooFewSites: naming a group; sites that come later may hold it.
+        """
+        held = Counter(group for peer in active for group in peer.groups)
+        alone = left_alone(self.study.aggregation, held)
+        if alone.keys() == held.keys():
+            raise next(iter(alone.values()))
 
     def _welcome(self) -> None:
         """Let in who came after the handshake: a site may join at any round, and its groups count from then on.
@@ -196,21 +214,22 @@ class RoundLoop:
         if known is not None:
             peer.last_round, peer.agreement = known.last_round, known.agreement
             peer.ledger = peer.ledger or known.ledger  # a site that refuses because of it does not send another
-        if peer.status == "ok" and (reason := unfit(self.study, self.state.groups, peer)):
-            peer.status, peer.reason = "failed", reason
+        if reason := unfit(self.study, self.state.groups, peer):
+            # What it declared is nothing to go by, also where it took part before.
+            peer = replace(peer, status="failed", reason=reason, modalities=[], groups=[], plan={})
         self.peers[name] = peer
         self.peers.pop(f"{name}, node-{answer.node}", None)  # as which it came while its old node was there
 
     def _active(self) -> list[Peer]:
         return [peer for _, peer in sorted(self.peers.items()) if peer.status == "ok" and peer.groups]
 
-    def _reasons(self) -> list[str]:
-        return [f"{peer.site}: {peer.reason}" for peer in self.peers.values() if peer.reason]
+    def _reasons(self) -> dict[str, str]:
+        return {peer.site: peer.reason for peer in self.peers.values() if peer.reason}
 
-    def _require_quorum(self, count: int, what: str, said: Sequence[str] = ()) -> None:
+    def _require_quorum(self, count: int, what: str, said: Mapping[str, str] | None = None) -> None:
         quorum = self.study.aggregation.quorum
         if count < quorum:
-            reasons = "; ".join(said or self._reasons()) or "none gave a reason"
+            reasons = _listed(said or self._reasons()) or "none gave a reason"
             raise TooFewSites(
                 f"{count} sites {what}, the quorum is {quorum} ({reasons})",
                 where="study:aggregation.quorum",
@@ -242,9 +261,13 @@ class RoundLoop:
         for peer in by_node.values():
             answered[peer.site] = {"status": "late", "reason": "no answer before the deadline"}
         taken = sum(site["status"] == "ok" for site in answered.values())
-        said = [f"{site}: {it['reason']}" for site, it in answered.items() if it.get("reason")]
+        said = {site: it["reason"] for site, it in answered.items() if it.get("reason")}
         self._require_quorum(taken, f"answered in round {number}", said)
         current, log_lines = combine.finish()
+        # A site none of whose groups can be used is as good as silent: what diverged would cost budgets to the end.
+        used = {site for line in log_lines.values() for site in line["holders"]}
+        screened = {site: why for line in log_lines.values() for site, why in line["screened"].items()}
+        self._require_quorum(len(used), f"sent what can be used in round {number}", {**screened, **said})
         self.variates.settle(everybody)
         for name, agreement in combine.agreements.items():
             self.peers[name].agreement = asdict(agreement)
@@ -356,3 +379,7 @@ class RoundLoop:
         # Not `asdict`, which copies what is written to disk at once, in depth.
         self.state = replace(self.state, peers={name: dict(vars(peer)) for name, peer in self.peers.items()})
         save_checkpoint(self.directory.checkpoint, self.state)
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{site}: {reason}" for site, reason in reasons.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 from gapweave.client.forecast import forecast
 from gapweave.client.trial import try_model
 from gapweave.server.aggregation import initial_groups
-from gapweave.server.rules import resolve, rule_for, start
+from gapweave.server.rules import left_alone, resolve, rule_for
 from gapweave.shared.config import Site, Study
 from gapweave.shared.config.training import Training
 from gapweave.shared.encoders import ENCODERS
-from gapweave.shared.errors import TooFewSites, UsageError
+from gapweave.shared.errors import UsageError
 from gapweave.shared.features.numeric import SCALE_IT, numeric_columns
 from gapweave.shared.fusion import FUSIONS, chosen_fusion
 from gapweave.shared.imputers import IMPUTERS, build_imputer
@@ -42,11 +42,14 @@ def check_study(study: Study, sites: Iterable[Site]) -> list[UsageError]:
     """
     check_names(study)
     held = holders_of(study, sites)
-    alone = left_alone(study, held)
-    if alone and alone.keys() == held.keys():
-        raise next(iter(alone.values()))
+    alone = [
+        UsageError(error.what, where=error.where, remedy=error.remedy)
+        for error in left_alone(study.aggregation, held).values()
+    ]
+    if alone and len(alone) == len(held):
+        raise alone[0]
     try_model(study, study.order)
-    return list(alone.values())
+    return alone
 
 
 def check_names(study: Study) -> None:
@@ -84,35 +87,21 @@ def _at(key: str) -> Iterator[None]:
 
 
 def holders_of(study: Study, sites: Iterable[Site]) -> dict[str, int]:
-    """How many of the sites hold each shared group that any of them holds."""
+    """How many of the sites hold each shared group that any of them holds.
+
+    Raises:
+        UsageError: for a study that shares none.
+    """
     held = [site.held(study) for site in sites]
     modality = {group: group.partition("/")[2] for group in initial_groups(study)}
+    if not modality:
+        raise UsageError(
+            "every group stays at the sites: nothing would be trained jointly",
+            where="study:sharing",
+            remedy="Share at least the fusion heads (sharing: heads)",
+        )
     counts = {group: sum(not name or name in names for names in held) for group, name in modality.items()}
     return {group: count for group, count in counts.items() if count}
-
-
-def left_alone(study: Study, held: Mapping[str, int]) -> dict[str, UsageError]:
-    """Groups whose holders are too few for their rule, so that they would be left alone in every round, and why.
-
-    Args:
-        study: names the rules.
-        held: of each group, the number of its holders.
-    """
-    found = {}
-    for group, holders in held.items():
-        rule = rule_for(study.aggregation.of(group), holders)
-        if study.aggregation.strict and holders < 3:
-            found[group] = UsageError(
-                f"strict leaves {group!r} alone in every round: {holders} of the sites hold it",
-                where="study:aggregation.strict",
-                remedy="Keep the group at the sites (sharing), find three holders, or set strict to false",
-            )
-            continue
-        try:
-            start(rule, group, holders)
-        except TooFewSites as error:
-            found[group] = UsageError(error.what, where=error.where, remedy=error.remedy)
-    return found
 
 
 def _schedule(training: Training) -> str:

@@ -79,14 +79,25 @@ def test_a_run_ends_after_so_many_looks_without_a_better_one(
     assert EarlyStop(training, stop.looks).reached == stop.reached, "also from a checkpoint"
 
 
-def test_the_median_over_sites_decides() -> None:
-    training = Training.model_validate({"rounds": 99, "early_stop": {"every": 1, "patience": 1}})
-    stop = EarlyStop(training, [])
+AT_ONCE = Training.model_validate({"rounds": 99, "early_stop": {"every": 1, "patience": 1}})
+
+
+def test_what_most_sites_gained_decides() -> None:
+    """One that changes its story moves the median of what they say, and ended a run in which all others gained."""
+    stop = EarlyStop(AT_ONCE, [])
     assert stop.add(1, {"a": 0.7, "b": 0.6, "c": 0.8}, {})["auroc"] == 0.7
     assert stop.add(2, {"a": 0.72, "b": 0.62, "c": 0.0}, {"d": TOO_FEW}) == {
         "round": 2, "auroc": 0.62, "sites": {"a": 0.72, "b": 0.62, "c": 0.0}, "reasons": {"d": TOO_FEW},
-        "ends_run": True,
+        "ends_run": False,
     }  # fmt: skip
+    assert stop.add(3, {"a": 0.71, "b": 0.61, "c": 1.0}, {})["ends_run"]
+
+
+def test_sites_come_and_go_between_looks() -> None:
+    stop = EarlyStop(AT_ONCE, [])
+    for number, seen in enumerate([{"a": 0.7}, {"b": 0.6}, {"b": 0.65, "a": 0.1}, {}], start=1):
+        assert not stop.add(number, seen, {})["ends_run"], "who was not there before has nothing to be compared with"
+    assert stop.add(5, {"a": 0.1, "b": 0.65}, {})["ends_run"]
 
 
 def test_looks_are_before_the_last_round() -> None:

@@ -213,6 +213,8 @@ class _Reply:
         ({"status": "ok"}, "something else than a table"),
         ({"status": "ok", "table": [[[0.5] * BINS] * 2]}, "something else than a table"),
         ({"status": "ok", "table": None, "reason": TOO_FEW}, "something else than a table"),
+        ({"status": "ok", "table": [[[0] * 9 + [10**9], [1] * BINS]]}, "more patients than it has"),
+        ({"status": "ok", "table": [[[0] * 8 + [-(10**9), 10**9], [1] * BINS]]}, "more patients than it has"),
         ({"status": "ok", "table": [[[1] * BINS] * 2]}, ""),
     ],
     ids=str,
@@ -221,7 +223,7 @@ def test_what_a_site_sends_in_place_of_a_table_is_said(header: dict[str, Any], r
     of = study_of()
     peers = [
         Peer(site="able", node=7, groups=["fusion"], last_round=1, plan={"table": {}, "no_table": ""}),
-        Peer(site="announced", node=8, groups=["fusion"], last_round=1, plan={"table": {"kind": "x"}}),
+        Peer(site="announced", node=8, groups=["fusion"], last_round=1, plan={"table": {"kind": "x"}, "n_hat": 400}),
         Peer(site="few", node=9, groups=["fusion"], last_round=1, plan={"table": None, "no_table": TOO_FEW}),
         Peer(site="absent", node=10, groups=["fusion"], last_round=0, plan={"table": {"kind": "x"}}),
         Peer(site="gone", node=0, groups=["fusion"], last_round=2, plan={"table": {"kind": "x"}}),

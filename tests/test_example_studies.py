@@ -178,5 +178,5 @@ def test_strict_with_two_holders_is_refused_with_the_group(tmp_path: Path) -> No
     command = ["check", str(study), "--sites", str(tmp_path), "--set", "aggregation.strict=true"]
     refused = CliRunner().invoke(study_cli.app, command)
     assert isinstance(refused.exception, UsageError)
-    assert "strict leaves 'encoder/clinical' alone in every round: 2" in str(refused.exception)
+    assert "strict leaves 'encoder/clinical' alone: 2 holders" in str(refused.exception)
     assert CliRunner().invoke(study_cli.app, command[:4]).exit_code == 0

@@ -19,6 +19,7 @@ from pretence import ALL, Answer, Pretence, Pretender, loop, study_of
 from gapweave.server.model_card import save_model
 from gapweave.server.summary import summarise_deployment
 from gapweave.shared import PROTOCOL_VERSION, wire
+from gapweave.shared.errors import TooFewSites
 from gapweave.shared.report.run_report import write_report
 from gapweave.shared.tables import BINS, read_tables
 from gapweave.shared.tensorfile import Arrays, dump
@@ -213,7 +214,9 @@ def test_of_two_replies_to_one_message_the_first_counts(tmp_path: Path) -> None:
     assert all(site["status"] == "ok" for line in twice.directory.rounds() for site in line["sites"].values())
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/outside", "a\0b", "x" * 100_000, "a:b/c:d", "history/a", ""])
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/outside", "a\0b", "x" * 100_000, "a:b/c:d", "history/a", "a|b", ""]
+)
 def test_a_name_is_no_path(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     of = study_of(training={"rounds": 2}, aggregation={"default": "auto", "history": 0.5})
@@ -308,6 +311,40 @@ def test_a_handshake_that_would_end_the_run_or_swell_its_files_is_left_out(tmp_p
     assert len(json.dumps(summary)) < 20_000
     assert kept < 1_000_000
     assert "Approved" not in (run.directory.path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("greets", [{}, {"status": "refused"}], ids=["ok", "refused"])
+def test_who_took_part_and_comes_back_with_foreign_groups_is_left_out(greets: Any, tmp_path: Path) -> None:
+    """It ended in a bare KeyError after the last round, and again at every resume."""
+    of = study_of()
+    stops = [Pretender("a"), *(Pretender(name, status={2: "failed"}) for name in "bc")]
+    with pytest.raises(TooFewSites):
+        loop(tmp_path, of, Pretence(*stops)).run()
+    back = Pretender("c", hello={"groups": ["x"], **greets})
+    run = loop(tmp_path, of, Pretence(Pretender("a"), Pretender("b"), back))
+    run.run()
+    assert run.peers["c"].last_round == 1
+    assert "declares groups that the study does not share" in run.peers["c"].reason
+    assert run.state.round == of.training.rounds
+
+
+@pytest.mark.parametrize("bad", ["bc", "abc"])
+def test_sites_whose_updates_cannot_be_used_do_not_make_a_quorum(bad: str, tmp_path: Path) -> None:
+    """A run that had diverged was paid for to its last round; one that one site alone made had its quorum."""
+
+    def broken(number: int, arrays: Arrays) -> Arrays:
+        for part in arrays.values():
+            next(iter(part.values()))[...] = np.nan
+        return arrays
+
+    of = study_of(quorum=2)
+    sites = [Pretender(name, **({"alter": broken} if name in bad else {})) for name in "abc"]
+    with pytest.raises(TooFewSites, match=r"sent what can be used in round 1.*b: .* is not finite") as caught:
+        loop(tmp_path, of, Pretence(*sites)).run()
+    assert caught.value.exit_code == 4
+    run = loop(tmp_path, of, Pretence(*map(Pretender, "abc")))
+    assert run.state.round == 0
+    run.run()
 
 
 def test_half_a_character_in_an_excuse_ends_no_run(tmp_path: Path) -> None:

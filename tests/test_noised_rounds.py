@@ -160,12 +160,31 @@ def test_a_site_comes_back_when_it_pulls_with_the_others_as_much_as_it_pulled_ag
     assert not out(limit + 0.1)
 
 
-def test_silent_updates_and_pairs_are_not_compared() -> None:
+def test_silent_updates_are_not_compared_nor_are_three() -> None:
     silent = {"w": np.zeros(4, np.float32)}
     loud = {"w": np.ones(4, np.float32)}
-    assert not agreements({"a": loud, "b": loud})
-    assert not agreements({"a": loud, "b": loud, "c": silent})
-    assert agreements({"a": loud, "b": loud, "c": loud, "d": silent}).keys() == {"a", "b", "c"}
+    assert not agreements({"a": loud, "b": loud, "c": loud})
+    assert not agreements({"a": loud, "b": loud, "c": loud, "d": silent})
+    assert agreements({"a": loud, "b": loud, "c": loud, "d": loud, "e": silent}).keys() == {"a", "b", "c", "d"}
+
+
+def test_one_site_does_not_have_two_others_left_out() -> None:
+    """It agrees with all where many hold a group, and pulls hard against the two with whom it holds a rare one.
+
+    Among three it was half of what each of the two met, so that they seemed to pull against the others.
+    """
+    generator, direction = rng(5), np.ones(4000) / np.sqrt(4000)
+    so_far = {site: Agreement() for site in "abcdefm"}
+    for _ in range(20):
+        groups = {
+            "common": {site: 10 * direction + generator.normal(size=4000) for site in "cdef"},
+            "rare": {site: 3 * direction + generator.normal(size=4000) for site in "ab"},
+        }
+        groups["common"]["m"], groups["rare"]["m"] = 60 * direction, -60 * direction
+        for sent in groups.values():
+            for site, number in agreements({site: {"w": row} for site, row in sent.items()}).items():
+                so_far[site] += number
+        assert not against_the_others(so_far)
 
 
 # The same in rounds.

@@ -14,7 +14,9 @@ from hospitals import build
 from pretence import Pretence, Pretender, loop, moved, study_of
 
 from gapweave.server.aggregation import initial_groups
+from gapweave.server.aggregators import combine
 from gapweave.server.rules import bad_sites, protection, resolve, rule_for, start, written
+from gapweave.shared import wire
 from gapweave.shared.config.base import parse
 from gapweave.shared.config.sharing import AnyRule, Rule
 from gapweave.shared.config.study import Study
@@ -124,6 +126,69 @@ def test_an_f_too_large_for_the_holders_is_refused_with_the_group_named(tmp_path
     assert not check_study(study_of(aggregation=fitting), sites)
     with pytest.raises(UsageError, match="is not safe with 1 bad of 2 sites"):
         check_study(study_of(aggregation={"default": "trimmed_mean"}), sites[:2])  # nothing would be trained jointly
+
+
+def test_a_sample_too_small_for_its_rule_is_refused(tmp_path: Path) -> None:
+    """Every round would ask two of the sites, and leave all groups alone."""
+    sites = [build(tmp_path / str(at), f"site{at}").site for at in range(4)]
+    asked = {"quorum": 2, "sample": 2}
+    for aggregation in ({"default": "median"}, {"default": "auto", "strict": True}):
+        with pytest.raises(UsageError, match=r"sample: 2 of 4 holders"):
+            check_study(study_of(aggregation={**aggregation, **asked}), sites)
+        assert not check_study(study_of(aggregation={**aggregation, **asked, "sample": 3}), sites)
+    assert not check_study(study_of(aggregation={"default": "auto", **asked}), sites)
+
+
+def test_a_study_that_shares_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing would be trained jointly"):
+        check_study(study_of(sharing={"policy": {"*": "local"}}), [build(tmp_path / "one", "one").site])
+
+
+def test_a_run_that_would_leave_all_groups_alone_asks_nobody_to_train(tmp_path: Path) -> None:
+    """A hub learns from the handshake who holds what."""
+    grid = Pretence(*map(Pretender, "ab"))
+    with pytest.raises(TooFewSites, match="is not safe with 1 bad of 2 sites"):
+        loop(tmp_path, study_of(aggregation={"default": "median"}), grid).run()
+    assert {kind for kind, _, _ in grid.asked} == {wire.PREPARE}
+
+
+@pytest.mark.parametrize("rule", [{"rule": "trimmed_mean", "f": 3}, "bulyan", {"rule": "bucketing+median", "f": 2}])
+def test_a_group_left_alone_is_not_said_to_be_protected(rule: Any, tmp_path: Path) -> None:
+    of = study_of(aggregation={"default": "mean", "fusion": rule}, training={"rounds": 1})
+    run = loop(tmp_path, of, Pretence(*map(Pretender, "abcd")))
+    run.run()
+    line = next(run.directory.rounds())["groups"]["fusion"]
+    assert line["left_alone"]
+    assert line["protects"] == "none"
+
+
+@pytest.mark.parametrize("numbers", [5, 17, 513, 100_003])
+@pytest.mark.parametrize("longer", [3e4, 1e12])
+def test_one_of_two_moves_a_group_no_further_than_the_bound(numbers: int, longer: float) -> None:
+    """Around the long one the length of the other was lost in rounding, and what was three times that with it."""
+    generator = np.random.default_rng(numbers)
+    for _ in range(20):
+        honest = generator.normal(size=numbers).astype(np.float32)
+        lie = (longer * generator.normal(size=numbers)).astype(np.float32)
+        if numbers > 4096:
+            lie[:: numbers // 4096] *= 1e-12  # as short as the other one where it is looked for
+        for pair in ((honest, lie), (lie, honest)):
+            accumulator = start("norm_bound", "fusion", 2)
+            for row in pair:
+                accumulator.add({"x": row})
+            found = accumulator.finish()["x"].astype(np.float64)
+            length = np.linalg.norm(honest.astype(np.float64))
+            assert np.linalg.norm(found - honest / 2) == pytest.approx(1.5 * length, rel=1e-3)
+
+
+def test_buckets_do_not_depend_on_the_order_of_the_sites() -> None:
+    """Drawn from rounded lengths they did, in one of a hundred draws."""
+    stages = resolve("bucketing+median")
+    for seed in range(400):
+        generator = np.random.default_rng(seed)
+        rows = generator.normal(size=(9, generator.integers(5, 3000))).astype(np.float32)
+        straight, mixed = (combine(part, stages, 2) for part in (rows, rows[generator.permutation(9)]))
+        np.testing.assert_allclose(straight, mixed, rtol=0, atol=1e-3)
 
 
 def test_a_round_uses_the_parameters_and_logs_them(tmp_path: Path) -> None:

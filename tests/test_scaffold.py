@@ -150,6 +150,25 @@ def test_what_is_screened_is_no_variate(tmp_path: Path) -> None:
     assert found["c"].keys() == {"head/labs"}
 
 
+@pytest.mark.parametrize("huge", [9e14, -9e14])
+@pytest.mark.parametrize("rule", ["auto", "median", "mean"])
+def test_a_variate_beyond_float32_is_none(rule: str, huge: float, tmp_path: Path) -> None:
+    """An update in bounds, over a small learning rate, is one out of them: the other site was sent NaN."""
+
+    class Asked(Pretender):
+        def train(self, number: int, arrays: Arrays) -> Answer:
+            assert all(np.isfinite(value).all() for part in arrays.values() for value in part.values())
+            return super().train(number, {group: arrays[group] for group in self.groups})
+
+    training = {"rounds": 3, "scaffold": True, "lr": 0.001, "local_steps": 1}
+    of = plan_of(private=False, training=training, aggregation={"default": rule, "quorum": 2, "deadline_s": 5})
+    names = "ab" if rule == "auto" else "abc"
+    run = loop(tmp_path, of, Pretence(*[Asked(name, 0.01) for name in names[1:]], Asked("a", huge)))
+    run.run()
+    assert "a" not in run.variates.kept or not run.variates.kept["a"]
+    assert run.variates.kept["b"]["fusion"]
+
+
 def test_the_bytes_of_the_corrections_are_counted(tmp_path: Path) -> None:
     runs = {}
     for scaffold in (False, True):

@@ -23,7 +23,7 @@ from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from gapweave.server.screening import norm, reason_to_reject
 from gapweave.server.strategy import Observer, RoundLoop
 from gapweave.shared import tensorfile, wire
-from gapweave.shared.errors import RefusedError, TooFewSites, Unreachable, UsageError
+from gapweave.shared.errors import DataError, RefusedError, TooFewSites, Unreachable, UsageError
 from gapweave.shared.privacy.ledger import read_ledger
 from gapweave.shared.rundir import RunDirectory
 from gapweave.shared.tensorfile import Arrays
@@ -194,6 +194,16 @@ def test_a_quorum_that_is_lost_in_a_round_leaves_a_run_that_can_go_on(tmp_path: 
     mended.run()
     assert tensorfile.dump(mended.state.groups, {}) == tensorfile.dump(whole.state.groups, {})
     assert [line["round"] for line in mended.directory.rounds()] == [1, 2, 3]
+
+
+def test_a_run_whose_checkpoint_is_gone_does_not_begin_anew(tmp_path: Path) -> None:
+    """It did, and charged the sites a second time under another run's id."""
+    of = study_of()
+    with pytest.raises(TooFewSites):
+        loop(tmp_path, of, Pretence(Pretender("a"), Pretender("b", 2.0, status={2: "failed"}))).run()
+    (tmp_path / "run" / "checkpoint" / "server.safetensors").unlink()
+    with pytest.raises(DataError, match="checkpoint is gone"):
+        loop(tmp_path, of, Pretence(Pretender("a"), Pretender("b", 2.0)))
 
 
 def test_too_few_sites_at_the_handshake(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ A stage never clamps its parameters to make a condition go away: it raises `TooF
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -121,11 +122,13 @@ class Gram:
     Args:
         products: [n + 1, n + 1], of vectors moved by one common vector: distances do not see it.
         noise: [n + 1, n + 1], what independent noise is expected to add to the products; None for nothing.
+        lot: what random draws are made from: the same for the same updates, in whatever order they came.
     """
 
-    def __init__(self, products: Floats, noise: Floats | None = None) -> None:
+    def __init__(self, products: Floats, noise: Floats | None = None, lot: bytes = b"") -> None:
         self.products = products
         self.noise = np.zeros_like(products) if noise is None else noise
+        self.lot = lot
         self.n = len(products) - 1
 
     def distances(self) -> Floats:
@@ -167,7 +170,7 @@ class Gram:
         """
         full = np.zeros((len(weights) + 1, self.n + 1))
         full[:-1, :-1], full[-1, -1] = weights, 1.0
-        return Gram(full @ self.products @ full.T, full @ self.noise @ full.T)
+        return Gram(full @ self.products @ full.T, full @ self.noise @ full.T, self.lot)
 
 
 AGGREGATORS: Registry[Stage] = Registry("aggregation rule", "gapweave.server.aggregators")
@@ -178,7 +181,7 @@ BELIEVED = 4.0
 """Largest squared length of noise, over the median site's, that distances are corrected for: twice the noise, or half
 the patients."""
 SAMPLED = 4096
-"""Coordinates on which the most central update is looked for."""
+"""Coordinates on which the most central update is looked for, and from which lots are drawn."""
 
 
 class Sum:
@@ -318,12 +321,27 @@ def gram_of(rows: Rows, noise: Sequence[float] | None = None) -> Gram:
     from gapweave.server.products import products_around  # loads a compiler
 
     expected = None if noise is None else np.diag([*believed(noise), 0.0])
-    return Gram(products_around(rows, _central(rows)), expected)
+    return Gram(products_around(rows, _central(rows)), expected, _lot(rows))
+
+
+def _some(rows: Rows) -> Rows:
+    return rows[:, :: max(1, rows.shape[1] // SAMPLED)]
+
+
+def _lot(rows: Rows) -> bytes:
+    """Not read off the Gram matrix, which rounds otherwise when the same updates come in another order."""
+    return hashlib.sha256(b"".join(sorted(hashlib.sha256(row.tobytes()).digest() for row in _some(rows)))).digest()
 
 
 def _central(rows: Rows) -> int:
-    """The update with the smallest median distance to the others, on some thousand coordinates."""
-    some = rows[:, :: max(1, rows.shape[1] // SAMPLED)].astype(np.float64)
+    """The update with the smallest median distance to the others, on some thousand coordinates.
+
+    Of two the shorter one: they are as far from each other, and around one without bounds the other's length is lost
+    in rounding. Among three and more, screening has taken such lengths out.
+    """
+    if len(rows) < 3:
+        return int(np.argmin([np.vdot(row, row) for row in rows]))
+    some = _some(rows).astype(np.float64)
     squares = (some**2).sum(1)
     distances = squares[:, None] + squares[None, :] - 2 * some @ some.T
     return int(np.argmin(np.median(distances, axis=1)))

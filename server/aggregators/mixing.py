@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from pydantic import Field
 
@@ -53,8 +51,7 @@ class Bucketing(Mixer):
 
     def mix(self, gram: Gram, f: int) -> Floats:
         """[ceil(n / size), n]."""
-        seed = hashlib.sha256(np.sort(gram.norms()).round(9).tobytes()).digest()
-        order = np.random.default_rng(list(seed)).permutation(gram.n)
+        order = np.random.default_rng(list(gram.lot)).permutation(gram.n)
         weights = np.zeros((self.rows(gram.n), gram.n))
         size = self.parameters.size
         for row, at in enumerate(range(0, gram.n, size)):

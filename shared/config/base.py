@@ -16,6 +16,8 @@ from gapweave.shared.errors import UsageError
 
 Name = r"^[a-z][a-z0-9_]*$"
 """Pattern of the names of modalities and variables: they become file names and parameter groups."""
+SiteName = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+"""Pattern of the names of sites and hubs: they become file names and keys of a checkpoint."""
 
 
 class StrictModel(BaseModel):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gapweave.shared.config.base import StrictModel, parse, read_yaml, unknown_key
+from gapweave.shared.config.base import SiteName, StrictModel, parse, read_yaml, unknown_key
 from gapweave.shared.config.sources import Database, Records, Source, in_database
 from gapweave.shared.config.study import Study, Version
 
@@ -96,7 +96,7 @@ class Site(StrictModel):
     """A site file, all defaults filled in."""
 
     version: Version = Field(description="format of the file: 1")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name of the site")
+    name: str = Field(pattern=SiteName, description="name of the site")
     data: SiteData = Field(description="where the data lie")
     split: Split = Field(default_factory=Split, description="training and test patients")
     subgroups: dict[str, str] = Field(

@@ -62,7 +62,7 @@ class Training(StrictModel):
     )
     early_stop: EarlyStop | None = Field(
         None,
-        description="end when the median of the sites' AUROCs stops getting better, by tables that each site charges "
+        description="end when the median site's AUROC stops getting better, by tables that each site charges "
         "to its budget; a simulation without privacy uses exact figures",
     )
     finetune: bool = Field(
