@@ -459,7 +459,7 @@ def test_a_study_that_would_train_nothing_jointly_is_refused_before_it_costs(
     words = ("simulate", study, "--sites", tmp_path / "sites", "--out", tmp_path / "run", "--state", tmp_path / "state")
     outcome = gapweave(*words, *QUICK, "--set", f"aggregation.{choice}")
     assert outcome.code == 2
-    assert "of 2 sites" in outcome.err or "2 of the sites hold it" in outcome.err
+    assert "of 2 sites" in outcome.err or "2 holders cannot protect" in outcome.err
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "state").exists()
 
