@@ -43,7 +43,7 @@ class Calibration:
     Attributes:
         slope: their factor.
         shift: added to the log-odds of class 1 (binary), to those of each label, or to the log of each class; None for
-            a label that the site has never seen, of which the model's own probabilities stay.
+            a label of which the site has too few patients, whose probabilities stay as the model gives them.
     """
 
     slope: float
@@ -110,14 +110,27 @@ def calibration_of(folder: Path, model: str) -> Calibration:
     return Calibration.from_dict(found[model])
 
 
+def enough(truth: Truth) -> bool:
+    """Whether there are patients enough to calibrate by.
+
+    Of several classes each needs `FEWEST`, for their probabilities add up to 1: one that the site has never seen would
+    be said to be impossible. Labels stand by themselves, and one is enough.
+    """
+    return (min(truth.sides) if truth.kind == "multiclass" else truth.rarer()) >= FEWEST
+
+
 def calibrate(probabilities: Array, truth: Truth) -> Calibration:
     """The slope of the least log-loss, each tried with the shift that suits it.
 
     Args:
         probabilities: [R, classes] of the training patients; for binary both classes. Of models that saw them, the
             federated one, these are surer than those of others: by little, as it saw many more or had noise.
-        truth: of the records.
+        truth: of the records; labels with fewer than `FEWEST` patients on a side are left as they are, where others
+            have as many.
     """
+    if truth.kind == "multilabel":
+        judged = np.isin(np.arange(len(truth.sides)), truth.judged)
+        truth = replace(truth, known=truth.known & judged)
     tried = [
         Calibration(slope=slope, shift=to_prevalence(mix([probabilities], [slope], truth.kind), truth))
         for slope in SLOPES

@@ -146,6 +146,7 @@ def predict(
     from gapweave.client.predict import find_model, load_site_model, predict_file
     from gapweave.client.sources.findings import Finding, warnings_of
     from gapweave.shared.config import load_site
+    from gapweave.shared.joining import found_worse
 
     hospital = load_site(site_file)
     file = find_model(run, hospital.name, "finetuned" if model == "finetuned" else "model")
@@ -156,6 +157,9 @@ def predict(
     if calibrated:
         found = calibration_of(file.parent, name)
         predictor = Calibrated(predictor=predictor, calibration=found, kind=kept.study.task.kind)
+    if found_worse(file.parent, name):
+        worse = f"{name} is worse than the site's own on its held-out patients, as the joining check found"
+        typer.echo(f"warning: {worse}. Consider --model local", err=True)
     records = predict_file(kept, predictor, hospital, site_file, data, out, findings)
     for finding in warnings_of(findings):
         typer.echo(f"{finding.status}: {finding.where}: {finding.message}. {finding.remedy}".rstrip(" ."), err=True)

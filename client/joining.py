@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gapweave.client.calibration import Calibration, calibrate, log_loss
+from gapweave.client.calibration import Calibration, calibrate, enough, log_loss
 from gapweave.client.data import Cohort
 from gapweave.client.local_models import SCORE, Own, keep, train_own
 from gapweave.client.mixture import Weights, base_of, load_mixture, mix
@@ -74,7 +74,7 @@ def joining_check(study: Study, cohort: Cohort, run: RunFolder) -> dict[str, Any
         key: load_mixture(run.path, shares, study)(test).probabilities for key, shares in choices.mixtures.items()
     }
     learnt = Truth.of(training, study.task.kind)
-    calibrations = {key: calibrate(choices.said[key], learnt) for key in scored if learnt.rarer() >= FEWEST}
+    calibrations = {key: calibrate(choices.said[key], learnt) for key in scored if enough(learnt)}
     content = {
         "site": cohort.site,
         "run": run.path.name,
@@ -100,7 +100,8 @@ def choose_models(study: Study, cohort: Cohort, run: RunFolder, own: Own) -> Cho
     """The strongest local model by AUROC, and its share in a blend by log-loss, on training patients.
 
     The federated model was trained on them, among many others or under noise; the local ones, out of fold, were not.
-    The blend so leans to the federated model, if at all.
+    The blend so leans to the federated model: the more, the larger this site's part of the patients is and the less
+    noise there was. What that costs is judged on held-out patients, and `predict` says where it is worse than alone.
 
     Args:
         study: of the run.
@@ -173,15 +174,15 @@ def _judged(
     nothing = np.full(2, np.nan)
     found = {key: nothing if bootstrap is None else bootstrap.aurocs(values) for key, values in scored.items()}
     strongest = found[choices.strongest]
-    intervals = {key: interval(values) for key, values in found.items()}
+    intervals = {key: interval(values, rarer) for key, values in found.items()}
     differences = {key: values - strongest for key, values in found.items()}
     models = {
         key: {
             "auroc": _number(found[key][0]),
             "interval": intervals[key],
             "difference": _number(difference[0]),
-            "difference_interval": interval(difference),
-            "verdict": verdict(interval(difference), rarer) if key in JOINED else None,
+            "difference_interval": interval(difference, rarer),
+            "verdict": verdict(interval(difference, rarer), rarer) if key in JOINED else None,
             "ece": _error(scored[key], truth),
             "ece_calibrated": _error(calibrations[key](scored[key], truth.kind), truth)
             if key in calibrations

@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gapweave.client.calibration import log_loss
 from gapweave.client.classical import CLASSICAL, Classical, fit_classical
 from gapweave.client.data import Cohort
 from gapweave.client.predict import Predictions, predict
+from gapweave.client.preparation import own_constants
 from gapweave.client.sources.split import validation_fold
 from gapweave.client.state import RunFolder, to_arrays, to_tensors
 from gapweave.client.training import Sgd, Step, build_engine, train
 from gapweave.shared.config import Study
-from gapweave.shared.constants import Constants
 from gapweave.shared.late import add_late, late_mean
 from gapweave.shared.model import MultimodalModel, groups, load_groups
 from gapweave.shared.optimizers import ServerOptimizer
+from gapweave.shared.paired import Truth
 from gapweave.shared.privacy.draws import SeededDraws
 from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.schema import Batch
@@ -34,27 +36,39 @@ SCORE = "score"
 """Name of the logistic regression on public scores alone."""
 
 
-def without_privacy(study: Study, batch: int | None = None) -> Study:
-    """The study as a baseline trains it."""
-    training = study.training if batch is None else study.training.model_copy(update={"batch": batch})
-    privacy = study.privacy.model_copy(update={"enabled": False})
-    return study.model_copy(update={"privacy": privacy, "training": training})
+def fit_network(study: Study, data: Batch, held: list[str], name: str, clipped: bool | None = None) -> LocalNetwork:
+    """The study's network on one body of data, with gradients clipped as in the run, or not.
 
-
-def train_alone(study: Study, data: Batch, held: list[str], name: str) -> MultimodalModel:
-    """Train the study's model on one body of data as a federation of one: the run's steps, optimiser and averaging.
+    Nobody who trains alone needs to clip, and most networks learn less that way; but a rate of learning that was chosen
+    for clipped gradients can let others diverge. So both are tried, and what fits the training patients better is kept.
 
     Args:
-        study: privacy is switched off.
+        study: of the run.
         data: training records.
         held: modalities in them.
         name: keys the draws.
+        clipped: what was found better before; None to try.
     """
-    study = without_privacy(study)
-    model = MultimodalModel(study, held)
+    prior = data.prevalence()
+    ways = [False, study.privacy.enabled] if clipped is None else [clipped]
+    tried = [
+        LocalNetwork(study=study, model=_train(study, data, held, name, clipped=way), prior=prior, clipped=way)
+        for way in dict.fromkeys(ways)
+    ]
+    if len(tried) == 1:
+        return tried[0]
+    truth = Truth.of(data, study.task.kind)
+    return min(tried, key=lambda network: np.nan_to_num(log_loss(network.probabilities(data), truth), nan=np.inf))
+
+
+def _train(study: Study, data: Batch, held: list[str], name: str, *, clipped: bool) -> MultimodalModel:
+    """A federation of one: the run's steps, optimiser, averaging, and constants, as the data say without noise."""
+    of_run = study
+    study = of_run.model_copy(update={"privacy": of_run.privacy.model_copy(update={"enabled": False})})
+    model = MultimodalModel(study, held, own_constants(study, held, data))
     plan = make_plan(study, max(1, data.patients), study.privacy.delta)
     draws = SeededDraws(study.seed, name, "alone")
-    engine, optimizer = build_engine(model, study), Sgd(study, {})
+    engine, optimizer = build_engine(model, of_run if clipped else study), Sgd(study, {})
     ready = replace(data, inputs=model.features(data.inputs, data.present))
     server, late = ServerOptimizer(study.aggregation), Arrays()
     current = to_arrays(groups(model))
@@ -73,11 +87,23 @@ def train_alone(study: Study, data: Batch, held: list[str], name: str) -> Multim
 
 @dataclass(frozen=True, kw_only=True)
 class LocalNetwork:
-    """The study's own network, trained at one site alone."""
+    """The study's own network, trained on one body of data.
+
+    Attributes:
+        study: of the run.
+        model: the network.
+        prior: prevalences, said of records without any modality.
+        clipped: whether its gradients were clipped.
+    """
 
     study: Study
     model: MultimodalModel
     prior: Sequence[float]
+    clipped: bool
+
+    def probabilities(self, batch: Batch) -> NDArray[np.float64]:
+        """[R, classes], also of a label that the site has never seen."""
+        return predict(self.model, batch, self.study, self.prior).probabilities
 
     def __call__(self, batch: Batch) -> Predictions:
         """What it says of records; nothing of a label that the site has never seen."""
@@ -90,22 +116,24 @@ class LocalNetwork:
 Local = LocalNetwork | Classical
 
 
-def fit_local(study: Study, data: Batch, site: str) -> dict[str, Local]:
+def fit_local(study: Study, data: Batch, site: str, clipped: bool | None = None) -> dict[str, Local]:
     """All models that a site can have alone: its network, the classical ones, and one of public scores only.
 
     Args:
         study: of the run.
         data: the site's training records.
         site: keys the draws of the network.
+        clipped: as of `fit_network`.
     """
-    network = train_alone(study, data, list(data.inputs), site)
-    fitted: dict[str, Local] = {"local": LocalNetwork(study=study, model=network, prior=data.prevalence())}
+    fitted: dict[str, Local] = {"local": fit_network(study, data, list(data.inputs), site, clipped)}
     fitted |= {f"{name}_local": fit_classical(study, data, name) for name in CLASSICAL}
     scores = [name for name in study.scores if name in data.inputs]
     return fitted | ({SCORE: fit_classical(study, data, "lr", scores)} if scores else {})
 
 
-def out_of_fold(study: Study, data: Batch, folds: NDArray[np.int64], site: str) -> dict[str, NDArray[np.float64]]:
+def out_of_fold(
+    study: Study, data: Batch, folds: NDArray[np.int64], site: str, clipped: bool | None = None
+) -> dict[str, NDArray[np.float64]]:
     """What local models say of the training records, each by models that did not see its patient: [R, classes].
 
     Args:
@@ -113,13 +141,14 @@ def out_of_fold(study: Study, data: Batch, folds: NDArray[np.int64], site: str) 
         data: the site's training records.
         folds: [P], of its patients.
         site: keys the draws.
+        clipped: as of `fit_network`.
     """
     found: dict[str, NDArray[np.float64]] = {}
     for fold in np.unique(folds):
         inside, outside = (torch.from_numpy(np.flatnonzero(rows)) for rows in (folds == fold, folds != fold))
         outside = outside if len(outside) else inside
         rows = torch.isin(data.patient, inside).numpy()
-        for name, model in fit_local(study, data.of_patients(outside), site).items():
+        for name, model in fit_local(study, data.of_patients(outside), site, clipped).items():
             empty = np.zeros((len(data), len(study.task.class_names)))
             said = model(data.of_patients(inside)).probabilities
             found.setdefault(name, empty)[rows] = np.nan_to_num(said, nan=0.5)  # of labels none of the others has
@@ -150,9 +179,12 @@ def train_own(study: Study, cohort: Cohort) -> Own:
     """
     training = cohort.training()
     folds = np.array([validation_fold(patient, study.evaluation) for patient in cohort.training_ids()])
+    models = fit_local(study, training, cohort.site)
+    network = models["local"]
+    clipped = network.clipped if isinstance(network, LocalNetwork) else None
     return Own(
-        models=fit_local(study, training, cohort.site),
-        out_of_fold=out_of_fold(study, training, folds, cohort.site),
+        models=models,
+        out_of_fold=out_of_fold(study, training, folds, cohort.site, clipped),
         fold=folds[training.patient.numpy()],
     )
 
@@ -167,6 +199,6 @@ def keep(folder: RunFolder, models: Mapping[str, Local], card: Mapping[str, Any]
     """
     for name, model in models.items():
         if isinstance(model, LocalNetwork):
-            folder.save_model(name, groups(model.model), {**card, "constants": Constants().to_dict()})
+            folder.save_model(name, groups(model.model), {**card, "constants": model.model.constants.to_dict()})
         else:
             folder.save_own(f"{name}.safetensors", model.dump(card))

@@ -9,7 +9,7 @@ patient's records share one weight of 1.
 | edge case                              | what the site uses                                        |
 |----------------------------------------|-----------------------------------------------------------|
 | a column that too few patients have    | the study's center and scale                              |
-| a spread near 0, or a huge one         | one within `SPREADS`                                      |
+| a spread near 0, or a huge one         | one within `SPREADS`; a smaller one as far as noise lets   |
 | a noised count of labels below 0       | `SMALLEST_SHARE` of its class                             |
 | privacy off                            | the same values without noise, charged as un-noised       |
 """
@@ -36,7 +36,9 @@ from gapweave.shared.privacy.plan import Plan, count_event, make_plan
 from gapweave.shared.schema import Batch
 
 SPREADS = (0.2, 5.0)
-"""Smallest and largest spread that a site uses, in the study's own scale."""
+"""Smallest and largest spread that a site uses, in the study's own scale, where noise leaves none smaller sure."""
+FINEST = 0.01
+"""Smallest spread without noise: a column that does not vary has none."""
 SURE = 0.25
 """Largest standard deviation of a mean's noise, in the study's scale, with which a site uses the mean."""
 SMALLEST_SHARE = 0.01
@@ -156,6 +158,24 @@ class Preparation:
         return rescaling(columns, torch.tensor(sums, dtype=torch.float64).view(3, -1), noise)
 
 
+def own_constants(study: Study, held: Sequence[str], data: Batch) -> Constants:
+    """The constants without noise, for models that a site trains for itself: nothing of them leaves.
+
+    Args:
+        study: says which there are.
+        held: modalities of the site.
+        data: its training patients.
+    """
+    asked, columns = study.preparation.class_balance, numeric_columns(study, held)
+    offset: tuple[float, ...] = ()
+    if asked != "none":
+        counts = label_counts(study, data).double().numpy()
+        offset = log_odds(asked if isinstance(asked, list) else shares(counts, study.task.kind), study.task.kind)
+    if study.preparation.standardisation == "public" or not columns:
+        return Constants(offset=offset)
+    return Constants(offset=offset, rescaling=rescaling(columns, column_sums(columns, data), 0.0))
+
+
 # Class balance.
 
 
@@ -254,7 +274,10 @@ def rescaling(columns: Sequence[NumericColumn], sums: Tensor, noise: float) -> d
     variance = ((second + count / 2) / number - mean.square()).clamp(min=0.0)
     sure = (count >= 1) & (noise * bound / number <= SURE)
     centers = torch.where(sure, mean * bound, 0.0).tolist()
-    scales = torch.where(sure, (variance.sqrt() * bound).clamp(*SPREADS), 1.0).tolist()
+    # Twice the noise of the variance is what a spread could be by chance.
+    least = (2 * noise / number).sqrt().mul(bound).clamp(FINEST, SPREADS[0])
+    spread = torch.minimum(torch.maximum(variance.sqrt() * bound, least), variance.new_tensor(SPREADS[1]))
+    scales = torch.where(sure, spread, 1.0).tolist()
     result = {}
     for modality in dict.fromkeys(column.modality for column in columns):
         at = [place for place, column in enumerate(columns) if column.modality == modality]

@@ -98,6 +98,17 @@ def harmed(joining: Mapping[str, Any]) -> bool:
     return "worse" in (models[joining["used"]]["verdict"], models["federated"]["verdict"])
 
 
+def found_worse(folder: Path, model: str) -> bool:
+    """Whether the joining check found a model worse than the site's own, on patients whom neither had seen.
+
+    Args:
+        folder: STATE/runs/<run>.
+        model: its name in joining.json.
+    """
+    joining = read_joining(folder)
+    return joining is not None and joining["models"].get(model, {}).get("verdict") == "worse"
+
+
 def read_joining(folder: Path) -> dict[str, Any] | None:
     """What joining.json in STATE/runs/<run> holds, if the check was made."""
     file = folder / JOINING_FILE

@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch is imported: a fork waits for ever for the OpenMP threads of the process that it is a copy of.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from databases import Postgres, running_postgres
 from forks import Server, fork_server, require_strace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from commandline import OPEN, QUICK, done, gapweave, hospitals, site_file
 from hospitals import build, plan_of
 
-from gapweave.client.calibration import Calibrated, Calibration, calibrate, log_loss, to_prevalence
+from gapweave.client.calibration import Calibrated, Calibration, calibrate, enough, log_loss, to_prevalence
 from gapweave.client.predict import Predictions
+from gapweave.shared.judging import FEWEST
 from gapweave.shared.metrics import exact_metrics
 from gapweave.shared.objective import TaskKind
 from gapweave.shared.paired import Truth
@@ -93,6 +95,22 @@ def test_a_class_that_no_patient_has_stays_finite() -> None:
     assert Calibration.from_dict(found.to_dict()) == found
 
 
+def test_a_class_that_the_site_hardly_has_is_not_made_impossible() -> None:
+    """The federated model knows it from others; the calibration said 0 of whomever it was named for."""
+    assert not enough(truth_of(np.eye(3)[[0, 1] * 20 + [2] * (FEWEST - 1)], "multiclass"))
+    assert enough(truth_of(np.eye(3)[[0, 1] * 20 + [2] * FEWEST], "multiclass"))
+    said = np.random.default_rng(3).uniform(0.1, 0.9, (40, 3))
+    labels = truth_of(np.stack([[0, 1] * 20, [0] * 40, [1] * 38 + [0] * 2], 1).astype(float), "multilabel")
+    assert enough(labels)
+    found = calibrate(said, labels)
+    assert [shift is None for shift in found.shift] == [False, True, True]
+    changed = found(said, "multilabel")
+    np.testing.assert_array_equal(changed[:, 1:], said[:, 1:])
+    assert np.abs(changed[:, 0] - said[:, 0]).max() > 0.01
+    alone = calibrate(said[:, :1], truth_of(labels.target[:, :1], "multilabel"))
+    assert found.slope == alone.slope, "what is left as it is has no say in the slope"
+
+
 def test_a_record_without_any_modality_keeps_the_prevalence(tmp_path: Path) -> None:
     batch = build(tmp_path / "a", "north", ["labs"], 30).load(plan_of(private=False)).batch
     batch.present[0] = False
@@ -126,3 +144,11 @@ def test_predict_calibrates_after_the_check_only(tmp_path: Path) -> None:
     plain, changed = (polars.read_csv(tmp_path / name)["p_1"].to_numpy() for name in ("as-is.csv", "yes.csv"))
     assert np.abs(plain - changed).max() > 0.01
     np.testing.assert_array_equal(np.argsort(plain, kind="stable"), np.argsort(changed, kind="stable"))
+    # What the check found worse than the site's own predicts, if it was chosen, and says so.
+    assert "Consider --model local" not in told.err
+    (file,) = (checked / "sites" / "alder").glob("runs/*/joining.json")
+    content = json.loads(file.read_text())
+    content["models"]["federated"]["verdict"] = "worse"
+    file.write_text(json.dumps(content))
+    told = done("predict", checked, "--site", site, "--model", "federated", "--out", tmp_path / "worse.csv")
+    assert "federated is worse than the site's own on its held-out patients" in told.err

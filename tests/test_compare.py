@@ -405,7 +405,7 @@ def test_a_baseline_that_trains_by_another_server_is_fitted_again(study_file, tm
 def test_with_the_joining_check_local_baselines_are_what_sites_trained_for_it(study_file, tmp_path, monkeypatch):
     words, local = ["--seeds", "0", "--baselines", "local,lr"], ("local", "lr_local")
     assert run(study_file, tmp_path / "plain", *words) == 0
-    monkeypatch.setattr(baselines, "train_alone", lambda *asked: pytest.fail("trained twice"))
+    monkeypatch.setattr(baselines, "fit_network", lambda *asked: pytest.fail("trained twice"))
     assert run(study_file, tmp_path / "joining", *words, "--joining") == 0
     first, second = (
         [row for row in rows_in(tmp_path / name) if row["model"] in local] for name in ("plain", "joining")

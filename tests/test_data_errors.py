@@ -123,6 +123,11 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
     ),
     "UTF-16": (raw("records.csv", HEADER.decode().encode("utf-16")), DataError, "is not UTF-8 text. Save it as UTF-8"),
     "UTF-32": (raw("records.csv", HEADER.decode().encode("utf-32")), DataError, "is not UTF-8 text. Save it as UTF-8"),
+    "carriage returns": (
+        raw("records.csv", HEADER.replace(b"\n", b"\r") * 3),
+        DataError,
+        "lines end with a carriage return alone. Save it with the line ends",
+    ),
     "UTF-16 without a mark": (raw("records.csv", HEADER.decode().encode("utf-16-le")), DataError, "not UTF-8 text"),
     "no header": (
         raw("records.csv", f"{SECRET}-1,{SECRET},2024-12-03 10:00,PNE\n{SECRET}-2,{SECRET},,PNE\n".encode()),

@@ -11,7 +11,7 @@ from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from gapweave.client.data import load_cohort
-from gapweave.client.local_models import train_alone
+from gapweave.client.local_models import fit_network
 from gapweave.shared.config import load_site, load_study
 from gapweave.shared.imputers import IMPUTERS, Imputer
 from gapweave.shared.model import Outputs
@@ -187,7 +187,7 @@ def test_on_the_demo_the_imputer_explains_what_the_others_tell_of_a_modality(tmp
     cohorts = [load_cohort(study, load_site(file), site_file=file) for file in files]
     training = pool(study, [cohort.training() for cohort in cohorts])
     testing = pool(study, [cohort.testing() for cohort in cohorts])
-    model = train_alone(study, training, list(study.order), "pooled")
+    model = fit_network(study, training, list(study.order), "pooled").model
     told = []
     with torch.no_grad():
         known, asked = (

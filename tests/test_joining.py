@@ -24,7 +24,7 @@ from gapweave.client.classical import Classical, fit_classical
 from gapweave.client.data import Cohort
 from gapweave.client.finetuning import fine_tune, judge
 from gapweave.client.joining import joining_check
-from gapweave.client.local_models import fit_local, out_of_fold, train_alone
+from gapweave.client.local_models import fit_local, fit_network, out_of_fold
 from gapweave.client.mixture import MODELS, base_of, choose, load_mixture, mix
 from gapweave.client.sources.split import validation_fold
 from gapweave.client.state import RunFolder, read_model
@@ -268,7 +268,7 @@ def test_a_good_federated_model_is_better_than_a_small_sites_own(tmp_path: Path)
     """It was trained on the same law with 20 times the patients."""
     of = study_of(training={"rounds": 60, "lr": 2.0}, evaluation={"test_fraction": 0.85})
     many = cohort_of(tmp_path / "many", study_of(evaluation={"test_fraction": 0.1}), 1500)
-    model = train_alone(of, many.training(), ["labs"], "many")
+    model = fit_network(of, many.training(), ["labs"], "many").model
     cohort = cohort_of(tmp_path / "few", of, 300)
     found = joining_check(of, cohort, kept(tmp_path, model, of, cohort))
     assert found["models"]["federated"]["verdict"] in ("better", "no worse")
@@ -301,7 +301,7 @@ def test_a_site_with_random_labels_is_told_that_nothing_predicts(tmp_path: Path)
     of = study_of()
     labels = np.random.default_rng(0).integers(0, 2, 200).tolist()
     cohort = cohort_of(tmp_path / "a", of, 200, labels)
-    model = train_alone(of, cohort_of(tmp_path / "b", of, 400).training(), ["labs"], "others")
+    model = fit_network(of, cohort_of(tmp_path / "b", of, 400).training(), ["labs"], "others").model
     found = joining_check(of, cohort, kept(tmp_path, model, of, cohort))
     assert found["guessing"]
     assert "no model here is known to be better than guessing" in lines(found)[-1]
@@ -325,7 +325,7 @@ def test_a_site_of_twenty_patients_is_told_that_it_is_too_small(tmp_path: Path) 
 def test_what_predicts_and_when(tmp_path: Path) -> None:
     of = study_of()
     cohort = cohort_of(tmp_path / "a", of)
-    run = kept(tmp_path, train_alone(of, cohort.training(), ["labs"], "x"), of, cohort)
+    run = kept(tmp_path, fit_network(of, cohort.training(), ["labs"], "x").model, of, cohort)
     assert choose(run.path, "best") == ("federated", {"model": 1.0})
     for name in ("local", "blend"):
         with pytest.raises(UsageError, match="joining check"):

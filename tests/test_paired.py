@@ -104,6 +104,29 @@ def test_intervals_of_differences_hold_nothing_where_there_is_nothing() -> None:
     assert 1 <= outside <= 36
 
 
+@pytest.mark.parametrize("positives", [FEWEST, 12])
+def test_intervals_hold_what_they_say_with_few_of_the_rarer_class(positives: int) -> None:
+    """Two scores of one truth, as good as each other: percentiles alone held 0 in 91 % of cohorts with eight.
+
+    At a true 95 % more than 36 of 400 are outside with a chance of 2e-4; with fixed draws it is so or not.
+    """
+    random, outside, plain = np.random.default_rng(5), 0, 0
+    target = (np.arange(100) < positives).astype(float)
+    bootstrap = Bootstrap(truth_of(target[:, None]))
+    for _ in range(400):
+        common = 0.8 * target + 0.8 * random.normal(size=100)
+        one, other = (1 / (1 + np.exp(-(common + 0.5 * random.normal(size=100)))) for _ in range(2))
+        difference = bootstrap.aurocs(both(one)) - bootstrap.aurocs(both(other))
+        wide, narrow = interval(difference, positives), interval(difference)
+        assert wide is not None
+        assert narrow is not None
+        outside += not wide[0] <= 0 <= wide[1]
+        plain += not narrow[0] <= 0 <= narrow[1]
+    assert outside < plain
+    assert outside <= 28
+    assert outside >= 2, "nor is it as wide as it may be"
+
+
 def test_undefined_is_none() -> None:
     assert interval(Bootstrap(truth_of(np.ones((5, 1)))).aurocs(both(np.linspace(0, 1, 5)))) is None
     none = truth_of(np.zeros((0, 1)))

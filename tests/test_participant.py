@@ -17,7 +17,7 @@ from hospitals import KINDS, Wire, build, die, participant, plan_of, publish
 from gapweave.client import learner as learner_module
 from gapweave.client import participant as participant_module
 from gapweave.client.app import FIXED_TEXTS
-from gapweave.client.local_models import train_alone
+from gapweave.client.local_models import fit_network
 from gapweave.client.participant import Participant
 from gapweave.client.state import RoundState, RunFolder, read_model
 from gapweave.client.training import Sgd
@@ -136,7 +136,7 @@ def test_one_full_step_with_a_plain_mean_equals_the_pooled_step(tmp_path: Path) 
         site.prepare(RUN)
         combine.add(site.site.name, site.train(RUN, 1, "request", start).reply)
     federated, _ = combine.finish()
-    pooled = train_alone(of, pool(of, [site.training for site in sites]), list(of.order), "pooled")
+    pooled = fit_network(of, pool(of, [site.training for site in sites]), list(of.order), "pooled").model
     moved = 0.0
     for name, parameter in pooled.named_parameters():
         group, key = group_of(name)

@@ -154,6 +154,18 @@ def test_sums_give_back_mean_and_spread_and_absent_values_count_as_nothing() -> 
     torch.testing.assert_close(after[:, flag], labs[:, flag])
 
 
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, 0.016), (0.2, 0.02), (1.0, 0.0447), (40.0, 0.2)])
+def test_a_narrow_column_is_scaled_as_finely_as_noise_lets(noise: float, expected: float) -> None:
+    """Of a range alone a quarter counts as 1: values 8 +- 2 of 0 to 500 were five times too small afterwards."""
+    columns = numeric_columns(study_of(), ["labs"])[:1]
+    number, bound = 4000.0, columns[0].bound
+    values = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.016 + 0.5
+    sums = torch.tensor(
+        [[number], [float((values / bound).sum())], [float(((values / bound) ** 2).sum() - number / 2)]]
+    )
+    assert rescaling(columns, sums.double(), noise)["labs"].scales[0] == pytest.approx(expected, rel=0.05)
+
+
 def test_a_column_that_too_few_patients_have_keeps_the_public_scale() -> None:
     """And whatever noise makes of the sums, center and scale stay sane."""
     columns = numeric_columns(study_of(), ["labs"])[:1]

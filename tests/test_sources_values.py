@@ -407,6 +407,25 @@ def test_text_columns_are_joined(hospital: Hospital) -> None:
     assert_same(hospital.load(study({"note": NOTE})), joined)
 
 
+def test_what_stands_for_an_empty_cell_is_no_word(hospital: Hospital) -> None:
+    """As other programs write notes that are not there; a record with nothing else was trained on the word nan."""
+    ids = [f"r{row}" for row in range(8)]
+    words = ["nan", "None", "null", "NA", " nan ", "", "pain", "no nan bread"]
+    hospital.write("notes.csv", {"id": ids, "a": words, "b": [None, "NaN", *[""] * 6]})
+    hospital.add("note", file="notes.csv", columns=["a", "b"])
+    assert hospital.load(study({"note": NOTE}), labels=False).batch.present[:, 0].tolist() == [False] * 6 + [True] * 2
+
+
+def test_blank_lines_are_no_rows(hospital: Hospital) -> None:
+    hospital.labs(8, na=[140.0] * 8)
+    before = hospital.load(study({"labs": LABS}))
+    for name in ("records.csv", "labs.csv"):
+        file = hospital.folder / name
+        header, *rows = file.read_text().splitlines()
+        file.write_text("\n".join([header, *rows[:3], "", *rows[3:], "," * header.count(","), "", ""]) + "\n")
+    assert_same(hospital.load(study({"labs": LABS})), before)
+
+
 def test_timed_texts_are_joined_in_time(hospital: Hospital) -> None:
     hospital.write(
         "notes.csv", {"id": ["r0"] * 3 + ["r1"], "hour": [5, 1, 24, 2], "a": ["rest", "pain at", "died", "x"]}

@@ -35,7 +35,7 @@ class Separated:
             DataError: for another encoding or separator. Neither is left to fail later: the message would show
                 the first line, which is a patient's where the header is missing.
         """
-        _refuse_utf16(path)
+        _refuse_other_text(path)
         header = pl.read_csv(path, separator=self._separator, infer_schema=False, n_rows=0, glob=False).columns
         if len(header) == 1:
             self._refuse_separators(path, header[0])
@@ -57,6 +57,7 @@ class Separated:
         frame = pl.read_csv(path, separator=self._separator, infer_schema=False, glob=False)
         if frame.width > 1 and frame.to_series(-1).null_count():
             self._refuse_short_rows(path, frame.width)
+            frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))  # blank lines
         return frame.select(columns)
 
     def _refuse_short_rows(self, path: Path, width: int) -> None:
@@ -86,12 +87,18 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def _refuse_utf16(path: Path) -> None:
-    """Refuse text with two or four bytes a character: such a file has zero bytes, UTF-8 text has none."""
+def _refuse_other_text(path: Path) -> None:
+    """Refuse text of two or four bytes a character, which has zero bytes, and lines that end as on old Macintoshes."""
     with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
         start = file.read(START)
     if b"\0" in start or start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("the file is not UTF-8 text", where=str(path), remedy="Save it as UTF-8")
+    if b"\r" in start[:-1] and b"\n" not in start:
+        raise DataError(
+            "lines end with a carriage return alone",
+            where=str(path),
+            remedy="Save it with the line ends of Unix or Windows",
+        )
 
 
 SOURCES.register("csv")(Separated(","))

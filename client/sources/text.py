@@ -28,9 +28,12 @@ def read(
         DataError: for a file or column that is missing or unreadable.
     """
     rows, names = _rows(spec, source, reading)
-    columns = [rows.table.column(name).cast(pl.String).fill_null("").alias(str(at)) for at, name in enumerate(names)]
-    for name in names:
-        if len(rows.record) and missing(rows.table.column(name).cast(pl.String)).all():
+    columns = []
+    for at, name in enumerate(names):
+        cells = rows.table.column(name).cast(pl.String)
+        empty = missing(cells)  # what stands for an empty cell is no word of a note
+        columns.append(cells.set(empty, "").alias(str(at)))
+        if len(rows.record) and empty.all():
             reading.warn(
                 "empty",
                 rows.table.where(name),

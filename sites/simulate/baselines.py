@@ -13,9 +13,9 @@ import torch
 
 from gapweave.client.classical import fit_classical
 from gapweave.client.data import Cohort
-from gapweave.client.local_models import Local, LocalNetwork, train_alone, without_privacy
+from gapweave.client.local_models import Local, LocalNetwork, fit_network
 from gapweave.client.mixture import Predictor
-from gapweave.client.predict import Predictions, predict
+from gapweave.client.predict import Predictions
 from gapweave.shared.config import Study
 from gapweave.shared.schema import Batch, modalities
 
@@ -26,16 +26,15 @@ BASELINES = ("local", "pooled", "lr", "gbm")
 def local_network(study: Study, cohort: Cohort) -> LocalNetwork:
     """The same network, trained at one site alone."""
     training = cohort.training()
-    model = train_alone(study, training, list(training.inputs), cohort.site)
-    return LocalNetwork(study=study, model=model, prior=training.prevalence())
+    return fit_network(study, training, list(training.inputs), cohort.site)
 
 
 def pooled_network(study: Study, cohorts: Mapping[str, Cohort]) -> Predictor:
     """The same network, trained on all sites' data in one place; its batches are as large as a round's of all."""
     pooled = pool(study, [cohort.training() for cohort in cohorts.values()])
-    study = without_privacy(study, study.training.batch * len(cohorts))
-    model = train_alone(study, pooled, list(study.order), "pooled")
-    return lambda batch: predict(model, complete(study, batch), study, pooled.prevalence())
+    training = study.training.model_copy(update={"batch": study.training.batch * len(cohorts)})
+    network = fit_network(study.model_copy(update={"training": training}), pooled, list(study.order), "pooled")
+    return lambda batch: network(complete(study, batch))
 
 
 def pool(study: Study, batches: list[Batch]) -> Batch:

@@ -140,17 +140,17 @@ class Baselines:
 
 
 def _baseline_key(name: str, study: Study, sites: list[str]) -> str:
-    """What a baseline's scores depend on: no privacy, no rule; a classical model has no network either."""
+    """What a baseline's scores depend on: no noise, no rule; a classical model has no network either."""
     content = study.model_dump(mode="json")
     unread = {"name", "privacy", "sharing", "aggregation"}
     if name in CLASSICAL:
         unread |= {"model", "scheme", "training"}
-        server = {}
-    else:  # `train_alone` is a federation of one
-        server = {
-            key: value for key, value in content["aggregation"].items() if key.startswith(("server_", "average_"))
-        }
-    return json.dumps([name, sites, server, {key: value for key, value in content.items() if key not in unread}])
+        steps = {}
+    else:  # `fit_network` is a federation of one, whose gradients may be clipped
+        server = content["aggregation"].items()
+        steps = {key: value for key, value in server if key.startswith(("server_", "average_"))}
+        steps |= {key: content["privacy"][key] for key in ("enabled", "max_grad_norm", "clipping")}
+    return json.dumps([name, sites, steps, {key: value for key, value in content.items() if key not in unread}])
 
 
 def run_unit(unit: Unit, setup: Setup, folder: Path, baselines: Baselines) -> None:
