@@ -26,7 +26,7 @@ from torch import Tensor
 from gapweave.client.ledger import Ledger
 from gapweave.client.policy import check_counts, check_size
 from gapweave.shared.config import Site, Study
-from gapweave.shared.constants import Constants, Rescaling
+from gapweave.shared.constants import SPREADS, Constants, Rescaling
 from gapweave.shared.features.numeric import NumericColumn, numeric_columns
 from gapweave.shared.privacy.draws import SecretDraws, discrete_laplace
 from gapweave.shared.privacy.events import PrivacyEvent
@@ -35,8 +35,6 @@ from gapweave.shared.privacy.once import balance_event, preparation_events, stat
 from gapweave.shared.privacy.plan import Plan, count_event, make_plan
 from gapweave.shared.schema import Batch
 
-SPREADS = (0.2, 5.0)
-"""Smallest and largest spread that a site uses, in the study's own scale, where noise leaves none smaller sure."""
 FINEST = 0.01
 """Smallest spread without noise: a column that does not vary has none."""
 SURE = 0.25

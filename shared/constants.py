@@ -12,6 +12,9 @@ from torch import Tensor
 from gapweave.shared.features.numeric import NumericColumn
 from gapweave.shared.features.ranges import BOUND
 
+SPREADS = (0.2, 5.0)
+"""Smallest and largest spread that a site uses, in the study's own scale, where noise leaves none smaller sure."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rescaling:

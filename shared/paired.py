@@ -173,7 +173,7 @@ def interval(values: Array, rarer: int | None = None) -> tuple[float, float] | N
     Args:
         values: [1 + DRAWS], of one model or of a difference of two.
         rarer: patients of the rarer class, for which percentiles farther out are taken (expanded percentile interval,
-            Hesterberg 2015, arXiv 1411.5279, section 5.3); None for many.
+            Hesterberg 2015, The American Statistician 69(4)); None for many.
     """
     if np.isnan(values[0]):
         return None

@@ -134,6 +134,21 @@ def describe(study: Study) -> dict[str, str]:
     }
 
 
+STEEP = 10.0
+"""How many times the largest step by which the loss of a linear model surely falls is called too large."""
+
+
+def _overshoots(study: Study) -> bool:
+    """Whether plain steps are far longer than gradients of features of this length allow.
+
+    The log-loss of a linear model of features of length F bends by F^2 / 4 at most: below 8 / F^2 no step overshoots.
+    """
+    length, training, aggregation = study.model.feature_norm, study.training, study.aggregation
+    if study.privacy.enabled or not length or aggregation.server_optimizer != "none":
+        return False
+    return training.lr * aggregation.server_lr > STEEP * 8 / length**2
+
+
 ASSUMED = 500
 """Patients of a site, where none declares a number."""
 MOST_NAMED = 8
@@ -160,6 +175,9 @@ def foretell(study: Study, sites: Sequence[Site]) -> Iterator[tuple[str, str, st
     if unscaled and study.preparation.standardisation == "public":
         why = "a quarter of the range counts as 1, and training hardly sees values that vary by much less"
         yield "warning", "scaling", f"{_few(unscaled)} without scale: {why}. {SCALE_IT}"
+    if _overshoots(study):
+        why = "without privacy nothing clips gradients, and steps of this rate suit clipped ones: training may diverge"
+        yield "warning", "rate", f"{why}. Lower aggregation.server_lr, or take recipe=small"
     sizes = {site.name: site.patients.declared for site in sites if site.patients.declared is not None}
     with suppress(UsageError):  # no noise reaches the target at a size that is assumed
         yield "ok", "cost", str(forecast(study, max(sizes.values(), default=ASSUMED)))

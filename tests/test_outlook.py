@@ -156,6 +156,14 @@ def test_variables_without_a_scale_are_said(tmp_path: Path) -> None:
     assert "scaling" not in done("study", "check", study, *wide, *own).out
 
 
+def test_steps_that_suit_clipped_gradients_only_are_said(tmp_path: Path) -> None:
+    study = hospitals(tmp_path / "demo")
+    chosen, off = ("--set", "recipe=linear"), ("--set", "privacy.enabled=false")
+    assert "may diverge" in done("study", "check", study, *chosen, *off).out
+    for words in (chosen, off, (*chosen, *off, "--set", "aggregation.server_lr=0.5")):
+        assert "may diverge" not in done("study", "check", study, *words).out
+
+
 @pytest.mark.parametrize(("epsilon", "warned"), [(10, False), (12, True), (1e6, True)])
 def test_a_target_that_protects_little_is_said(tmp_path: Path, epsilon: float, warned: bool) -> None:
     study = hospitals(tmp_path / "demo")

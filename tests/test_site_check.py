@@ -284,6 +284,10 @@ def test_values_that_fill_little_of_a_range_are_noted(hospital: Hospital) -> Non
     assert finding.status == "warning"
     assert finding.message.startswith("sodium: ")
     assert "standardisation" in finding.remedy
+    # Own scaling goes no finer than noise lets it: these values would still be a tenth of what they should be.
+    finding = by_id(check(hospital, study({"labs": WIDE}, preparation={"standardisation": "noisy"})), "scaling")
+    assert "also by own scaling" in finding.message
+    assert "standardisation" not in finding.remedy
 
 
 @pytest.mark.parametrize(
@@ -291,9 +295,10 @@ def test_values_that_fill_little_of_a_range_are_noted(hospital: Hospital) -> Non
     [
         ({**WIDE, "columns": {"sodium": {"low": 0, "high": 2000, "center": 140, "scale": 5, "unit": "mmol/L"}}}, {}),
         ({**WIDE, "columns": {"sodium": {"low": 100, "high": 200, "unit": "mmol/L"}}}, {}),
-        (WIDE, {"preparation": {"standardisation": "noisy"}}),
+        (WIDE, {"preparation": {"standardisation": "noisy"}, "privacy": {"enabled": False}}),
+        ({**WIDE, "columns": {"sodium": {"low": 0, "high": 400}}}, {"preparation": {"standardisation": "noisy"}}),
     ],
-    ids=["a scale of the study's", "a range that they fill", "each site's own scaling"],
+    ids=["a scale of the study's", "a range that they fill", "own scaling without noise", "own scaling"],
 )
 def test_values_that_are_scaled_are_not_noted(hospital: Hospital, labs: dict[str, Any], keys: dict[str, Any]) -> None:
     hospital.add("labs", file="labs.csv", columns={"sodium": "na"})

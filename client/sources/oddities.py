@@ -15,6 +15,7 @@ from gapweave.client.sources.records import Reading
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.sources import ColumnsSource, Rows, TextSource
 from gapweave.shared.config.study import Study, Task
+from gapweave.shared.constants import SPREADS
 from gapweave.shared.features.numeric import SCALE_IT, numeric_columns
 
 FAR = 2
@@ -138,24 +139,27 @@ def narrow(study: Study, reading: Reading, inputs: NDArray[np.float32]) -> None:
     regression, which standardises, .76 federated with each site's own scaling.
 
     Args:
-        study: says how values are scaled; with noisy standardisation each site scales by its own.
+        study: says how values are scaled; with noisy standardisation each site scales by its own, under privacy as far
+            as noise lets it.
         reading: of one modality.
         inputs: [R, ...] of it.
     """
-    if study.preparation.standardisation != "public":
+    own = study.preparation.standardisation != "public"
+    if own and not study.privacy.enabled:
         return
+    least = NARROW * (SPREADS[0] if own else 1.0)
     names = []
     for column in numeric_columns(study, [reading.modality]):
         values = inputs[..., column.value][inputs[..., column.flag] > 0]
-        if not column.scaled and len(values) >= ENOUGH and values.std() < NARROW:
+        if not column.scaled and len(values) >= ENOUGH and values.std() < least:
             names.append(column.name)
     if names:
         reading.warn(
             "scaling",
             reading.key(),
             f"{', '.join(names)}: the values fill so little of the study's range, whose quarter counts as 1, that "
-            "training hardly sees them",
-            SCALE_IT,
+            f"training hardly sees them{', also by own scaling: noise lets it go no finer' if own else ''}",
+            "Give center and scale in the study, or log: true" if own else SCALE_IT,
         )
 
 
