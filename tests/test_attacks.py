@@ -120,6 +120,7 @@ def run(folder: Path, attack: str, rule: str = "auto", private: bool = False) ->
     return {**summary, "lines": list(directory.rounds()), "bad": next(iter(bad_names(of, "abcdef")))}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("attack", ["absent", *UPDATE_ATTACKS, *LABEL_ATTACKS])
 def test_a_run_goes_on_under_every_attack(tmp_path: Path, attack: str) -> None:
     result = run(tmp_path, attack)

@@ -105,9 +105,11 @@ def test_the_real_step_passes(tmp_path: Path, engine: str) -> None:
     assert time.monotonic() - started < 90
 
 
-# Half of them in the fast suite, the other half in the long one.
+# A third of them in the fast suite, the others in the long one. Audits repeat their steps so often that to measure
+# which lines they reach takes longer than the steps.
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if at % 2 else ()) for at, name in enumerate(FAULTS)]
+    "name", [pytest.param(name, marks=pytest.mark.long if at % 3 else ()) for at, name in enumerate(FAULTS)]
 )
 def test_the_part_in_charge_finds_a_planted_fault(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = staged(tmp_path, sharing={"policy": "heads" if name in RARE_FAULTS else "all"})
@@ -272,6 +274,7 @@ def test_one_run_passes_and_stays_below_what_the_ledger_says(scene: Scene) -> No
     assert found.figures["confidence"] == 1 - ALPHA
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("factor", [0.0, 0.05])
 def test_one_run_finds_too_little_noise(factor: float, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     louder(factor)(monkeypatch)
@@ -281,6 +284,7 @@ def test_one_run_finds_too_little_noise(factor: float, scene: Scene, monkeypatch
     assert "the ledger says 0.999" in found.text
 
 
+@pytest.mark.no_cover
 def test_one_run_says_when_it_proves_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """At epsilon 8 not even a run without noise is contradicted: a pass must not sound like one."""
     louder(0.0)(monkeypatch)
@@ -315,6 +319,7 @@ def run(path: Path, *options: str) -> Any:
     return CliRunner().invoke(app, [str(path / "study.yaml"), "--site", str(path / "site.yaml"), *options])
 
 
+@pytest.mark.no_cover
 def test_the_command_prints_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gapweave.client.audit_box.SIDE", 1000)
     hospital = build(tmp_path / "hospital", "north")

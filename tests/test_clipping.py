@@ -62,6 +62,7 @@ def naive(model: MultimodalModel, of: Study, batch: Batch, used: Tensor) -> Tens
 
 
 @ENGINES
+@pytest.mark.no_cover
 @pytest.mark.parametrize("records", [(1, 1, 1, 1), (3, 1, 5, 2)], ids=str)
 @pytest.mark.parametrize("fusion", list(FUSIONS))
 def test_the_sum_equals_a_loop_over_patients_and_groups(
@@ -153,6 +154,7 @@ def test_the_study_chooses_what_is_clipped_together(clipping: str, engine: str) 
     assert (max(found) <= 1e-3 / math.sqrt(len(groups)) * WITHIN) == (clipping == "group")
 
 
+@pytest.mark.long
 def test_the_audit_passes_with_clipping_by_group(tmp_path: Path) -> None:
     """False alarms below 1e-5. The black box has as many canaries as ever, each as long as a group's bound."""
     result = run_audit(staged(tmp_path, privacy={"clipping": "group"}))

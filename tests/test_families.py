@@ -387,6 +387,7 @@ def test_two_hospitals_train_one_private_round(
         assert torch.isfinite(model(batch.inputs, batch.present, batch.present).logits).all()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("fusion", "imputer"), PAIRS)
 def test_a_model_can_learn_its_training_records(fusion: str, imputer: str) -> None:
     """Plain gradient descent halves the loss: no part is cut off from its gradient."""
@@ -543,6 +544,7 @@ def test_a_schemes_loss_is_of_one_record_in_every_pattern(name: str, task: str) 
                 torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("at", MOMENTS)
 @pytest.mark.parametrize("fusion", ["concat", "late", "dwfuse", "denoising_autoencoder"])
 @pytest.mark.parametrize("name", list(SCHEMES))
@@ -570,6 +572,7 @@ def test_a_scheme_trains_one_private_round(name: str, two_hospitals: list[Hospit
         assert all(noised(value) for part in reply.values() for value in part.values())
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_a_model_learns_its_training_records_under_a_scheme(name: str) -> None:
     of = two_kinds("concat", "none", scheme={"name": name}, training={"lr": 0.3})

@@ -95,6 +95,7 @@ def fixed_point(of: Study) -> float:
     return x
 
 
+@pytest.mark.no_cover
 def test_more_steps_pull_a_mean_to_their_site_and_do_not_with_fednova() -> None:
     biased = fixed_point(plan_of(private=False, aggregation={"default": "mean"}, training={"lr": 0.05}))
     pulls = {patients: 1 - 0.95 ** (patients / 20) for patients in OPTIMA}

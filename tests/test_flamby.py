@@ -46,6 +46,7 @@ def of(sigma: float, hospital: str, steps: int) -> float:
     return epsilon([event("dp_sgd", sigma, 1 / batches(hospital), steps)], DELTA)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning")
 @pytest.mark.parametrize(("nominal", "hospital", "sigma", "true"), PUBLISHED)
 def test_a_nominal_epsilon_is_not_the_one_of_the_training(

@@ -93,6 +93,7 @@ def assert_equals_naive(of: Study, batch: Batch, used: Tensor | None = None, bou
 # Against the naive loop.
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("fusion", "imputer", "task"), TRIPLES)
 def test_the_sum_equals_a_loop_over_patients(fusion: str, imputer: str, task: str) -> None:
     """One to five records a patient, some modalities missing, some hidden on purpose."""
@@ -169,6 +170,7 @@ def test_two_calls_do_not_remember_each_other() -> None:
 # Patients that go wrong.
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("fusion", "value", "kinds"),
     [

@@ -157,6 +157,7 @@ def files_in(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", CASES)
 def test_a_hostile_reply_costs_its_sender_one_round(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile, reason = CASES[name]
@@ -265,6 +266,7 @@ def nest(depth: int) -> Any:
 GOOD = {"noise_multiplier": 1.0, "sample_rate": 0.5, "n_hat": 100, "delta": 1e-5}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "hello",
     [

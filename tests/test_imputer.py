@@ -93,6 +93,7 @@ def printed(imputer: Imputer, values: Tensor, used: Tensor) -> Tensor:
     return (imputer(given, used) - given).square().mean((1, 2))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", [name for name in IMPUTERS if IMPUTERS[name].learns])
 def test_an_imputer_comes_close_to_the_conditional_mean(name: str) -> None:
     covariance = world()
@@ -172,6 +173,7 @@ def explained(guess: Tensor, truth: Tensor) -> float:
     return 1 - float((guess - truth).square().sum() / (truth - truth.mean(0)).square().sum())
 
 
+@pytest.mark.long
 def test_on_the_demo_the_imputer_explains_what_the_others_tell_of_a_modality(tmp_path: Path) -> None:
     """Held-out patients of all hospitals, nothing noised; ridge regression says of which modalities the others tell."""
     study_file = write_demo(tmp_path / "demo")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
 SUITES = [Path(__file__).parent / name for name in ("test_families.py", "test_rule_contract.py")]
 
 PLUGIN = '''

@@ -95,6 +95,7 @@ def test_many_local_steps_bias_fedavg_and_not_scaffold(tmp_path: Path) -> None:
     assert ends(corrected) == pytest.approx(least("ab"), abs=1e-3)
 
 
+@pytest.mark.no_cover
 def test_sites_that_are_drawn_or_fail_are_corrected_by_what_is_known_of_them(tmp_path: Path) -> None:
     """Two of four sites a round, and one that fails at times: still the least mean loss, which FedAvg misses."""
     some = {"sample": 2}

@@ -105,6 +105,7 @@ def test_a_score_at_an_edge_belongs_to_the_bin_above_and_none_is_lost() -> None:
 # With noise.
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("n", "eps", "measured"),
     [
@@ -171,6 +172,7 @@ def test_a_calibrated_models_interval_reaches_zero_although_noise_makes_an_error
     assert shifted["ece_interval"][0] > 0.1
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("sites", [6, 20])
 def test_the_mean_of_many_sites_is_not_surer_of_what_all_get_wrong(sites: int) -> None:
     """Noise makes a calibration error at every site: of 20 means with intervals in squares, none held the true 0.

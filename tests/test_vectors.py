@@ -20,7 +20,7 @@ from gapweave.shared.cli import _run
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import DataError, GapweaveError, UsageError
 
-TEXTS = ["cough fever", "clear", "", "fever fever days " * 30, "NA", "well", "unheard of", "."]
+TEXTS = ["cough fever", "clear", "", "fever fever days " * 30, "no change", "well", "unheard of", "."]
 SECRET = "zq77"
 
 
