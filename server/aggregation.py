@@ -99,6 +99,18 @@ class GroupAggregation:
             else:
                 self._kept[group][site] = update
 
+    @property
+    def usable(self) -> set[str]:
+        """Sites with a group whose keys, shapes and numbers are those of an update."""
+        return set(self._patients)
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """The others, and why."""
+        return {
+            site: why for part in self._screened.values() for site, why in part.items() if site not in self._patients
+        }
+
     def finish(self) -> tuple[Arrays, dict[str, Any]]:
         """The groups after the round, and a log line a group, also of those that nobody sent."""
         result, lines = dict(self._current), {}

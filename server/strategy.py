@@ -263,11 +263,12 @@ class RoundLoop:
         taken = sum(site["status"] == "ok" for site in answered.values())
         said = {site: it["reason"] for site, it in answered.items() if it.get("reason")}
         self._require_quorum(taken, f"answered in round {number}", said)
+        # A site that sends no numbers is as good as silent: what diverged would cost budgets to the end. Whom a rule or
+        # the test over rounds leaves out has answered: else one who lies could end a run that asks for all.
+        self._require_quorum(
+            len(combine.usable), f"sent what can be used in round {number}", {**combine.broken, **said}
+        )
         current, log_lines = combine.finish()
-        # A site none of whose groups can be used is as good as silent: what diverged would cost budgets to the end.
-        used = {site for line in log_lines.values() for site in line["holders"]}
-        screened = {site: why for line in log_lines.values() for site, why in line["screened"].items()}
-        self._require_quorum(len(used), f"sent what can be used in round {number}", {**screened, **said})
         self.variates.settle(everybody)
         for name, agreement in combine.agreements.items():
             self.peers[name].agreement = asdict(agreement)
