@@ -130,7 +130,7 @@ def finds(part: str, scene: Scene) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", sample(FAULTS, 3))
+@pytest.mark.parametrize("name", sample(FAULTS, 6))
 def test_the_audit_fails_on_a_planted_fault(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the site file on, with the plan made by the faulty code. A sample: that each is found by its part is above."""
     hospital = build(tmp_path / "hospital", "north")
