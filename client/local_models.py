@@ -36,29 +36,31 @@ SCORE = "score"
 """Name of the logistic regression on public scores alone."""
 
 
-def fit_network(study: Study, data: Batch, held: list[str], name: str, clipped: bool | None = None) -> LocalNetwork:
-    """The study's network on one body of data, with gradients clipped as in the run, or not.
+def fit_network(study: Study, data: Batch, held: list[str], name: str) -> LocalNetwork:
+    """The study's network on one body of data, without noise.
 
-    Nobody who trains alone needs to clip, and most networks learn less that way; but a rate of learning that was chosen
-    for clipped gradients can let others diverge. So both are tried, and what fits the training patients better is kept.
+    Nobody who trains alone needs to clip gradients, and most networks learn less that way; but a rate of learning that
+    suits clipped ones can let others diverge. So one that fits its own patients worse than their prevalence does is
+    trained again, clipped as in the run.
 
     Args:
         study: of the run.
         data: training records.
         held: modalities in them.
         name: keys the draws.
-        clipped: what was found better before; None to try.
     """
-    prior = data.prevalence()
-    ways = [False, study.privacy.enabled] if clipped is None else [clipped]
-    tried = [
-        LocalNetwork(study=study, model=_train(study, data, held, name, clipped=way), prior=prior, clipped=way)
-        for way in dict.fromkeys(ways)
-    ]
-    if len(tried) == 1:
-        return tried[0]
-    truth = Truth.of(data, study.task.kind)
-    return min(tried, key=lambda network: np.nan_to_num(log_loss(network.probabilities(data), truth), nan=np.inf))
+    truth, prior = Truth.of(data, study.task.kind), data.prevalence()
+
+    def fit(clipped: bool) -> LocalNetwork:
+        return LocalNetwork(study=study, model=_train(study, data, held, name, clipped=clipped), prior=prior)
+
+    network = fit(clipped=False)
+    if not study.privacy.enabled:
+        return network
+    unseen = replace(data, present=torch.zeros_like(data.present))  # of which the prevalence is said
+    # One that diverged beyond numbers says 0 of everybody.
+    loss, base = (log_loss(np.nan_to_num(network(part).probabilities), truth) for part in (data, unseen))
+    return network if loss <= base else fit(clipped=True)
 
 
 def _train(study: Study, data: Batch, held: list[str], name: str, *, clipped: bool) -> MultimodalModel:
@@ -93,17 +95,11 @@ class LocalNetwork:
         study: of the run.
         model: the network.
         prior: prevalences, said of records without any modality.
-        clipped: whether its gradients were clipped.
     """
 
     study: Study
     model: MultimodalModel
     prior: Sequence[float]
-    clipped: bool
-
-    def probabilities(self, batch: Batch) -> NDArray[np.float64]:
-        """[R, classes], also of a label that the site has never seen."""
-        return predict(self.model, batch, self.study, self.prior).probabilities
 
     def __call__(self, batch: Batch) -> Predictions:
         """What it says of records; nothing of a label that the site has never seen."""
@@ -116,24 +112,21 @@ class LocalNetwork:
 Local = LocalNetwork | Classical
 
 
-def fit_local(study: Study, data: Batch, site: str, clipped: bool | None = None) -> dict[str, Local]:
+def fit_local(study: Study, data: Batch, site: str) -> dict[str, Local]:
     """All models that a site can have alone: its network, the classical ones, and one of public scores only.
 
     Args:
         study: of the run.
         data: the site's training records.
         site: keys the draws of the network.
-        clipped: as of `fit_network`.
     """
-    fitted: dict[str, Local] = {"local": fit_network(study, data, list(data.inputs), site, clipped)}
+    fitted: dict[str, Local] = {"local": fit_network(study, data, list(data.inputs), site)}
     fitted |= {f"{name}_local": fit_classical(study, data, name) for name in CLASSICAL}
     scores = [name for name in study.scores if name in data.inputs]
     return fitted | ({SCORE: fit_classical(study, data, "lr", scores)} if scores else {})
 
 
-def out_of_fold(
-    study: Study, data: Batch, folds: NDArray[np.int64], site: str, clipped: bool | None = None
-) -> dict[str, NDArray[np.float64]]:
+def out_of_fold(study: Study, data: Batch, folds: NDArray[np.int64], site: str) -> dict[str, NDArray[np.float64]]:
     """What local models say of the training records, each by models that did not see its patient: [R, classes].
 
     Args:
@@ -141,14 +134,13 @@ def out_of_fold(
         data: the site's training records.
         folds: [P], of its patients.
         site: keys the draws.
-        clipped: as of `fit_network`.
     """
     found: dict[str, NDArray[np.float64]] = {}
     for fold in np.unique(folds):
         inside, outside = (torch.from_numpy(np.flatnonzero(rows)) for rows in (folds == fold, folds != fold))
         outside = outside if len(outside) else inside
         rows = torch.isin(data.patient, inside).numpy()
-        for name, model in fit_local(study, data.of_patients(outside), site, clipped).items():
+        for name, model in fit_local(study, data.of_patients(outside), site).items():
             empty = np.zeros((len(data), len(study.task.class_names)))
             said = model(data.of_patients(inside)).probabilities
             found.setdefault(name, empty)[rows] = np.nan_to_num(said, nan=0.5)  # of labels none of the others has
@@ -179,12 +171,9 @@ def train_own(study: Study, cohort: Cohort) -> Own:
     """
     training = cohort.training()
     folds = np.array([validation_fold(patient, study.evaluation) for patient in cohort.training_ids()])
-    models = fit_local(study, training, cohort.site)
-    network = models["local"]
-    clipped = network.clipped if isinstance(network, LocalNetwork) else None
     return Own(
-        models=models,
-        out_of_fold=out_of_fold(study, training, folds, cohort.site, clipped),
+        models=fit_local(study, training, cohort.site),
+        out_of_fold=out_of_fold(study, training, folds, cohort.site),
         fold=folds[training.patient.numpy()],
     )
 

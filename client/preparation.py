@@ -129,31 +129,26 @@ class Preparation:
         """
         if self.events:
             check_counts(self._site, "the study asks for noised statistics of the training patients")
-        return Constants(offset=self._offset(ledger, run, training), rescaling=self._rescaling(ledger, run, training))
 
-    def _offset(self, ledger: Ledger, run: str, training: Callable[[], Batch]) -> tuple[float, ...]:
-        asked = self._study.preparation.class_balance
-        if asked == "none":
-            return ()
-        if isinstance(asked, list):
-            return log_odds(asked, self._study.task.kind)
-        event = balance_event(self._study)
-        counts = ledger.once(
-            run,
-            self._study.sha256,
-            event,
-            lambda: noised_counts(label_counts(self._study, training()).flatten().tolist(), event),
-        )
-        return log_odds(shares(np.array(counts).reshape(event.steps, -1), self._study.task.kind), self._study.task.kind)
+        def counts() -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+            event = balance_event(self._study)
+            found = ledger.once(
+                run,
+                self._study.sha256,
+                event,
+                lambda: noised_counts(label_counts(self._study, training()).flatten().tolist(), event),
+            )
+            return np.array(found).reshape(event.steps, -1)
 
-    def _rescaling(self, ledger: Ledger, run: str, training: Callable[[], Batch]) -> dict[str, Rescaling]:
-        columns = numeric_columns(self._study, self._held)
-        if self._study.preparation.standardisation == "public" or not columns:
-            return {}
-        event = statistics_event(self._study, self._held, self._delta)
-        noise = event.noise_multiplier * event.max_grad_norm
-        sums = ledger.once(run, self._study.sha256, event, lambda: noised_sums(column_sums(columns, training()), noise))
-        return rescaling(columns, torch.tensor(sums, dtype=torch.float64).view(3, -1), noise)
+        def sums(columns: Sequence[NumericColumn]) -> tuple[Tensor, float]:
+            event = statistics_event(self._study, self._held, self._delta)
+            noise = event.noise_multiplier * event.max_grad_norm
+            found = ledger.once(
+                run, self._study.sha256, event, lambda: noised_sums(column_sums(columns, training()), noise)
+            )
+            return torch.tensor(found, dtype=torch.float64).view(3, -1), noise
+
+        return _constants(self._study, self._held, counts, sums)
 
 
 def own_constants(study: Study, held: Sequence[str], data: Batch) -> Constants:
@@ -164,14 +159,29 @@ def own_constants(study: Study, held: Sequence[str], data: Batch) -> Constants:
         held: modalities of the site.
         data: its training patients.
     """
-    asked, columns = study.preparation.class_balance, numeric_columns(study, held)
+    return _constants(
+        study,
+        held,
+        lambda: label_counts(study, data).double().cpu().numpy(),
+        lambda columns: (column_sums(columns, data), 0.0),
+    )
+
+
+def _constants(
+    study: Study,
+    held: Sequence[str],
+    counts: Callable[[], np.ndarray[tuple[int, ...], np.dtype[np.float64]]],
+    sums: Callable[[Sequence[NumericColumn]], tuple[Tensor, float]],
+) -> Constants:
+    """What a study tells a site's model; counts of labels, and sums with their noise, are made where it needs them."""
+    asked, kind = study.preparation.class_balance, study.task.kind
     offset: tuple[float, ...] = ()
     if asked != "none":
-        counts = label_counts(study, data).double().numpy()
-        offset = log_odds(asked if isinstance(asked, list) else shares(counts, study.task.kind), study.task.kind)
+        offset = log_odds(asked if isinstance(asked, list) else shares(counts(), kind), kind)
+    columns = numeric_columns(study, held)
     if study.preparation.standardisation == "public" or not columns:
         return Constants(offset=offset)
-    return Constants(offset=offset, rescaling=rescaling(columns, column_sums(columns, data), 0.0))
+    return Constants(offset=offset, rescaling=rescaling(columns, *sums(columns)))
 
 
 # Class balance.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import Any
 
@@ -114,6 +113,5 @@ def unfit(study: Study, shared: Collection[str], peer: Peer) -> str:
 
 def malformed(header: dict[str, Any]) -> dict[str, Any]:
     """A handshake that cannot be used, as one that failed; its name only where it is one."""
-    name = header.get("site")
-    known = name if isinstance(name, str) and re.fullmatch(SiteName, name) else None
-    return {"site": known, "status": "failed", "text": "a handshake of another form"}
+    name = header.get("site") if well_formed({"site": header.get("site")}) else None
+    return {"site": name, "status": "failed", "text": "a handshake of another form"}

@@ -26,7 +26,7 @@ import numpy as np
 
 from gapweave.server.aggregators import Sum, Update
 from gapweave.server.peers import Peer
-from gapweave.server.rules import rule_of, start
+from gapweave.server.rules import begin
 from gapweave.server.screening import REPRESENTABLE
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import TooFewSites
@@ -80,7 +80,7 @@ class Variates:
     def _combined(self, group: str, holders: list[Peer]) -> Update | None:
         aggregation = self._study.aggregation
         try:
-            total = start(rule_of(aggregation, group, len(holders)), group, len(holders))
+            total = begin(aggregation, group, len(holders))
         except TooFewSites:
             return None
         for peer in holders:

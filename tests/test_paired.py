@@ -106,9 +106,9 @@ def test_intervals_of_differences_hold_nothing_where_there_is_nothing() -> None:
 
 @pytest.mark.parametrize("positives", [FEWEST, 12])
 def test_intervals_hold_what_they_say_with_few_of_the_rarer_class(positives: int) -> None:
-    """Two scores of one truth, as good as each other: percentiles alone held 0 in 91 % of cohorts with eight.
+    """Two scores of one truth, as good as each other: 0 is to be outside in 20 of 400 cohorts at most.
 
-    At a true 95 % more than 36 of 400 are outside with a chance of 2e-4; with fixed draws it is so or not.
+    Percentiles alone left it out in 33 with eight and in 27 with twelve; those farther out in 11 and 16.
     """
     random, outside, plain = np.random.default_rng(5), 0, 0
     target = (np.arange(100) < positives).astype(float)
@@ -122,9 +122,7 @@ def test_intervals_hold_what_they_say_with_few_of_the_rarer_class(positives: int
         assert narrow is not None
         outside += not wide[0] <= 0 <= wide[1]
         plain += not narrow[0] <= 0 <= narrow[1]
-    assert outside < plain
-    assert outside <= 28
-    assert outside >= 2, "nor is it as wide as it may be"
+    assert 2 <= outside <= 20 < plain, "nor is it as wide as it may be"
 
 
 def test_undefined_is_none() -> None:
