@@ -200,8 +200,8 @@ class Participant:
             self._check_round(received)
             plan = self._plan(ledger, run)
             event = plan.event(f"update of round {number}")
+            check_size(self.training.patients, self.site)  # read before it is charged: data that are gone cost nothing
             ledger.charge(run, self.study.sha256, request, event)
-            check_size(self.training.patients, self.site)
             trained = self.learner.round(plan, number, request, before, received)
             after = replace(trained, ledger=ledger.view.head.to_dict())
             folder.save(replace(after, reply={}) if self._repeatable(after) else after)

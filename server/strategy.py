@@ -308,15 +308,15 @@ class RoundLoop:
         status = answer.header["status"]
         if status != "ok":
             reason = str(answer.header.get("text", ""))
-            # A refusal is final: budgets do not grow during a run. A failure may pass.
-            if status == "refused":
-                peer.status, peer.reason = "refused", reason
+            # A refusal is final: budgets do not grow during a run. A failure may pass, unless the data cannot be used.
+            if status == "refused" or peer.gives_up(answer.header.get("error")):
+                peer.status, peer.reason = status, reason
             return {"status": status, "reason": reason}
         if answer.header.get("round") != number:
             return {"status": "failed", "reason": "an answer for another round"}
         if answer.arrays.keys() != set(peer.groups):
             return {"status": "failed", "reason": "other parameter groups than were asked for"}
-        peer.last_round = number
+        peer.last_round, peer.failures = number, 0
         peer.remember(answer.header.get("ledger"))
         combine.add(peer.site, answer.arrays, peer.patients, noise_sd(self.study, peer.plan))
         return {"status": "ok"}

@@ -32,6 +32,7 @@ class Pretender:
     step: float = 1.0
     groups: list[str] = field(default_factory=lambda: list(ALL))
     status: dict[int, str] = field(default_factory=dict)
+    error: str = "GapweaveError"
     alter: Callable[[int, Arrays], Arrays] = lambda number, arrays: arrays
     hello: dict[str, Any] = field(default_factory=dict)
 
@@ -51,7 +52,7 @@ class Pretender:
     def train(self, number: int, arrays: Arrays) -> Answer:
         status = self.status.get(number, "ok")
         if status != "ok":
-            return {"status": status, "text": f"text of {self.name}"}, {}
+            return {"status": status, "error": self.error, "text": f"text of {self.name}"}, {}
         update = {
             group: {name: np.full_like(value, self.step) for name, value in part.items()}
             for group, part in arrays.items()

@@ -199,6 +199,19 @@ def test_the_charge_is_durable_before_any_work(tmp_path: Path, monkeypatch: pyte
     assert RunFolder(site.state, RUN).load().round == 0
 
 
+def test_a_round_for_data_that_are_gone_costs_nothing(tmp_path: Path) -> None:
+    hospital, of = build(tmp_path / "a", "north"), plan_of(private=True)
+    participant(hospital, of).prepare(RUN)
+    (hospital.folder / "labs.csv").rename(hospital.folder / "away.csv")
+    later = participant(hospital, of)  # a deployed site reads its data for each message
+    before = kinds(later)
+    with pytest.raises(DataError):
+        train(later)
+    assert kinds(later) == before
+    (hospital.folder / "away.csv").rename(hospital.folder / "labs.csv")
+    assert train(participant(hospital, of)).round == 1
+
+
 def test_a_reply_is_kept_before_it_is_marked_as_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = participant(build(tmp_path / "a", "north"), plan_of(private=True))
     site.prepare(RUN)

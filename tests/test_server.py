@@ -259,6 +259,26 @@ def test_a_refusal_is_final_and_a_failure_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "fails", "asked"),
+    [
+        ("DataError", {2, 4}, [1, 2]),
+        ("InternalError", {2, 3, 4, 5}, [1, 2, 3, 4]),
+        ("InternalError", {1, 2, 4, 5}, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_a_site_that_fails_at_its_own_work_does_not_pay_to_the_end(
+    tmp_path: Path, error: str, fails: set[int], asked: list[int]
+) -> None:
+    """Every round of a site whose data were gone was charged, and nothing came of it."""
+    broken = Pretender("c", status=dict.fromkeys(fails, "failed"), error=error)
+    grid = Pretence(Pretender("a"), Pretender("b"), broken)
+    of = study_of(training={"rounds": 5})
+    peers = loop(tmp_path, of, grid).run()
+    assert [number for kind, name, number in grid.asked if kind == wire.TRAIN and name == "c"] == asked
+    assert peers["c"].status == ("ok" if asked[-1] == 5 else "failed")
+
+
+@pytest.mark.parametrize(
     ("step", "reason"), [(100.0, "its norm"), (2e15, "holds a number above 1e+15"), (-1e30, "holds a number above")]
 )
 def test_an_update_of_another_scale_is_screened_by_name(tmp_path: Path, step: float, reason: str) -> None:
