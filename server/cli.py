@@ -112,7 +112,7 @@ def start(
 
     from gapweave.server import room
     from gapweave.server.proxy import nginx
-    from gapweave.server.superlink import children, keep_registered, serves
+    from gapweave.server.superlink import children, keep_registered, silent
     from gapweave.shared.errors import Unreachable
 
     hub = _hub(folder)
@@ -123,10 +123,10 @@ def start(
         hub.service.run(partial(children, hub, proxy=proxy), partial(keep_registered, hub))
         return
     words = ["server", "start", "--foreground", "--dir", str(hub.folder), "--proxy" if proxy else "--no-proxy"]
-    if not hub.service.start(words, partial(serves, hub), STARTING_S):
+    if not hub.service.start(words, lambda: silent(hub) is None, STARTING_S):
         raise Unreachable(
             "the hub does not begin to serve",
-            where=str(hub.service.log_file("superlink")),
+            where=str(hub.service.log_file(silent(hub) or "superlink")),
             remedy="Look at that log; `gapweave server stop` ends it",
         )
     typer.echo(f"the hub {hub.config.name} serves at {hub.config.hosts[0]}:{hub.config.port}")
@@ -140,23 +140,23 @@ def status(folder: HubOption = None, as_json: JsonOption = False) -> None:
     """
     from gapweave.server import room
     from gapweave.server.certificates import days_left
-    from gapweave.server.superlink import Control, serves
+    from gapweave.server.superlink import Control, silent
     from gapweave.shared.errors import Unreachable
 
     hub = _hub(folder)
     full = room.lacking(hub.folder)
-    found = {"name": hub.config.name, **hub.service.status(), "serves": serves(hub)}
+    found = {"name": hub.config.name, **hub.service.status(), "serves": (missing := silent(hub)) is None}
     found["certificate_days"] = round(days_left(hub.certificate))
     found["free_bytes"] = room.free(hub.folder)
     found["sites"] = dict.fromkeys(hub.sites(), "unknown")
-    if found["serves"]:
+    if missing != "superlink":
         with Control(hub) as control:
             online = {site["name"]: site["online"] for site in control.sites().values()}
         found["sites"] = {name: "online" if online.get(name) else "offline" for name in hub.sites()}
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
-        typer.echo(f"{found['name']}: {'serves' if found['serves'] else 'does not serve'}")
+        typer.echo(f"{found['name']}: {'serves' if missing is None else f'does not serve: {missing}'}")
         for name, process in found["processes"].items():
             typer.echo(f"  {name:<12} {process['state']} since {process['since']}, restarts: {process['restarts']}")
         typer.echo(f"  certificate  {found['certificate_days']} days left")
@@ -203,8 +203,8 @@ def submit(
     if as_json and not wait:
         typer.echo(json.dumps({"run": run, "study": chosen.name, "sha256": chosen.sha256}, indent=1))
         return
-    if not as_json:
-        typer.echo(f"submitted {run}; the study's hash is {chosen.sha256}")
+    # Whoever stops waiting needs its name; JSON is alone on the standard output.
+    typer.echo(f"submitted {run}; the study's hash is {chosen.sha256}", err=as_json)
     if wait:
         _follow(hub, run, as_json)
 

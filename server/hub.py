@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from platformdirs import user_config_path
@@ -34,12 +34,16 @@ PORT = 9092
 """Where sites connect to; the SuperLink and its health server listen on the two after the proxy's, on loopback."""
 
 
+Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9:]([A-Za-z0-9.:_-]*[A-Za-z0-9:])?$", max_length=253)]
+"""A name or address of a machine."""
+
+
 class HubConfig(StrictModel):
     """hub.yaml."""
 
     version: Version = Field(description="format of the file: 1")
     name: str = Field(pattern=SiteName, description="name of the hub")
-    hosts: list[str] = Field(min_length=1, description="names and addresses of this machine, the first for the sites")
+    hosts: list[Host] = Field(min_length=1, description="names and addresses of this machine, the first for the sites")
     port: int = Field(PORT, ge=1, le=65535, description="public port, that sites connect to")
     listen_port: int | None = Field(
         None, ge=1, le=65535, description="port of the reverse proxy, where a router brings the public one there"
@@ -66,6 +70,11 @@ class Hub:
         self.proxy = self.folder / "nginx.conf"
         self.service = Service(self.folder / "service", f"the hub {self.config.name}")
 
+    @property
+    def listens(self) -> int:
+        """Port of the reverse proxy."""
+        return self.config.listen_port or self.config.port
+
     @classmethod
     def create(cls, folder: Path, name: str, hosts: Sequence[str], port: int, listen_port: int | None = None) -> Hub:
         """Make a hub and enter it in the user's list of servers.
@@ -87,22 +96,22 @@ class Hub:
                 f"{name!r} is no name for a hub", where="--name", remedy="Use letters, digits, '-' and '_'"
             )
         own = listen_port or port
-        config = HubConfig(
-            version=1,
-            name=name,
-            hosts=list(hosts),
-            port=port,
-            listen_port=listen_port,
-            control_port=own + 1,
-            health_port=own + 2,
-        )
+        content = {
+            "version": 1,
+            "name": name,
+            "hosts": list(hosts),
+            "port": port,
+            "listen_port": listen_port,
+            "control_port": own + 1,
+            "health_port": own + 2,
+        }
+        parse(HubConfig, content, "--host")
         private_folder(folder)
         folder.chmod(0o700)
         for part in ("keys", "runs", "submitted", "flower"):
             private_folder(folder / part)
         make_authority(folder / "ca.crt", folder / "ca.key", name)
-        content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        write_atomically(folder / "hub.yaml", content.encode())
+        write_atomically(folder / "hub.yaml", yaml.safe_dump(content, sort_keys=False).encode())
         hub = cls(folder)
         hub.renew(force=True)
         _enter(name, hub.folder)
@@ -147,8 +156,8 @@ class Hub:
         text = f"{yaml.safe_dump(head, sort_keys=False)}ca: |\n{authority}"
         write_atomically(self.connection, text.encode())
         self.connection.chmod(0o644)
-        ports = {"port": self.config.listen_port or self.config.port, "control_port": self.config.control_port}
-        write_atomically(self.proxy, proxy_configuration(self.folder, **ports).encode())
+        text = proxy_configuration(port=self.listens, control_port=self.config.control_port)
+        write_atomically(self.proxy, text.encode())
 
     def add_site(self, name: str, key: Path) -> None:
         """Let a site in, by its public key; a running hub takes it up at once.
@@ -176,6 +185,13 @@ class Hub:
             raise UsageError(
                 "this is no public key of a site", where=str(key), remedy="`gapweave site init` makes site.pub"
             )
+        for other in self.sites():
+            if other != name and _same_key(content, (self.keys / f"{other}.pub").read_bytes()):
+                raise UsageError(
+                    f"this is the key of {other!r}",
+                    where=str(key),
+                    remedy=f"Each site has its own; to rename one, first: gapweave server remove-site {other}",
+                )
         file = self.keys / f"{name}.pub"
         if file.exists() and file.read_bytes() != content:
             raise UsageError(
@@ -217,6 +233,11 @@ class Hub:
         files = self._submitted.glob("*.json")
         found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
         return dict(sorted(found.items(), key=lambda item: str(item[1]["submitted"])))
+
+
+def _same_key(one: bytes, other: bytes) -> bool:
+    """Whether two lines of OpenSSH hold one key, whatever comment follows it."""
+    return one.split()[:2] == other.split()[:2]
 
 
 def _list_file() -> Path:

@@ -6,7 +6,6 @@ Only the calls that a site makes go through; to register or to start a run one m
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from gapweave.shared import PROTOCOL_VERSION, __version__
 from gapweave.shared.errors import UsageError
@@ -40,8 +39,9 @@ http {{
     }}
     server {{
         listen {port} ssl;
-        ssl_certificate {folder}/server.crt;
-        ssl_certificate_key {folder}/server.key;
+        # Files lie beside this one.
+        ssl_certificate server.crt;
+        ssl_certificate_key server.key;
         ssl_protocols TLSv1.2 TLSv1.3;
         # Models are larger than the default of 1 MB.
         client_max_body_size 0;
@@ -54,7 +54,7 @@ http {{
             proxy_http_version 1.1;
             proxy_set_header Connection "";
             proxy_set_header Host $host;
-            proxy_ssl_trusted_certificate {folder}/ca.crt;
+            proxy_ssl_trusted_certificate ca.crt;
             proxy_ssl_verify on;
             proxy_ssl_name localhost;
             proxy_request_buffering off;
@@ -67,16 +67,14 @@ http {{
 """
 
 
-def proxy_configuration(folder: Path, *, port: int, control_port: int) -> str:
-    """nginx.conf of a hub.
+def proxy_configuration(*, port: int, control_port: int) -> str:
+    """nginx.conf of a hub; it names no folder, whose name might need quotes.
 
     Args:
-        folder: of the hub.
         port: to listen on.
         control_port: of the SuperLink, on loopback.
     """
     return TEMPLATE.format(
-        folder=folder,
         port=port,
         control_port=control_port,
         about=ABOUT,

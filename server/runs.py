@@ -15,7 +15,7 @@ from gapweave.server.hub import Hub
 from gapweave.server.superlink import Control, FlowerRun
 from gapweave.shared.config.simulation import Simulation
 from gapweave.shared.config.study import Study
-from gapweave.shared.errors import UsageError
+from gapweave.shared.errors import GapweaveError, UsageError
 from gapweave.shared.rundir import RunDirectory
 
 GOING = ("pending", "starting", "running")
@@ -114,9 +114,10 @@ def resume(hub: Hub, run: str) -> None:
 
 def stop(hub: Hub, run: str) -> bool:
     """End a run; it can be resumed. Whether it was still going."""
-    number = _noted(hub, run)["numbers"][-1]
+    number = number_of(hub, run)
     with Control(hub) as control:
-        return control.stop(number)
+        known = control.runs().get(number)
+        return known is not None and known.status in GOING and control.stop(number)
 
 
 def states(hub: Hub) -> list[RunState]:
@@ -143,13 +144,18 @@ def pull(hub: Hub, run: str, out: Path) -> None:
 
     Raises:
         UsageError: when the folder exists, or the run has written nothing.
+        GapweaveError: when the disk does not take it.
     """
     _noted(hub, run)
     source = hub.runs / run
     if not source.exists():
         raise UsageError(f"{run} has written nothing yet", where="RUN_ID", remedy=f"gapweave logs {run}")
     RunDirectory.require_new(out)
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("checkpoint", "failure.json"), dirs_exist_ok=True)
+    try:
+        shutil.copytree(source, out, ignore=shutil.ignore_patterns("checkpoint", "failure.json"), dirs_exist_ok=True)
+    except shutil.Error as error:
+        _, file, why = error.args[0][0]
+        raise GapweaveError(f"the run cannot be copied ({why})", where=str(file), remedy="Check the disk") from None
 
 
 def _noted(hub: Hub, run: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The SuperLink, Flower's server process: how it is started, and the calls of its control side.
 
-The one place on the server's side that uses names of Flower's which are not documented; test_superlink.py fails when
-they move.
+The one place on the server's side that uses names of Flower's which are not documented; test_hub.py and the long
+tests' federations fail when they move.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sqlite3
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,8 +20,8 @@ from typing import Any
 from gapweave.server import room
 from gapweave.server.hub import Hub
 from gapweave.server.proxy import nginx
-from gapweave.shared.errors import Unreachable, UsageError
-from gapweave.shared.ports import healthy
+from gapweave.shared.errors import GapweaveError, Unreachable, UsageError
+from gapweave.shared.ports import healthy, is_free, shows
 from gapweave.shared.service import Child
 
 LOOK_S = 1.0
@@ -31,7 +32,12 @@ sites that answer 100 MB at once take longer on a small machine."""
 
 
 def children(hub: Hub, *, proxy: bool) -> list[Child]:
-    """The processes of a hub, the SuperLink on loopback and the reverse proxy, with certificates that are good."""
+    """The processes of a hub, the SuperLink on loopback and the reverse proxy, with certificates that are good.
+
+    Raises:
+        Unreachable: when another program has one of its ports.
+    """
+    _fit(hub, proxy=proxy)
     hub.renew()
     config = hub.config
     superlink = Child(
@@ -52,21 +58,54 @@ def children(hub: Hub, *, proxy: bool) -> list[Child]:
     return [superlink, Child(name="proxy", command=command)]
 
 
-def serves(hub: Hub) -> bool:
-    """Whether the SuperLink is up."""
-    return healthy(hub.config.health_port)
+def _fit(hub: Hub, *, proxy: bool) -> None:
+    """Refuse to start where another program has a port: its answers would be taken for the hub's.
+
+    Raises:
+        Unreachable: naming the port.
+    """
+    config = hub.config
+    ports = {"control_port": config.control_port, "health_port": config.health_port}
+    if proxy:
+        ports["port" if config.listen_port is None else "listen_port"] = hub.listens
+    for name, port in ports.items():
+        if not is_free(port):
+            raise Unreachable(
+                f"another program listens on port {port}",
+                where=f"{hub.folder / 'hub.yaml'}:{name}",
+                remedy="End it, or choose another port there (hospitals know the public one by connection.yaml)",
+            )
+
+
+def silent(hub: Hub) -> str | None:
+    """The process of a hub, as its service names it, that does not serve; None where all do.
+
+    That one answers is not enough: it has to show the hub's own certificate.
+    """
+    config = hub.config
+    if not (healthy(config.health_port) and shows(config.control_port, hub.ca)):
+        return "superlink"
+    kept = hub.service.status()["processes"]
+    return "proxy" if "proxy" in kept and not shows(hub.listens, hub.ca) else None
 
 
 def keep_registered(hub: Hub, over: threading.Event) -> None:
     """Let the SuperLink know the hub's sites, and only these, until the hub is stopped."""
     done: dict[str, int] | None = None
+    said = ""
     while not over.wait(LOOK_S):
-        wanted = {file.name: file.stat().st_mtime_ns for file in hub.keys.glob("*.pub")}
-        with contextlib.suppress(Unreachable, OSError):
-            if wanted != done and serves(hub):
+        try:
+            wanted = {file.name: file.stat().st_mtime_ns for file in hub.keys.glob("*.pub")}
+            if wanted != done and healthy(hub.config.health_port):
                 with Control(hub) as control:
                     control.register(over)
                 done = wanted
+        except (Unreachable, OSError):
+            pass  # it starts, or is going
+        except GapweaveError as error:
+            if str(error) != said:
+                said = str(error)
+                print(f"sites are not registered: {said}", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +202,7 @@ class Control:
                     self._client.UnregisterNode(UnregisterNodeRequest(node_id=number))
         for name, key in wanted.items():
             if key not in found and not (over and over.is_set()):
+                free_key(self._hub.database, key)
                 with self._asking():
                     found[key] = self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id
         numbers = {name: found[key] for name, key in wanted.items() if key in found}
@@ -229,6 +269,26 @@ def _public_key(hub: Hub, name: str) -> Any:
     from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
     return load_ssh_public_key((hub.keys / f"{name}.pub").read_bytes())
+
+
+def free_key(database: Path, key: bytes) -> None:
+    """Let a key that was shut out be registered again: Flower keeps it for good, and refuses it from then on.
+
+    Args:
+        database: of the SuperLink, which may be running.
+        key: as Flower knows it.
+
+    Raises:
+        GapweaveError: when the database cannot be written.
+    """
+    freed = "UPDATE node SET public_key = CAST('shut out ' || node_id AS BLOB) WHERE public_key = ? AND status = ?"
+    try:
+        with contextlib.closing(sqlite3.connect(database, timeout=LOCKED_S)) as connection, connection:
+            connection.execute(freed, (key, "unregistered"))
+    except sqlite3.Error as error:
+        raise GapweaveError(
+            f"Flower's database cannot be written ({error})", where=str(database), remedy="Check the disk"
+        ) from None
 
 
 def wait_for_database() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from typing import Any
@@ -153,11 +154,15 @@ def _run(arguments: list[str], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         return INTERRUPTED
+    except BrokenPipeError:  # `gapweave runs | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
-        if not error.filename:
-            raise
         if debug:
             traceback.print_exc()
+        if not error.filename:
+            typer.echo(f"error: {error.strerror or type(error).__name__}. Check the disk and the network", err=True)
+            return 1
         typer.echo(f"error: {error.filename}: {error.strerror}. Check the path and its permissions", err=True)
         return 2
     except Exception as error:

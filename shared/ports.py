@@ -1,6 +1,8 @@
-"""Ports of this machine: a free one, and whether the Flower process behind one is healthy, by gRPC's protocol."""
+"""Ports of this machine: which are free, and whether what listens on one is healthy, and ours."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 def healthy(port: int, seconds: float = 1.0) -> bool:
@@ -19,6 +21,42 @@ def healthy(port: int, seconds: float = 1.0) -> bool:
         except grpc.RpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def shows(port: int, authority: Path, seconds: float = 2.0) -> bool:
+    """Whether what listens on a port of this machine has a certificate for localhost of an authority.
+
+    Args:
+        port: on loopback.
+        authority: its certificate.
+        seconds: to wait for an answer.
+    """
+    import socket
+    import ssl
+
+    context = ssl.create_default_context(cafile=authority)
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=seconds) as plain,
+            context.wrap_socket(plain, server_hostname="localhost"),
+        ):
+            return True
+    except OSError:
+        return False
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing on this machine listens on a port, on whatever address."""
+    import errno
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what was closed just now does not count
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+        return True
 
 
 def free_port() -> int:

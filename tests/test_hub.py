@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import sqlite3
+import ssl
 import stat
 import subprocess
 import sys
+import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,13 +30,39 @@ from gapweave.shared.config.connection import load_connection
 from gapweave.shared.errors import Unreachable, UsageError
 from gapweave.sites.demo import write_demo
 
+PORT = "30443"
+
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("GAPWEAVE_HUB", str(tmp_path / "hub"))
-    assert run("server", "init", "--host", "hub.example.org", "--host", "10.0.0.7", "--port", "30443").code == 0
+    assert run("server", "init", "--host", "hub.example.org", "--host", "10.0.0.7", "--port", PORT).code == 0
     return Hub.find(None)
+
+
+@contextmanager
+def listening(port: int, shown: Hub | None = None) -> Iterator[None]:
+    """Something listens on a port of the loopback, and shows a hub's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if shown is not None:
+        context.load_cert_chain(shown.certificate, shown.key)
+
+    def answer() -> None:
+        with suppress(OSError):
+            while True:
+                caller, _ = listener.accept()
+                with suppress(OSError), caller, context.wrap_socket(caller, server_side=True):
+                    pass
+
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def test_what_is_made(hub: Hub) -> None:
@@ -63,6 +93,40 @@ def test_a_hub_behind_a_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "listen 30443 ssl;" in hub.proxy.read_text()
     assert "server 127.0.0.1:30444;" in hub.proxy.read_text()
     assert (hub.config.control_port, hub.config.health_port) == (30444, 30445)
+
+
+@pytest.mark.parametrize("host", ["bad host", "hub_!", "-x", ""])
+def test_a_host_that_is_none(tmp_path: Path, host: str) -> None:
+    made = tmp_path / "new"
+    assert "--host" in run("server", "init", "--dir", str(made), "--host", host, code=2).err
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(("name", "port"), [("port", 0), ("control_port", 1), ("health_port", 2)])
+def test_a_port_that_another_program_has(hub: Hub, name: str, port: int) -> None:
+    """It was taken for the hub's own, which then served nobody, and said that it does."""
+    with listening(int(PORT) + port):
+        found = run("server", "start", "--foreground", code=5).err
+    assert f"hub.yaml:{name}: another program listens on port {int(PORT) + port}" in found
+
+
+def test_a_hub_serves_when_all_of_it_answers_with_its_own_certificate(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Hub.create(tmp_path / "other", "other", ["localhost"], int(PORT))
+    monkeypatch.setattr(superlink, "healthy", lambda port: True)
+    monkeypatch.setattr(hub.service, "status", lambda: {"processes": {"superlink": {}, "proxy": {}}})
+    assert superlink.silent(hub) == "superlink"
+    with listening(hub.config.control_port, other):
+        assert superlink.silent(hub) == "superlink"
+    with listening(hub.config.control_port, hub):
+        assert superlink.silent(hub) == "proxy"
+        with listening(hub.listens):
+            assert superlink.silent(hub) == "proxy"
+        with listening(hub.listens, hub):
+            assert superlink.silent(hub) is None
+    monkeypatch.setattr(superlink, "healthy", lambda port: False)
+    assert superlink.silent(hub) == "superlink"
 
 
 def test_a_hub_without_room(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +175,13 @@ def test_a_certificate_is_renewed_before_it_ends(hub: Hub) -> None:
     assert days_left(hub.certificate) > 300
 
 
-def test_nginx_reads_its_configuration(hub: Hub) -> None:
+@pytest.mark.parametrize("name", ["hub", "hub ü; $x {1}"])
+def test_nginx_reads_its_configuration(hub: Hub, tmp_path: Path, name: str) -> None:
     try:
         program = nginx()
     except UsageError as error:
         pytest.skip(f"{error}")
+    hub = Hub(hub.folder.rename(tmp_path / name))
     command = [program, "-t", "-p", f"{hub.folder}/", "-c", str(hub.proxy), "-e", "stderr"]
     (hub.folder / "service").mkdir()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -129,12 +195,15 @@ def test_who_is_let_in(hub: Hub, tmp_path: Path) -> None:
     assert run("server", "add-site", "north", "--key", str(public)).code == 0, "again changes nothing"
     assert hub.sites() == ["north"]
     other = make_keys(tmp_path / "other.key")
+    same = tmp_path / "same.pub"
+    same.write_bytes(public.read_bytes().strip() + b" another comment")
     for words, text in {
         ("north", str(other)): "another key",
         ("south", str(tmp_path / "none.pub")): "no such file",
         ("south", str(tmp_path / "site.key")): "private key",
         ("south", str(hub.ca)): "no public key",
         ("../south", str(public)): "no name of a site",
+        ("south", str(same)): "the key of 'north'",
     }.items():
         assert text in run("server", "add-site", words[0], "--key", words[1], code=2).err
     assert run("server", "remove-site", "north").code == 0
@@ -169,3 +238,46 @@ def test_a_hub_waits_for_a_busy_database(tmp_path: Path, monkeypatch: pytest.Mon
         sql_mixin._set_sqlite_pragmas(connection, None)
         assert connection.execute("PRAGMA busy_timeout").fetchone() == (1000 * superlink.LOCKED_S,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # Flower's own, of Alembic
+def test_a_key_that_was_shut_out_can_be_let_in_again(tmp_path: Path) -> None:
+    """Flower refused it for good, and with it every study that was submitted later."""
+    from flwr.server.superlink.linkstate import LinkStateFactory
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.superlink.federation import NoOpFederationManager
+
+    database = tmp_path / "superlink.db"
+    state = LinkStateFactory(str(database), NoOpFederationManager(), ObjectStoreFactory(str(database))).state()
+    first, other = (state.create_node("", "", key, 30) for key in (b"key", b"other"))
+    superlink.free_key(database, b"key")
+    assert state.get_node_id_by_public_key(b"key") == first, "one that is let in stays"
+    state.delete_node("", first)
+    with pytest.raises(ValueError, match="already in use"):
+        state.create_node("", "", b"key", 30)
+    superlink.free_key(database, b"key")
+    assert state.get_node_id_by_public_key(b"key") is None
+    again = state.create_node("", "", b"key", 30)
+    assert state.get_node_id_by_public_key(b"key") == again != first
+    assert state.get_node_id_by_public_key(b"other") == other
+
+
+def test_what_is_wrong_with_one_registration_does_not_end_the_others(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The thread died, and no site was let in or shut out from then on."""
+    tries: list[int] = []
+    over = threading.Event()
+
+    def register(control: superlink.Control, stopping: threading.Event | None = None) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise UsageError("the hub refuses (412)", remedy="none")
+        over.set()
+
+    monkeypatch.setattr(superlink, "LOOK_S", 0.01)
+    monkeypatch.setattr(superlink, "healthy", lambda port: True)
+    monkeypatch.setattr(superlink.Control, "register", register)
+    superlink.keep_registered(hub, over)
+    assert len(tries) == 3
+    assert capsys.readouterr().out.count("sites are not registered: the hub refuses (412)") == 1

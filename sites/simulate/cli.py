@@ -65,7 +65,9 @@ def resume(
     server: Annotated[
         str | None, typer.Option("--server", metavar="NAME", help="Name or folder of the hub that RUN_ID is on.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print summary.json instead of a table; on a hub, how the run stands.")
+    ] = False,
 ) -> None:
     """Continue a run from its last checkpoint; budgets go on from where they were.
 
@@ -75,8 +77,12 @@ def resume(
         from gapweave.server import runs
         from gapweave.server.hub import Hub
 
-        runs.resume(Hub.find(server), run)
-        typer.echo(f"{run} goes on; see gapweave runs --server {server}")
+        hub = Hub.find(server)
+        runs.resume(hub, run)
+        if as_json:
+            typer.echo(json.dumps(runs.state_of(hub, run).to_dict(), indent=1))
+        else:
+            typer.echo(f"{run} goes on; see gapweave runs --server {server}")
         return
     from gapweave.sites.simulate import commands
 
