@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +22,11 @@ from gapweave.client.network import Networks
 from gapweave.client.participant import Participant
 from gapweave.client.sources.files import forget_files
 from gapweave.client.state import RunFolder
+from gapweave.client.supernode import CONTACT, TROUBLE
 from gapweave.shared.config import load_site
 from gapweave.shared.config.study import Study, study_from_json
 from gapweave.shared.errors import BudgetExhausted, DataError, GapweaveError, NotApproved, NotIntact, RefusedError
+from gapweave.shared.files import write_atomically
 from gapweave.shared.messages import Evaluate, Finish, Prepare, Train, read_request
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.tensorfile import Arrays
@@ -106,6 +112,7 @@ def _reply(message: Message, context: Context, work: Callable[[dict[str, Any], A
     try:
         header, arrays = unpack(message.content)
         answer, reply = work(header, arrays)
+        _note(None)
         return Message(pack({"status": "ok", **answer}, reply), reply_to=message)
     except Exception as error:
         name = _name(context)
@@ -119,6 +126,7 @@ def _status(error: Exception) -> dict[str, str]:
         return {"status": "failed", "error": "ProtocolError", "text": str(error)}
     if isinstance(error, GapweaveError):
         log.warning("%s", error)
+        _note(str(error))
         status = "refused" if isinstance(error, RefusedError) else "failed"
         kind = next(kind for kind in type(error).__mro__ if kind in FIXED_TEXTS)
         return {"status": status, "error": kind.__name__, "text": FIXED_TEXTS[kind]}
@@ -126,8 +134,22 @@ def _status(error: Exception) -> dict[str, str]:
     reference = uuid.uuid4().hex[:12]
     places = [f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
     log.error("internal error %s: %s at %s", reference, type(error).__name__, " < ".join(reversed(places)))
+    _note(f"internal error {reference} ({type(error).__name__}). The log of the SuperNode names its place")
     text = f"internal error at the site, reference {reference}"
     return {"status": "failed", "error": "InternalError", "text": text}
+
+
+def _note(trouble: str | None) -> None:
+    """Keep what a deployed site failed at, for its own `site status`, until it answers a message well."""
+    contact = os.environ.get(CONTACT)
+    if contact is None:
+        return
+    file = Path(contact).with_name(TROUBLE)
+    with suppress(OSError):  # a full disk is trouble enough
+        if trouble is None:
+            file.unlink(missing_ok=True)
+        else:
+            write_atomically(file, json.dumps({"time": time.time(), "text": trouble}).encode(), durable=False)
 
 
 def _name(context: Context) -> str:

@@ -114,6 +114,8 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
     if found["running"]:
         contact = "never heard" if found["contact_s"] is None else f"heard {found['contact_s']:.0f} s ago"
         lines.append(f"  hub         {'connected' if found['connected'] else 'not connected'}, {contact}")
+    if found["trouble"]:
+        lines.append(f"  trouble     {found['trouble']['text']} ({found['trouble']['when']})")
     if found["last"]:
         last = found["last"]
         lines.append(f"  last run    {last['run']}, round {last['round']}{', finished' if last['finished'] else ''}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gapweave.client.keys import check_key
-from gapweave.client.supernode import CONTACT
+from gapweave.client.supernode import CONTACT, TROUBLE
 from gapweave.shared.config import load_site
 from gapweave.shared.config.connection import Connection, load_connection
 from gapweave.shared.config.site import Site
@@ -88,6 +88,10 @@ class Deployment:
     def _contact(self) -> Path:
         return self.state / "service" / "contact.json"
 
+    @property
+    def _trouble(self) -> Path:
+        return self._contact.with_name(TROUBLE)
+
     def check(self) -> None:
         """Refuse a start that cannot succeed.
 
@@ -104,7 +108,8 @@ class Deployment:
             data: folder of data sets.
         """
         connection = self.connection()
-        self._contact.unlink(missing_ok=True)  # what was heard earlier says nothing about now
+        for noted in (self._contact, self._trouble):
+            noted.unlink(missing_ok=True)  # what was heard earlier says nothing about now
         for folder in (self.state, self.state / "service", self.state / "flower"):
             private_folder(folder)
         authority = self.state / "service" / "ca.crt"
@@ -144,8 +149,15 @@ class Deployment:
         contact = self.contact()
         return self.up() and contact is not None and contact < LOST_S
 
+    def trouble(self) -> dict[str, Any] | None:
+        """What the site failed at in its last message: `text` and `when`; None where it answered well."""
+        if not self._trouble.exists():
+            return None
+        noted = json.loads(self._trouble.read_text(encoding="utf-8"))
+        return {"text": noted["text"], "when": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(noted["time"]))}
+
     def status(self) -> dict[str, Any]:
-        """`running`, `healthy`, `connected`, `contact_s`, and the last run and its round."""
+        """`running`, `healthy`, `connected`, `contact_s`, `trouble`, and the last run and its round."""
         found = self.service.status()
         contact = self.contact()
         return {
@@ -154,6 +166,7 @@ class Deployment:
             "healthy": found["running"] and self.up(),
             "connected": found["running"] and self.connected(),
             "contact_s": None if contact is None or not found["running"] else round(contact, 1),
+            "trouble": self.trouble(),
             "last": last_round(self.state),
         }
 

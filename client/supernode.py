@@ -30,6 +30,8 @@ log = logging.getLogger("gapweave")
 
 CONTACT = "GAPWEAVE_CONTACT"
 """Environment variable: the file in which the SuperNode notes when it last heard of its hub."""
+TROUBLE = "trouble.json"
+"""Name of the file beside it in which a message's process notes what it failed at."""
 CONTACT_S = 5.0
 """Seconds between two notes."""
 

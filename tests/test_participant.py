@@ -17,12 +17,16 @@ from hospitals import KINDS, Wire, build, die, participant, plan_of, publish
 from gapweave.client import learner as learner_module
 from gapweave.client import participant as participant_module
 from gapweave.client.app import FIXED_TEXTS
+from gapweave.client.deployment_cli import _status_lines
 from gapweave.client.local_models import fit_network
 from gapweave.client.participant import Participant
+from gapweave.client.service import Deployment
 from gapweave.client.state import RoundState, RunFolder, read_model
+from gapweave.client.supernode import CONTACT
 from gapweave.client.training import Sgd
 from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.shared import wire
+from gapweave.shared.config import load_site
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import BudgetExhausted, DataError, RefusedError
 from gapweave.shared.model import group_of
@@ -688,6 +692,25 @@ def test_a_deployed_site_says_fixed_texts_only(tmp_path: Path, caplog: pytest.Lo
     assert (header["status"], header["error"]) == ("refused", "NotApproved")
     assert header["text"] == "the site has not approved this study: gapweave site approve SITE.yaml --study STUDY"
     assert "is not approved" in caplog.text, "the site's own people can read why"
+
+
+def test_a_deployed_site_knows_what_it_failed_at_until_it_answers_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, hospital = plan_of(private=True), build(tmp_path / "a", "north")
+    hospital.update("policy", studies=[])
+    service = hospital.folder / "state" / "service"
+    service.mkdir(parents=True)
+    monkeypatch.setenv(CONTACT, str(service / "contact.json"))
+    assert prepare(Wire([hospital], simulation=False), of)["status"] == "refused"
+    site = Deployment(hospital.site_file, load_site(hospital.site_file))
+    found = site.trouble()
+    assert found is not None
+    assert "is not approved" in found["text"]
+    assert "trouble     " in "\n".join(_status_lines({**site.status(), "ledger": None}))
+    hospital.update("policy", studies=[of.sha256])
+    assert prepare(Wire([hospital], simulation=False), of)["status"] == "ok"
+    assert site.trouble() is None
 
 
 def test_a_deployed_site_keeps_its_state_where_its_file_says(tmp_path: Path) -> None:
