@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -18,6 +19,7 @@ from gapweave.shared.config.study import Study, study_from_json
 from gapweave.shared.errors import GapweaveError
 from gapweave.shared.report.run_report import write_report
 from gapweave.shared.rundir import RunDirectory
+from gapweave.shared.tensorfile import Arrays
 
 app = ServerApp()
 
@@ -30,25 +32,57 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(config["out"])
     directory = RunDirectory(out) if (out / "study.yaml").exists() else RunDirectory.create(out, study)
     try:
-        run_study(grid, study, directory, config["run"], Room(out), names=_names(config.get("sites", "")))
+        watch = Watch(directory, study)
+        run_study(grid, study, directory, config["run"], watch, names=_names(config.get("sites", "")))
     except GapweaveError as error:
+        print(f"error: {error}", flush=True)
         directory.write_json(directory.failure.name, {"error": str(error), "exit_code": error.exit_code})
         raise
 
 
-class Room(Observer):
-    """Ends a run before a round that the hub's disk has no room for: no site pays for what cannot be kept.
+class Watch(Observer):
+    """Prints a line a round, for `gapweave logs`, and ends a run before a round that the hub's disk has no room for.
+
+    No site pays for what cannot be kept.
 
     Args:
-        folder: of the run.
+        directory: of the run.
+        study: that it trains.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, directory: RunDirectory, study: Study) -> None:
+        self._directory, self._rounds = directory, study.training.rounds
+
+    def prepared(self, peers: dict[str, Peer]) -> None:
+        """Who is there, and who is not."""
+        print(f"handshake: {_listed({name: vars(peer) for name, peer in peers.items()})}", flush=True)
 
     def starting(self, number: int, sent: int) -> None:
         """What is sent lies in Flower's database, what comes back too, each also in its log; then the checkpoint."""
-        room.require(self._folder, 5 * sent)
+        room.require(self._directory.path, 5 * sent)
+
+    def round_done(self, number: int, current: Arrays) -> None:
+        """Who took part in it, and what was wrong."""
+        *_, line = self._directory.rounds()
+        wrong = [
+            f"{group}: {site} left out ({reason})"
+            for group, of in line["groups"].items()
+            for site, reason in of["screened"].items()
+        ]
+        wrong += [
+            f"{group} left alone ({of['left_alone']})" for group, of in line["groups"].items() if "left_alone" in of
+        ]
+        told = "; ".join([_listed(line["sites"]), *wrong])
+        print(f"round {number} of {self._rounds}, {line['seconds']:.1f} s: {told}", flush=True)
+
+
+def _listed(sites: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sites that are well, then the others with status and reason."""
+    well = [name for name, site in sorted(sites.items()) if site["status"] == "ok"]
+    others = [
+        f"{name} {site['status']} ({site.get('reason')})" for name, site in sorted(sites.items()) if name not in well
+    ]
+    return "; ".join([", ".join(well) or "no site", *others])
 
 
 def _names(registry: str) -> Callable[[int], str | None] | None:

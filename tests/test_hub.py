@@ -22,12 +22,14 @@ from cryptography import x509
 
 from gapweave.client.keys import make_keys
 from gapweave.server import room, superlink
-from gapweave.server.app import Room
+from gapweave.server.app import Watch
 from gapweave.server.certificates import days_left, make_server_certificate
 from gapweave.server.hub import Hub
 from gapweave.server.proxy import CALLS, nginx
+from gapweave.shared.config import load_study
 from gapweave.shared.config.connection import load_connection
 from gapweave.shared.errors import Unreachable, UsageError
+from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.demo import write_demo
 
 PORT = "30443"
@@ -136,9 +138,10 @@ def test_a_hub_without_room(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
     for words in (["server", "start"], ["server", "status"], ["submit", str(study)], ["runs"]):
         assert "no space left: 50 MB are free, the hub needs 50 MB" in run(*words, code=5).err, words
     monkeypatch.setattr(room, "free", lambda folder: room.LEAST + 500)
-    Room(hub.runs).starting(1, 100)
+    watch = Watch(RunDirectory(hub.runs), load_study(study))
+    watch.starting(1, 100)
     with pytest.raises(Unreachable, match="no space left"):
-        Room(hub.runs).starting(1, 101)
+        watch.starting(1, 101)
 
 
 def test_a_superlink_ends_when_its_disk_is_full(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pretence import ALL, RUN, Answer, Pretence, Pretender, loop, moved, study_o
 from gapweave.client import app as client_app
 from gapweave.server import mail
 from gapweave.server.aggregation import GroupAggregation, initial_groups
-from gapweave.server.app import run_study
+from gapweave.server.app import Watch, run_study
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.screening import norm, reason_to_reject
 from gapweave.server.strategy import Observer, RoundLoop
@@ -239,6 +239,22 @@ def test_a_site_answers_under_the_name_by_which_it_was_let_in(tmp_path: Path) ->
     }  # fmt: skip
     assert "was let in as 'c'" in peers["c"].reason
     assert {site for kind, site, _ in grid.asked if kind == wire.TRAIN} == {"a", "d"}
+
+
+def test_the_log_of_a_run_says_who_took_part_and_what_was_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = study_of(aggregation={"default": "median"})
+    grid = Pretence(*[Pretender(name) for name in "abc"], Pretender("d", 100.0), Pretender("e", status={2: "refused"}))
+    directory = RunDirectory.create(tmp_path / "run", of)
+    RoundLoop(grid, of, directory, RUN, Watch(directory, of)).run()
+    first, *rounds = capsys.readouterr().out.splitlines()
+    assert first == "handshake: a, b, c, d, e"
+    assert [line.split(",")[0] for line in rounds] == [f"round {at} of 3" for at in (1, 2, 3)]
+    assert "fusion: d left out (its norm is over" in rounds[0]
+    assert "a, b, c, d; e refused (text of e)" in rounds[1]
+    assert "a, b, c, d; " in rounds[2]
+    assert " e " not in rounds[2]
 
 
 def test_a_refusal_is_final_and_a_failure_is_not(tmp_path: Path) -> None:
