@@ -194,12 +194,13 @@ def submit(
     """
     from gapweave.server import runs
     from gapweave.server.hub import Hub
-    from gapweave.shared.config import load_study
+    from gapweave.shared.config import load_study, naming_study
     from gapweave.shared.config.overrides import parse_assignment
 
     hub = Hub.find(name)
     chosen = load_study(study, dict(parse_assignment(text) for text in assignments or []))
-    run = runs.submit(hub, chosen)
+    with naming_study(study):
+        run = runs.submit(hub, chosen)
     if as_json and not wait:
         typer.echo(json.dumps({"run": run, "study": chosen.name, "sha256": chosen.sha256}, indent=1))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,15 @@ class RunDirectory:
         """Refuse a folder that holds something: nothing is overwritten.
 
         Raises:
-            UsageError: when it exists and is not empty.
+            UsageError: when it exists and is not empty, or cannot be made.
         """
         if path.exists() and not path.is_dir():
             raise UsageError("this is a file", where=str(path), remedy="Give a folder that does not exist yet")
         if path.exists() and any(path.iterdir()):
             raise UsageError("the output folder exists", where=str(path), remedy="Give another --out, or resume it")
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            raise UsageError("no folder can be made here", where=str(path), remedy="Give another --out")
 
     @classmethod
     def create(cls, path: Path, study: Study) -> RunDirectory:

@@ -41,7 +41,9 @@ def check_study(study: Study, sites: Iterable[Site]) -> list[UsageError]:
         UsageError: naming the key; also where all groups would be left alone.
     """
     check_names(study)
-    held = holders_of(study, sites)
+    there = list(sites)
+    _require_honest(study, len(there))
+    held = holders_of(study, there)
     alone = [
         UsageError(error.what, where=error.where, remedy=error.remedy)
         for error in left_alone(study.aggregation, held).values()
@@ -50,6 +52,17 @@ def check_study(study: Study, sites: Iterable[Site]) -> list[UsageError]:
         raise alone[0]
     try_model(study, study.order)
     return alone
+
+
+def _require_honest(study: Study, sites: int) -> None:
+    """Refuse a simulation in which every site is bad: nobody's model would be judged."""
+    bad = study.simulation.bad_sites
+    if study.simulation.attack != "none" and 0 < sites <= bad:
+        raise UsageError(
+            f"{bad} bad sites of {sites} leave no honest one",
+            where="study:simulation.bad_sites",
+            remedy=f"Let at most {sites - 1} be bad, or add site files",
+        )
 
 
 def check_names(study: Study) -> None:

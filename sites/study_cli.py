@@ -67,7 +67,7 @@ def check(
 
     Example: gapweave study check study.yaml
     """
-    from gapweave.shared.config import load_site, load_study
+    from gapweave.shared.config import load_site, load_study, naming_study
     from gapweave.shared.errors import UsageError
     from gapweave.sites.simulate.commands import read_assignments
     from gapweave.sites.simulate.run import find_sites
@@ -75,11 +75,12 @@ def check(
 
     hospitals = []
     try:
-        study = load_study(path, read_assignments(assignments or []))
-        if sites is not None or any((path.parent / "sites").glob("*.yaml")):
-            hospitals = [load_site(file) for file in find_sites(path, sites)]
-        for alone in check_study(study, hospitals):
-            raise alone
+        with naming_study(path):
+            study = load_study(path, read_assignments(assignments or []))
+            if sites is not None or any((path.parent / "sites").glob("*.yaml")):
+                hospitals = [load_site(file) for file in find_sites(path, sites)]
+            for alone in check_study(study, hospitals):
+                raise alone
     except UsageError as error:
         if as_json:
             problem = {"id": "study", "status": "problem", "where": error.where or str(path)}

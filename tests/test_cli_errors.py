@@ -243,6 +243,31 @@ def test_an_existing_output_is_kept(original: Path, tmp_path: Path, kind: str) -
     assert content.read_text(encoding="utf-8") == "mine"
 
 
+def test_an_output_that_cannot_be_made_is_told_before_data_are_read(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    outcome = gapweave("simulate", original, "--out", tmp_path / "file" / "run", *QUICK)
+    assert outcome.code == 2
+    assert "no folder can be made here" in outcome.error
+    assert "warning" not in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("assignments", "code", "said"),
+    [
+        (["model.fusion=lat"], 2, "model.fusion: no fusion is called 'lat'"),
+        (["aggregation.quorum=9"], 4, "aggregation.quorum: "),
+        (["attack=zero", "simulation.bad_sites=9"], 2, "simulation.bad_sites: 9 bad sites of"),
+    ],
+)
+def test_an_error_of_a_study_names_its_file(
+    original: Path, tmp_path: Path, assignments: list[str], code: int, said: str
+) -> None:
+    options = [word for assignment in assignments for word in ("--set", assignment)]
+    outcome = gapweave("simulate", original, "--out", tmp_path / "run", *QUICK, *options)
+    assert outcome.code == code
+    assert f"error: {original}:{said}" in outcome.error
+
+
 @pytest.mark.parametrize("words", [["simulat"], ["study", "chek", "x"], ["--loud"], ["predict"], ["study", "check"]])
 def test_unknown_or_incomplete_commands(words: list[str]) -> None:
     outcome = gapweave(*words)

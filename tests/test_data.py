@@ -102,6 +102,16 @@ def test_multiclass(hospital: Hospital) -> None:
     assert batch.label_mask.tolist() == [[row != 3] * 4 for row in range(8)]
 
 
+@pytest.mark.parametrize("words", [("True", "False"), ("true", "false"), ("TRUE", "FALSE"), (True, False)])
+def test_a_label_of_booleans(hospital: Hospital, words: tuple[Any, Any]) -> None:
+    """As pandas, R and databases write them."""
+    yes, no = words
+    hospital.records(y=[yes, no, None, yes, no, yes, no, yes])
+    batch = hospital.load(study({"labs": LABS})).batch
+    assert batch.target[:, 0].tolist() == [1, 0, 0, 1, 0, 1, 0, 1]
+    assert batch.label_mask[:, 0].tolist() == [row != 2 for row in range(8)]
+
+
 def test_multilabel(hospital: Hospital) -> None:
     hospital.records(one=[0, 1, None, 1, 0, 1, 0, 1], two=[1, None, None, 0, 0, 1, 1, 1])
     hospital.update("records", label={"a": "one", "b": "two"})

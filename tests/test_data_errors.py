@@ -219,6 +219,7 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         DataError,
         "2 rows hold a label that is not one of 0, 1",
     ),
+    "booleans beside numbers": (records(y=["True", "0", *["1", "0"] * 3]), DataError, "cells stand for 1 both"),
     "one class": (records(y=[1] * 8), DataError, "one-class site"),
     "patient on both sides": (
         both(records(patient=[SECRET] * 8, when=[0, 1] * 4), part("split", column="when")),

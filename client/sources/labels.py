@@ -17,6 +17,11 @@ from gapweave.shared.config.sources import LabelColumn, Rows
 from gapweave.shared.config.study import Task
 from gapweave.shared.errors import DataError, UsageError
 
+NO_YES = ["0", "1"]
+"""Codes of a label that a record has or has not."""
+BOOLEANS = {**dict.fromkeys(("false", "False", "FALSE"), "0"), **dict.fromkeys(("true", "True", "TRUE"), "1")}
+"""As Parquet, pandas, R and databases write these, where a site file says nothing else."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
@@ -44,7 +49,7 @@ def read_targets(task: Task, site: Site, files: Files, records: Records) -> Targ
         UsageError: when the site file maps no column to a label, or a code to none of the study's.
         DataError: for a missing column, or a value that is none of the study's codes.
     """
-    allowed = task.class_names if task.kind == "multiclass" else ["0", "1"]
+    allowed = task.class_names if task.kind == "multiclass" else NO_YES
     columns = [_codes(label, allowed, site, files, records) for label in task.labels]
     if task.kind == "multiclass":
         value = (columns[0][:, None] == np.arange(len(allowed))).astype(np.float32)
@@ -67,10 +72,10 @@ def _codes(label: str, allowed: list[str], site: Site, files: Files, records: Re
         )
     refuse_codes(column.codes, allowed, files.key(f"data.records.label.{label}.codes"))
     raw, where = _raw(label, column, files, records)
-    local = code_text(raw)
-    if both := merged(local, column.codes):
+    local, mapping = code_text(raw), column.codes or (BOOLEANS if allowed == NO_YES else None)
+    if both := merged(local, mapping):
         raise DataError(both, where=files.key(f"data.records.label.{label}.codes"), remedy=LIST_ALL)
-    codes = recode(local, column.codes)
+    codes = recode(local, mapping)
     result = np.full(len(codes), -1, np.int64)
     for at, code in enumerate(allowed):
         result[(codes == code).fill_null(False).to_numpy()] = at

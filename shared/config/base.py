@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Hashable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -34,12 +35,22 @@ class StrictModel(BaseModel):
         for key in data:
             if key not in known and not cls.accepts_key(str(key)):
                 raise PydanticCustomError("unknown_key", "{text}", {"text": unknown_key(str(key), known)})
+            if isinstance(data[key], bool) and key in _numbers(cls):
+                text = f"{key} is a number, not true or false"  # which pydantic takes for 1 and 0
+                raise PydanticCustomError("unknown_key", "{text}", {"text": text})
         return data
 
     @classmethod
     def accepts_key(cls, key: str) -> bool:
         """Whether a key that is no field may appear (patterns of parameter groups, say)."""
         return False
+
+
+@cache
+def _numbers(model: type[BaseModel]) -> frozenset[str]:
+    """Fields that are a number, or may be beside None."""
+    kinds = {name: set(get_args(of.annotation) or (of.annotation,)) for name, of in model.model_fields.items()}
+    return frozenset(name for name, of in kinds.items() if of - {type(None)} <= {int, float})
 
 
 class NoSettings(StrictModel):
@@ -156,14 +167,23 @@ def parse(model: type[Model], content: dict[str, Any], where: str) -> Model:
 def explain(error: ValidationError, content: dict[str, Any], where: str) -> UsageError:
     """One line for the first problem of a pydantic report, with the number of further ones."""
     problems = error.errors(include_url=False)
-    first = problems[0]
-    key = ".".join(_written(first["loc"], content, absent=first["type"] == "missing"))
-    text = first["msg"].removeprefix("Value error, ")
+    paths = [list(_written(problem["loc"], content, absent=problem["type"] == "missing")) for problem in problems]
+    # Where one of several forms is allowed, each reports: the one that looked deepest is the form that was meant.
+    same = [at for at, path in enumerate(paths) if at == 0 or (paths[0] and path[: len(paths[0])] == paths[0])]
+    chosen = max(same, key=lambda at: len(paths[at]))
+    first, key = problems[chosen], ".".join(paths[chosen])
+    text, found = first["msg"].removeprefix("Value error, "), first.get("ctx", {})
     if first["type"] == "missing":
         text = "this key is required"
+    elif first["type"] == "union_tag_not_found":
+        text = f"the key {found['discriminator']} is required"
+    elif first["type"] == "union_tag_invalid":
+        known = re.findall(r"'([^']*)'", found["expected_tags"])
+        key, text = f"{key}.{found['discriminator'].strip(chr(39))}", unknown_key(str(found["tag"]), known, "kind")
     elif first["type"] not in ("unknown_key", "value_error") and not isinstance(first["input"], dict | list):
         text = f"{text}, found {first['input']!r}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    others = len(problems) - len(same)
+    more = f" (and {others} more)" if others else ""
     return UsageError(f"{text}{more}", where=f"{where}:{key}" if key else where, remedy="Correct that key")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,7 +19,7 @@ from gapweave.shared.config.modalities import ModalitySpec, PublicScore, categor
 from gapweave.shared.config.sharing import Aggregation, Sharing, check_patterns
 from gapweave.shared.config.simulation import Simulation
 from gapweave.shared.config.training import Training
-from gapweave.shared.errors import UsageError
+from gapweave.shared.errors import GapweaveError, UsageError
 
 RESERVED = ("database", "modalities", "records")
 """Keys of a site file's `data` beside its modalities."""
@@ -45,6 +47,8 @@ class Task(StrictModel):
             raise ValueError("label is a list exactly when kind is multilabel")
         if isinstance(self.label, list) and (len(self.label) < 1 or len(set(self.label)) != len(self.label)):
             raise ValueError("label lists at least one name, each once")
+        if not all(name.strip() for name in self.labels):
+            raise ValueError("a label has a name")
         if (self.classes is not None) != (self.kind == "multiclass"):
             raise ValueError("classes are given exactly when kind is multiclass")
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) != len(self.classes)):
@@ -183,7 +187,7 @@ class Study(StrictModel):
     """A study file, all defaults filled in."""
 
     version: Version = Field(description="format of the file: 1")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the study")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100, description="name of the study")
     task: Task = Field(description="what is predicted")
     modalities: dict[Annotated[str, Field(pattern=Name)], ModalitySpec] = Field(
         min_length=1, description="kinds of data, by name"
@@ -317,6 +321,17 @@ def load_study(path: Path, overrides: dict[str, Any] | None = None) -> Study:
         parse(Study, content, str(path))  # where the file alone is wrong, that is what there is to mend
         key = error.where.removeprefix(f"{path}:")
         raise UsageError(error.what, where=f"command line:{key}", remedy="Correct that option") from None
+
+
+@contextmanager
+def naming_study(path: Path) -> Iterator[None]:
+    """Say which file a study is from in an error that knows only that it is the study's."""
+    try:
+        yield
+    except GapweaveError as error:
+        if error.where.startswith("study:"):
+            error.where = f"{path}{error.where.removeprefix('study')}"
+        raise
 
 
 @lru_cache(maxsize=64)

@@ -46,13 +46,15 @@ def plan(
 
     Example: gapweave privacy plan study.yaml --patients 1300 --epsilon 3
     """
-    from gapweave.shared.config.study import load_study
+    from gapweave.shared.config import load_study, naming_study
     from gapweave.shared.privacy.plan import USUAL_DELTA
     from gapweave.shared.privacy.plan_report import DEFAULT_CAP, plan_lines, plan_report
 
     given = {"privacy.epsilon": epsilon, "privacy.delta": delta, "training.rounds": rounds}
     chosen = load_study(study, {key: value for key, value in given.items() if value is not None})
-    found = plan_report(chosen, patients, DEFAULT_CAP if cap is None else cap, USUAL_DELTA if delta is None else delta)
+    with naming_study(study):
+        limit = DEFAULT_CAP if cap is None else cap
+        found = plan_report(chosen, patients, limit, USUAL_DELTA if delta is None else delta)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
         return

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from gapweave.client import app as client_app
 from gapweave.client.sources.findings import warnings_of
-from gapweave.shared.config import Study, load_site, load_study
+from gapweave.shared.config import Study, load_site, load_study, naming_study
 from gapweave.shared.config.base import nearest
 from gapweave.shared.config.overrides import parse_assignment
 from gapweave.shared.errors import RefusedError, UsageError
@@ -128,7 +128,7 @@ def start(
     Returns:
         summary.json's content, and the run directory.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, naming_study(study_file or Path("study")):
         demo = study_file is None
         file = _demo(Path(scratch)) if study_file is None else study_file
         study = load_study(file, overrides)

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from gapweave.client import app as client_app
 from gapweave.client.data import load_cohort
-from gapweave.shared.config import load_site
+from gapweave.shared.config import load_site, naming_study
 from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, UsageError
 from gapweave.shared.files import intact, write_atomically
 from gapweave.shared.metrics import METRICS
@@ -109,7 +109,8 @@ def compare(request: Request) -> Result:
 def _study_file(request: Request) -> Iterator[Path]:
     """The study file; without one the demo, from its folder or written to a scratch folder."""
     if request.study is not None:
-        yield request.study
+        with naming_study(request.study):
+            yield request.study
         return
     kept = None if request.out is None else request.out / HOSPITALS / "study.yaml"
     if kept is not None and kept.exists():

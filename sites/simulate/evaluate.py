@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gapweave.client.data import Cohort
 from gapweave.client.predict import Predictions, predict
 from gapweave.shared.config import Study
-from gapweave.shared.metrics import Metrics, exact_metrics, metrics_by_output
+from gapweave.shared.metrics import METRICS, Metrics, exact_metrics, metrics_by_output
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.paired import Truth
 from gapweave.shared.schema import Batch
@@ -88,7 +88,7 @@ def metrics_of(predictions: Predictions, test: Batch, study: Study) -> Metrics:
 
 def mean_metrics(per_site: list[Metrics]) -> Metrics:
     """Mean over sites, of those where a metric is defined."""
-    names = {name: None for metrics in per_site for name in metrics}
+    names = dict.fromkeys([*METRICS, *(name for metrics in per_site for name in metrics)])
     result: Metrics = {}
     for name in names:
         values = [value for metrics in per_site if (value := metrics[name]) is not None]
