@@ -76,6 +76,21 @@ class Anchor:
             ) from None
 
 
+def check_remembered(state: Path, view: LedgerView) -> None:
+    """Refuse a ledger that lacks what a server once said that it has seen.
+
+    Args:
+        state: the site's state folder.
+        view: its ledger.
+
+    Raises:
+        RefusedError: until the site declares what was lost.
+    """
+    head = read_anchor(state / REMEMBERED_FILE)
+    if head is not None and head.site == view.head.site:
+        check_head(view, head, "the server", str(state / LEDGER_FILE))
+
+
 def check_head(view: LedgerView, head: Head, who: str, where: str) -> None:
     """Refuse to go on when somebody remembers entries that a ledger lacks.
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from gapweave.client.anchor import Anchor
+from gapweave.client.anchor import Anchor, check_remembered
 from gapweave.client.budget import Budget
 from gapweave.client.keys import check_key, public_file
 from gapweave.client.service import Deployment
@@ -89,6 +89,8 @@ def check_budget(study: Study, site: Site, state: Path, patients: int | None) ->
     if (state / LEDGER_FILE).exists():
         try:
             view = read_ledger(state)
+            if view.intact:
+                check_remembered(state, view)
         except GapweaveError as error:
             yield _finding("ledger", "problem", where, error.what, error.remedy)
             return

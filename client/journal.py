@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gapweave.client.anchor import RECOVER, REMEMBERED_FILE, Anchor, check_head
+from gapweave.client.anchor import RECOVER, REMEMBERED_FILE, Anchor, check_head, check_remembered
 from gapweave.client.state import kept_heads
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import GapweaveError, LedgerBusy, NotIntact, RefusedError
 from gapweave.shared.files import private_folder, sync_folder
-from gapweave.shared.privacy.head import Head, read_anchor, write_anchor
+from gapweave.shared.privacy.head import Head, write_anchor
 from gapweave.shared.privacy.ledger import (
     GENESIS,
     LEDGER_FILE,
@@ -158,9 +158,7 @@ class Journal:
         """Refuse a ledger that lost entries, unless their cost was declared."""
         if self._anchor is not None:
             self._anchor.check(self.view)
-        remembered = read_anchor(self._state / REMEMBERED_FILE)
-        if remembered is not None and remembered.site == self.view.head.site:
-            check_head(self.view, remembered, "the server", self._where)
+        check_remembered(self._state, self.view)
         if self._durable and self._checked is None:
             for head in kept_heads(self._state):
                 check_head(self.view, head, "a run in this state folder", self._where)

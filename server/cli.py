@@ -29,7 +29,7 @@ FOLLOW_S = 2.0
 def _hub(folder: Path | None) -> Any:
     from gapweave.server.hub import Hub
 
-    return Hub.find(None if folder is None else str(folder))
+    return Hub.find(None if folder is None else str(folder), "--dir")
 
 
 @server.command("init")
@@ -58,10 +58,14 @@ def init(
     import os
     import socket
 
-    from gapweave.server.hub import Hub
+    from gapweave.server.hub import Hub, folder_called
 
     place = folder or Path(os.environ.get("GAPWEAVE_HUB", "hub"))
-    hub = Hub.create(place, name or place.resolve().name, hosts or [socket.getfqdn()], port, listen_port)
+    called = name or place.resolve().name
+    earlier = folder_called(called)
+    hub = Hub.create(place, called, hosts or [socket.getfqdn()], port, listen_port)
+    if earlier is not None:
+        typer.echo(f"warning: --server {called} meant {earlier} before; give that hub's folder from now on", err=True)
     typer.echo(f"made the hub {hub.config.name} in {place}; sites will connect to {hub.config.hosts[0]}:{port}")
     typer.echo(
         f"give {hub.connection} to every hospital, and add its site.pub: gapweave server add-site NAME --key FILE"

@@ -118,10 +118,12 @@ class Hub:
         return hub
 
     @classmethod
-    def find(cls, name: str | None) -> Hub:
+    def find(cls, name: str | None, option: str = "--server") -> Hub:
         """A hub by its name in the user's list, or by its folder.
 
-        None: that of GAPWEAVE_HUB, or ./hub, or the only one in the list.
+        Args:
+            name: None: that of GAPWEAVE_HUB, or ./hub, or the only one in the list.
+            option: by which it was given, for messages.
 
         Raises:
             UsageError: when there is none.
@@ -133,7 +135,7 @@ class Hub:
         listed = _entered().get(name)
         if listed is not None and (Path(listed) / "hub.yaml").exists():
             return cls(Path(listed))
-        return cls._at(Path(name), "--server")
+        return cls._at(Path(name), option)
 
     @classmethod
     def _at(cls, folder: Path, option: str) -> Hub:
@@ -238,6 +240,12 @@ class Hub:
 def _same_key(one: bytes, other: bytes) -> bool:
     """Whether two lines of OpenSSH hold one key, whatever comment follows it."""
     return one.split()[:2] == other.split()[:2]
+
+
+def folder_called(name: str) -> Path | None:
+    """Folder of the hub that has a name in the user's list, if it is still there."""
+    folder = Path(_entered().get(name, ""))
+    return folder if (folder / "hub.yaml").exists() and name in _entered() else None
 
 
 def _list_file() -> Path:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gapweave.shared.errors import GapweaveError, Unreachable, UsageError
 from gapweave.shared.files import private_folder, write_atomically
@@ -33,6 +33,8 @@ FAILING = 3
 """After so many restarts nobody waits any longer that a service gets ready."""
 STOPPING_S = 15.0
 """How long a process may take to end before it is killed."""
+MOMENT_S = 1.0
+"""How long one process may have the lock only to look at it, or before it says who has it."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LOG_BYTES, LOG_FILES = 5_000_000, 4
 
@@ -84,14 +86,14 @@ class Service:
 
     def pid(self) -> int | None:
         """The process that runs the service, or None."""
-        try:
-            with self._lock.open("r") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return int(file.read().strip() or 0)
-        except FileNotFoundError:
-            pass
+        deadline = time.monotonic() + MOMENT_S
+        with contextlib.suppress(FileNotFoundError), self._lock.open("r") as file:
+            while not _try_lock(file, fcntl.LOCK_SH):
+                file.seek(0)
+                text = file.read().strip()
+                if text or time.monotonic() > deadline:  # who has just taken the lock has not yet written
+                    return int(text) if text else None
+                time.sleep(0.01)
         return None
 
     def status(self) -> dict[str, Any]:
@@ -127,16 +129,20 @@ class Service:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
+        deadline = time.monotonic() + MOMENT_S
         with self._lock.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._running() from None
+            while not _try_lock(file, fcntl.LOCK_EX):  # who asks whether it runs has it for a moment
+                if time.monotonic() > deadline:
+                    raise self._running()
+                time.sleep(0.01)
             file.seek(0)
             file.truncate()
             file.write(f"{os.getpid()}\n")
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)  # a pid that may be another process's by now
 
     def _running(self) -> UsageError:
         return UsageError(
@@ -177,7 +183,11 @@ class Service:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
-                raise GapweaveError(f"{self.what} ended at once: {lines[-1].removeprefix('error: ')}", where=str(log))
+                raise GapweaveError(
+                    f"{self.what} ended at once: {lines[-1].removeprefix('error: ')}",
+                    where=str(log),
+                    remedy="Mend that; where there is no message, look at the disk and its permissions",
+                )
             if self.pid() is not None and ready():
                 return True
             if any(child["restarts"] >= FAILING for child in self.status()["processes"].values()):
@@ -204,6 +214,14 @@ class Service:
                 return True
             time.sleep(0.1)
         raise Unreachable(f"{self.what} (process {pid}) does not end", remedy=f"End it with kill -9 {pid}")
+
+
+def _try_lock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _Supervisor:

@@ -24,8 +24,10 @@ from gapweave.client.keys import make_keys
 from gapweave.client.ledger import Ledger
 from gapweave.server.certificates import make_authority, make_server_certificate
 from gapweave.shared import PROTOCOL_VERSION, __version__
+from gapweave.shared.errors import NotIntact
 from gapweave.shared.ports import free_port
 from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.privacy.head import Head
 
 STUDY = study({"labs": LABS}, privacy={"epsilon": 8.0})
 
@@ -278,6 +280,18 @@ def test_status_tells_a_changed_ledger_by_its_exit_code(place: Place) -> None:
     told = run("site", "status", place.hospital.site_file, "--json", code=3)
     assert json.loads(told.out)["ledger"]["intact"] is False
     assert "intact: False" in run("site", "status", place.hospital.site_file, code=3).out
+
+
+def test_what_a_server_remembers_and_the_ledger_lacks_is_told(place: Place) -> None:
+    """Every request was refused for it, and the site's own check called the ledger intact."""
+    place.check(hub=False)
+    with ledger(place) as opened, pytest.raises(NotIntact):
+        opened.check_echo(Head(site="north", length=99, hash="x"))
+    findings = place.check(hub=False)
+    told = next(finding for finding in findings if finding.id == "ledger")
+    assert told.status == "problem"
+    assert "the server has seen 99 entries" in told.message
+    assert "gapweave site recover" in told.remedy
 
 
 def test_status_of_a_ledger_that_gives_no_guarantee(place: Place) -> None:

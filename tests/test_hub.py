@@ -83,6 +83,9 @@ def test_what_is_made(hub: Hub) -> None:
     assert certificate.not_valid_before_utc < datetime.now(UTC)
     assert Hub.find("hub").folder == hub.folder
     assert "there is a hub already" in run("server", "init", code=2).err
+    second = run("server", "init", "--dir", str(hub.folder.parent / "other"), "--name", "hub")
+    assert f"--server hub meant {hub.folder} before" in second.err
+    assert "error: --dir: there is no hub" in run("server", "status", "--dir", "nowhere", code=2).err
 
 
 def test_a_hub_behind_a_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

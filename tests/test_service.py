@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from gapweave.shared.service import Service, own_environment
 
 HOLDER = """
 import sys
+import threading
 from pathlib import Path
 from gapweave.shared import service
 service.DELAYS_S = (0.2,)
@@ -114,3 +117,33 @@ def test_processes_find_what_is_installed_beside_this_python(monkeypatch: pytest
     monkeypatch.setenv("PATH", "/nowhere")
     assert shutil.which("flower-superexec") is None
     assert shutil.which("flower-superexec", path=own_environment()["PATH"]) is not None
+
+
+def test_whoever_has_not_yet_said_who_it_is_is_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was taken for number 0, and the signal went to all of the caller's own group."""
+    service = Service(tmp_path, "the test")
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: sent.append(pid))
+    with (tmp_path / "service.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert service.pid() is None
+        assert not service.stop()
+        later = threading.Timer(0.2, lambda: print(4711, file=file, flush=True))
+        later.start()
+        assert service.pid() == 4711
+        later.join()
+    assert not sent
+
+
+def test_whoever_only_looks_does_not_keep_it_from_starting(tmp_path: Path) -> None:
+    service = Service(tmp_path, "the test")
+    with (tmp_path / "service.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        later = threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        later.start()
+        with service._locked():
+            assert service.pid() == os.getpid()
+            with pytest.raises(UsageError, match=f"process {os.getpid()}"), service._locked():
+                pass
+        later.join()
+    assert service.pid() is None
