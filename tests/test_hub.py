@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sqlite3
 import ssl
@@ -32,7 +33,8 @@ from gapweave.shared.errors import Unreachable, UsageError
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.demo import write_demo
 
-PORT = "30443"
+PORT = str(30443 + 10 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+"""Of this process of the tests: some listen on it."""
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_what_is_made(hub: Hub) -> None:
         assert stat.S_IMODE((hub.folder / name).stat().st_mode) == 0o600, name
     assert stat.S_IMODE(hub.folder.stat().st_mode) == 0o700
     connection = load_connection(hub.connection)
-    assert (connection.host, connection.port) == ("hub.example.org", 30443)
+    assert (connection.host, connection.port) == ("hub.example.org", int(PORT))
     assert "PRIVATE" not in hub.connection.read_text()
     certificate = x509.load_pem_x509_certificate(hub.certificate.read_bytes())
     authority = x509.load_pem_x509_certificate(connection.ca.encode())
