@@ -69,7 +69,8 @@ def agreements(updates: Mapping[str, Part]) -> dict[str, float]:
             honest ones meets, and could have them left out.
 
     Returns:
-        By site: the median cosine with the others' updates, in standard deviations of what noise would give.
+        By site: the median cosine with the others' updates, in standard deviations of what noise would give, and no
+        more than is usual.
     """
     heard = [site for site, update in updates.items() if any(value.any() for value in update.values())]
     if len(heard) < FEWEST:
@@ -82,7 +83,10 @@ def agreements(updates: Mapping[str, Part]) -> dict[str, float]:
     lengths = np.sqrt(np.diag(products))
     cosines = products / lengths / lengths[:, None]
     scale = math.sqrt(size * 2 * others / math.pi)  # over the sd of a cosine, and of a median of that many
-    return {site: scale * float(np.median(np.delete(cosines[at], at))) for at, site in enumerate(heard)}
+    numbers = {site: scale * float(np.median(np.delete(cosines[at], at))) for at, site in enumerate(heard)}
+    # Who copies the others' noise once would agree beyond all measure, and could pull against them from then on.
+    usual = max(CERTAIN, median(numbers.values()))
+    return {site: min(number, usual) for site, number in numbers.items()}
 
 
 def against_the_others(so_far: Mapping[str, Agreement]) -> dict[str, str]:

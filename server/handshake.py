@@ -15,6 +15,10 @@ from gapweave.shared.privacy.plan import LARGEST_NOISE, SMALLEST_NOISE
 MOST_PATIENTS = 10**9
 MOST_STEPS = 10**6
 MOST_EVENTS = 1000
+MOST_MECHANISMS = 50
+"""Kinds of release with noise of their own, beside the training."""
+MOST_COST = 1000.0
+"""Epsilon of all that is released beside the training, about: what more costs takes minutes to compute."""
 MOST_NAMED, LONGEST_NAME = 5, 80
 SMALLEST_SCALE = 0.01
 """Of the noise in a count: an epsilon of 100 for that alone."""
@@ -61,9 +65,17 @@ class _Plan(_Stated):
 
     @model_validator(mode="after")
     def _payable(self) -> _Plan:
-        """Less noise than any plan has: what it costs could not even be computed."""
+        """What could not be computed, or not before the hub's users lose patience."""
         if 0 < self.noise_multiplier < SMALLEST_NOISE / 2:
             raise ValueError("less noise than any plan has")
+        beside = [*self.preparation, *self.looks, *([self.table] if self.table else [])]
+        if any(event.kind == "dp_sgd" for event in beside):
+            raise ValueError("training that is no round's")
+        noised = [event for event in beside if event.noise_multiplier > 0]
+        if len({(event.kind, event.noise_multiplier) for event in noised}) > MOST_MECHANISMS:
+            raise ValueError("more mechanisms than any site needs")
+        if sum(event.steps / min(event.noise_multiplier, event.noise_multiplier**2) for event in noised) > MOST_COST:
+            raise ValueError("costs more than any budget")
         return self
 
 

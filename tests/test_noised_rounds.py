@@ -168,6 +168,21 @@ def test_silent_updates_are_not_compared_nor_are_three() -> None:
     assert agreements({"a": loud, "b": loud, "c": loud, "d": loud, "e": silent}).keys() == {"a", "b", "c", "d"}
 
 
+def test_one_round_of_agreement_buys_no_later_ones() -> None:
+    """A site that knew the others' noise echoed it once, and was believed for twenty rounds of pulling against them."""
+    generator, direction = rng(9), np.ones(4000) / np.sqrt(4000)
+    so_far, left_out = {site: Agreement() for site in SITES}, 0
+    for number in range(20):
+        rows = {site: 10 * direction + generator.normal(size=4000) for site in SITES}
+        others = np.mean([row for site, row in rows.items() if site != "a"], 0)
+        rows["a"] = 50 * others if number == 0 else generator.normal(size=4000) - 15 * direction
+        for site, value in agreements({site: {"w": row} for site, row in rows.items()}).items():
+            so_far[site] += value
+        left_out += "a" in against_the_others(so_far)
+    assert left_out > 10
+    assert "a" in against_the_others(so_far)
+
+
 def test_one_site_does_not_have_two_others_left_out() -> None:
     """It agrees with all where many hold a group, and pulls hard against the two with whom it holds a rare one.
 
