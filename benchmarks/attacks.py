@@ -245,7 +245,7 @@ never pulls against the others' mean. `stale` sends the update of
 the round before. With two classes `swap_labels` is `label_flip`. Which hospitals are bad changes with the seed. No aim
 is set for groups with three or four holders. Attackers that know more than these, with a network of their own to tell
 them what harms, cost more at epsilon 3 than is aimed at:
-[what was measured](decisions/0026-trimming-alone-under-noise.md).
+[what was measured](decisions/0026-what-noise-still-hides.md).
 
 Without noise the study runs 40 rounds, not the demo's own 20: a lie that a rule cannot tell from an honest update still
 shortens every step, and a study that stops before it has converged pays for that. Two of nine, four other seeds: with

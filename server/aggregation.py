@@ -59,7 +59,7 @@ class GroupAggregation:
         self._paths = Normalisation(study.training)
         self._study, self._current = study, current
         self._kept: dict[str, dict[str, Update]] = {group: {} for group in current}
-        self._sums = {group: Sum() for group in current if rule_of(study, group, 0) == "mean"}
+        self._sums = {group: Sum() for group in current if rule_of(study.aggregation, group, 0) == "mean"}
         self._norms: dict[str, dict[str, float]] = {group: {} for group in current}
         self._noise: dict[str, dict[str, float]] = {group: {} for group in current}
         self._patients: dict[str, int] = {}
@@ -120,7 +120,7 @@ class GroupAggregation:
             self._compare()
         for group in sorted(self._current):
             holders = sorted(self._norms[group].keys() - self._screened[group].keys())
-            rule = rule_of(self._study, group, len(holders))
+            rule = rule_of(self._study.aggregation, group, len(holders))
             lines[group] = {
                 "rule": written(rule),
                 "quorum": quorum_of(rule),
@@ -210,7 +210,7 @@ class GroupAggregation:
             self._screen(group, reasons)
 
     def _combine(self, group: str, holders: list[str]) -> Update:
-        accumulator = begin(self._study, group, len(holders))
+        accumulator = begin(self._study.aggregation, group, len(holders))
         if group in self._sums:
             return scaled(self._sums[group].finish(), self._usual(group, holders))
         for site in holders:

@@ -16,8 +16,7 @@ from gapweave.server.aggregators import (
     Sum,
 )
 from gapweave.shared.config.base import parse, unknown_key
-from gapweave.shared.config.sharing import AnyRule
-from gapweave.shared.config.study import Study
+from gapweave.shared.config.sharing import Aggregation, AnyRule
 from gapweave.shared.errors import TooFewSites, UsageError
 
 MOST_HOLDERS = 200
@@ -34,30 +33,22 @@ def bad_sites(sites: int, rule: AnyRule = "auto") -> int:
     return max(1, (sites - 1) // 4) if said is None else int(said)
 
 
-def rule_for(rule: AnyRule, sites: int, *, noised: bool = False) -> AnyRule:
+def rule_for(rule: AnyRule, sites: int) -> AnyRule:
     """What `auto` means for a group that so many sites hold: nothing protects two, three or four survive one bad site.
-
-    Mixing makes sites that differ alike. Under noise they hardly differ otherwise, and what it lets pass as long as
-    the noise is, is in every row that is trimmed (docs/decisions/0026).
 
     >>> rule_for("auto", 2), rule_for("auto", 4), rule_for("auto", 5), rule_for("mean", 5)
     ('norm_bound', 'median', 'nnm+trimmed_mean', 'mean')
-    >>> rule_for("auto", 5, noised=True)
-    'trimmed_mean'
     """
     if rule != "auto":
         return rule
-    if sites < 5:
-        return "norm_bound" if sites < 3 else "median"
-    return "trimmed_mean" if noised else "nnm+trimmed_mean"
+    return "norm_bound" if sites < 3 else "median" if sites < 5 else "nnm+trimmed_mean"
 
 
-def rule_of(study: Study, group: str, holders: int) -> AnyRule:
+def rule_of(aggregation: Aggregation, group: str, holders: int) -> AnyRule:
     """The rule of a group that so many sites hold."""
-    named = study.aggregation.of(group)
+    named = aggregation.of(group)
     # Robust rules weigh all sites alike.
-    trusted = named == "auto" and study.aggregation.weights == "patients"
-    return "mean" if trusted else rule_for(named, holders, noised=study.privacy.enabled)
+    return "mean" if named == "auto" and aggregation.weights == "patients" else rule_for(named, holders)
 
 
 def written(rule: AnyRule) -> str:
@@ -126,30 +117,33 @@ def _read(rule: AnyRule) -> tuple[str, dict[str, Any]]:
     return (rule, {}) if isinstance(rule, str) else (rule.rule, rule.parameters)
 
 
-def left_alone(study: Study, held: Mapping[str, int]) -> dict[str, TooFewSites]:
+def left_alone(aggregation: Aggregation, held: Mapping[str, int]) -> dict[str, TooFewSites]:
     """Groups that no round would change, and why: their holders, or those that a round asks, are too few.
 
     Args:
-        study: names the rules, and how many sites a round asks.
+        aggregation: names the rules, and how many sites a round asks.
         held: of each group, the number of its holders.
     """
     found = {}
     for group, holders in held.items():
-        sample = study.aggregation.sample
-        asked = holders if sample is None else min(holders, sample)
+        asked = holders if aggregation.sample is None else min(holders, aggregation.sample)
         try:
-            begin(study, group, asked)
+            begin(aggregation, group, asked)
         except TooFewSites as error:
-            of = f" (aggregation.sample: {sample} of {holders} holders in a round)" if asked < holders else ""
+            of = (
+                f" (aggregation.sample: {aggregation.sample} of {holders} holders in a round)"
+                if asked < holders
+                else ""
+            )
             found[group] = TooFewSites(f"{error.what}{of}", where=error.where, remedy=error.remedy)
     return found
 
 
-def begin(study: Study, group: str, sites: int) -> Accumulator:
+def begin(aggregation: Aggregation, group: str, sites: int) -> Accumulator:
     """Begin the aggregation of one group by its own rule.
 
     Args:
-        study: names the rules.
+        aggregation: of the study.
         group: its name.
         sites: number of updates that will come.
 
@@ -157,13 +151,13 @@ def begin(study: Study, group: str, sites: int) -> Accumulator:
         TooFewSites: as `start`; also for fewer than three where the study is strict.
         UsageError: as `resolve`.
     """
-    if study.aggregation.strict and sites < 3:
+    if aggregation.strict and sites < 3:
         raise TooFewSites(
             f"strict leaves {group!r} alone: {sites} holders cannot protect each other",
             where="study:aggregation.strict",
             remedy="Keep the group at the sites (sharing), find three holders, or set strict to false",
         )
-    return start(rule_of(study, group, sites), group, sites)
+    return start(rule_of(aggregation, group, sites), group, sites)
 
 
 def start(rule: AnyRule, group: str, sites: int) -> Accumulator:

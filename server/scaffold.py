@@ -78,14 +78,15 @@ class Variates:
         self.common = {group: part for group, part in combined.items() if part is not None}
 
     def _combined(self, group: str, holders: list[Peer]) -> Update | None:
+        aggregation = self._study.aggregation
         try:
-            total = begin(self._study, group, len(holders))
+            total = begin(aggregation, group, len(holders))
         except TooFewSites:
             return None
         for peer in holders:
             part = self.kept[peer.site][group]
             if isinstance(total, Sum):
-                total.add(part, weight=peer.patients if self._study.aggregation.weights == "patients" else 1)
+                total.add(part, weight=peer.patients if aggregation.weights == "patients" else 1)
             else:
                 total.add(part)
         common = total.finish()

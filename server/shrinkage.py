@@ -73,7 +73,7 @@ def noise_square(study: Study, variances: Variances, sizes: Mapping[str, int]) -
     gains: dict[tuple[int, float], list[float]] = {}
     square, spread = 0.0, 0.0
     for group, by_round in variances.items():
-        key = len(by_round), 0.0 if rule_of(study, group, 0) == "mean" else decay_of(study)
+        key = len(by_round), 0.0 if rule_of(study.aggregation, group, 0) == "mean" else decay_of(study)
         if key not in gains:
             gains[key] = responses(study, *key)
         variance = sum(gain**2 * value for gain, value in zip(gains[key], by_round, strict=True))

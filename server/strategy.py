@@ -164,7 +164,7 @@ class RoundLoop:
             TooFewSites: naming a group; sites that come later may hold it.
         """
         held = Counter(group for peer in active for group in peer.groups)
-        alone = left_alone(self.study, held)
+        alone = left_alone(self.study.aggregation, held)
         if alone.keys() == held.keys():
             raise next(iter(alone.values()))
 

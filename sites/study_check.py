@@ -45,7 +45,8 @@ def check_study(study: Study, sites: Iterable[Site]) -> list[UsageError]:
     _require_honest(study, len(there))
     held = holders_of(study, there)
     alone = [
-        UsageError(error.what, where=error.where, remedy=error.remedy) for error in left_alone(study, held).values()
+        UsageError(error.what, where=error.where, remedy=error.remedy)
+        for error in left_alone(study.aggregation, held).values()
     ]
     if alone and len(alone) == len(held):
         raise alone[0]

@@ -147,7 +147,6 @@ def test_the_default_rule_follows_the_number_of_holders() -> None:
     assert [rule_for("auto", sites) for sites in (1, 2, 3, 4, 5, 9)] == [
         *["norm_bound"] * 2, *["median"] * 2, *["nnm+trimmed_mean"] * 2,
     ]  # fmt: skip
-    assert [rule_for("auto", sites, noised=True) for sites in (2, 4, 5)] == ["norm_bound", "median", "trimmed_mean"]
 
 
 def test_the_documentation_lists_what_every_stage_promises() -> None:

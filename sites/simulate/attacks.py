@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gapweave.server.aggregators import Update, combine
 from gapweave.server.history import History, decay_of
-from gapweave.server.rules import bad_sites, resolve, rule_of
+from gapweave.server.rules import bad_sites, resolve, rule_for
 from gapweave.server.screening import noise_sd
 from gapweave.shared import wire
 from gapweave.shared.config import Study
@@ -142,7 +142,7 @@ def _most_harmful(
     A hidden one is never against that mean.
     """
     sites = len(honest) + bad
-    stages, f = resolve(rule), bad_sites(sites, rule)
+    stages, f = resolve(rule_for(rule, sites)), bad_sites(sites, rule)
     best, harm = mean, -1.0
     for direction in directions:
         for strength in STRENGTHS:
@@ -252,8 +252,7 @@ class HostileGrid(InlineGrid):
         rows = np.stack(honest) if honest else np.empty((0, len(flat(own))), np.float32)
         alone, noised = self._attack in ("sign_flip", "times_100", "stale"), self._study.privacy.enabled
         if alone or group not in self._lies:
-            bad = len(self._bad)
-            rule = rule_of(self._study, group, len(heard) + bad)
+            rule, bad = self._study.aggregation.of(group), len(self._bad)
             noise = [self._noise(other, group, rows.shape[1]) for other in [*heard, *[node] * bad]]
             self._lies[group] = lie(self._attack, flat(own), rows, flat(before), rule, bad, noised, noise)
         shapes = {name: value.shape for name, value in own.items()}
