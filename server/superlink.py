@@ -37,7 +37,7 @@ def children(hub: Hub, *, proxy: bool) -> list[Child]:
     Raises:
         Unreachable: when another program has one of its ports.
     """
-    _fit(hub, proxy=proxy)
+    _require_free_ports(hub, proxy=proxy)
     hub.renew()
     config = hub.config
     superlink = Child(
@@ -58,7 +58,7 @@ def children(hub: Hub, *, proxy: bool) -> list[Child]:
     return [superlink, Child(name="proxy", command=command)]
 
 
-def _fit(hub: Hub, *, proxy: bool) -> None:
+def _require_free_ports(hub: Hub, *, proxy: bool) -> None:
     """Refuse to start where another program has a port: its answers would be taken for the hub's.
 
     Raises:
