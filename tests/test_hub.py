@@ -289,3 +289,24 @@ def test_what_is_wrong_with_one_registration_does_not_end_the_others(
     superlink.keep_registered(hub, over)
     assert len(tries) == 3
     assert capsys.readouterr().out.count("sites are not registered: the hub refuses (412)") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [("running", "is stopped"), ("finished", "was over"), ("stopped", "was over")]
+)
+def test_stopping_a_run_that_is_over(hub: Hub, monkeypatch: pytest.MonkeyPatch, status: str, said: str) -> None:
+    """Flower refuses that, and the hub's log, which it named, says nothing of it."""
+    hub.note("r", {"submitted": "2026-01-02", "numbers": [7]})
+    monkeypatch.setattr(superlink.Control, "runs", lambda _: {7: superlink.FlowerRun(number=7, status=status)})
+    monkeypatch.setattr(superlink.Control, "stop", lambda _, number: number == 7)
+    assert run("stop", "r").out == f"r {said}\n"
+
+
+def test_nobody_reads_on() -> None:
+    """As in `gapweave runs | head`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "gapweave.shared.cli", "study", "cards"]
+    with open(writes, "wb") as nobody:
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
