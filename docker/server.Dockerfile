@@ -31,5 +31,5 @@ ENV HOME=/hub GAPWEAVE_HUB=/hub MPLCONFIGDIR=/tmp/matplotlib XDG_CACHE_HOME=/tmp
 USER 10001:10001
 WORKDIR /hub
 HEALTHCHECK --interval=30s --timeout=10s --start-period=90s --retries=3 \
-    CMD ["python", "-c", "import sys; from gapweave.server.hub import Hub; from gapweave.server.superlink import serves; sys.exit(not serves(Hub.find(None)))"]
+    CMD ["gapweave", "server", "status"]
 ENTRYPOINT ["gapweave", "server", "start", "--foreground"]

@@ -169,6 +169,23 @@ def test_units_are_valid_and_closed(unit: Path, tmp_path: Path) -> None:
     assert words[:3] == entry[1:4], "unit and image start the same"
 
 
+@pytest.mark.parametrize(("file", "status"), [("server", 5), ("site", 1)])
+def test_a_health_check_says_what_does_not_run(file: str, status: int, tmp_path: Path) -> None:
+    """And is no program that fails whatever it finds: images are built in the long tests only."""
+    health = json.loads(
+        dict(steps((DOCKER / f"{file}.Dockerfile").read_text(encoding="utf-8")))["HEALTHCHECK"].split("CMD ")[1]
+    )
+    here = {"/opt/gapweave/health.py": str(DOCKER / "health.py"), "/site/site.yaml": str(tmp_path / "site.yaml")}
+    gapweave = str(Path(sys.executable).parent / "gapweave")
+    words = [{"python": sys.executable, "gapweave": gapweave, **here}.get(word, word) for word in health]
+    begun = ["server", "init", "--host", "hub.example.org"], ["site", "init", "--connection", "connection.yaml"]
+    for command in begun:
+        subprocess.run([gapweave, *command], cwd=tmp_path, check=True, capture_output=True)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Image]]:
     """Both images; the steps with which both begin are run once."""
