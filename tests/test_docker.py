@@ -178,10 +178,10 @@ def test_a_health_check_says_what_does_not_run(file: str, status: int, tmp_path:
     here = {"/opt/gapweave/health.py": str(DOCKER / "health.py"), "/site/site.yaml": str(tmp_path / "site.yaml")}
     gapweave = str(Path(sys.executable).parent / "gapweave")
     words = [{"python": sys.executable, "gapweave": gapweave, **here}.get(word, word) for word in health]
-    begun = ["server", "init", "--host", "hub.example.org"], ["site", "init", "--connection", "connection.yaml"]
-    for command in begun:
-        subprocess.run([gapweave, *command], cwd=tmp_path, check=True, capture_output=True)
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = os.environ | {"GAPWEAVE_HUB": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    for begun in (["server", "init", "--host", "hub.example.org"], ["site", "init", "--connection", "connection.yaml"]):
+        subprocess.run([gapweave, *begun], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
 
