@@ -21,6 +21,7 @@ from gapweave.client.sources.oddities import (
     beyond_upper,
     declared,
     label_as_input,
+    label_as_text,
     one_valued,
     read_twice,
     unused,
@@ -172,7 +173,7 @@ class _Check:
         if isinstance(source, MeasurementSource | ClinicalSource):
             from gapweave.client.sources.omop import count
 
-            return f"{count(source, self.files, self.files.key(f'data.{name}'))} rows of visits"
+            return f"{count(source, self.files, self.files.key(f'data.{name}'))} rows of these concepts"
         wanted = _columns_of(source, self.site.data.records.id)
         table = read_source(source, wanted, self.files, self.files.key(f"data.{name}"), keep=_none_of)
         for column in wanted:
@@ -192,6 +193,7 @@ class _Check:
         present = self._modalities(study, records)
         self.findings += unused(study, self.site, self.files)
         self.findings += read_twice(self.site, self.files) + label_as_input(study, self.site, self.files)
+        self.findings += label_as_text(study, self.site, self.files)
         if targets is not None and present is not None:
             self.findings += without_modality(targets, present, label_where(study, self.site, records))
         if targets is not None and held_out is not None and present is not None:
@@ -254,8 +256,8 @@ class _Check:
         self.findings += declared(self.site, patients, self.files)
 
 
-def _none_of(part: pl.DataFrame) -> pl.Series:
-    return pl.repeat(False, len(part), eager=True)
+def _none_of(part: pl.DataFrame) -> pl.DataFrame:
+    return part.clear()
 
 
 def _columns_of(source: Any, record_id: str) -> list[str]:

@@ -23,6 +23,7 @@ from gapweave.client.sources.oddities import (
     beyond_upper,
     declared,
     label_as_input,
+    label_as_text,
     narrow,
     one_valued,
     read_twice,
@@ -135,7 +136,7 @@ def load_cohort(
     findings += unused(study, site, files)
     if labels:
         findings += beyond_upper(site, len(records.patient_ids), files)
-        findings += read_twice(site, files) + label_as_input(study, site, files)
+        findings += read_twice(site, files) + label_as_input(study, site, files) + label_as_text(study, site, files)
         findings += without_label(targets, label_where(study, site, records))
         findings += without_modality(targets, present, label_where(study, site, records))
         findings += one_valued(study.task, targets, label_where(study, site, records))

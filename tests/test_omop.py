@@ -100,7 +100,7 @@ def test_a_cdm_gives_the_batches_of_the_files(
     assert [codes[str(code)] for code in found.subgroups["sex"]] == list(expected.subgroups["sex"])
     assert {one.status for one in cdm.check(cdm.demo)} == {"ok"}
     lines = [one.message for one in cdm.check(None) if one.id == "modality"]
-    assert all(line.endswith("rows of visits") and not line.startswith("0") for line in lines)
+    assert all(line.endswith("rows of these concepts") and not line.startswith("0") for line in lines)
 
 
 def history(cdm: Cdm) -> Study:
@@ -288,7 +288,7 @@ def test_what_is_refused(tmp_path: Path, change: Callable[[Cdm], None], error: t
     ("change", "check", "text"),
     [
         (set_lactate(concepts=[1]), "absent_item", "no measurement of a visit has one of its concepts"),
-        (without_time, "time", "measurements have no measurement_datetime and are not read"),
+        (without_time, "time", "measurements have no readable measurement_datetime and are not read"),
     ],
 )
 def test_what_the_check_finds(tmp_path: Path, change: Callable[[Cdm], None], check: str, text: str) -> None:
@@ -306,3 +306,122 @@ def test_equal_tensors_are_not_empty(tmp_path: Path) -> None:
     full = everything(cdm.load())
     cdm.execute("DELETE FROM measurement WHERE measurement_id % 7 = 0")
     assert not torch.equal(full["input vitals"], everything(cdm.load())["input vitals"])
+
+
+VISITS = (
+    "visit_occurrence_id, visit_source_value, person_id, visit_concept_id, visit_start_datetime, visit_start_date, "
+    "visit_end_datetime, care_site_id"
+)
+
+
+def later_visits(cdm: Cdm) -> None:
+    """A month later everybody comes again, as an outpatient under the same case number; labs, a note and an outcome."""
+    cdm.execute(
+        f"INSERT INTO visit_occurrence ({VISITS}) SELECT visit_occurrence_id + 10000, visit_source_value, person_id, "
+        "9202, datetime(visit_start_datetime, '30 days'), date(visit_start_date, '30 days'), NULL, NULL "
+        "FROM visit_occurrence"
+    )
+    cdm.execute(
+        "INSERT INTO measurement SELECT measurement_id + 100000, person_id, visit_occurrence_id + 10000, "
+        "measurement_concept_id, datetime(measurement_datetime, '30 days'), NULL, value_as_number * 2, unit_concept_id "
+        "FROM measurement"
+    )
+
+
+def test_of_visits_with_one_case_number_each_record_has_its_own_values(tmp_path: Path) -> None:
+    """It was believed that a case number finds the visit: the values of a later one were read as this one's."""
+    cdm = lite(tmp_path)
+    cdm.data["records"]["where"] = {"visit_concept_id": [9201]}
+    by_visit = cdm.load()
+    cdm.data["labs"]["link"] = cdm.data["vitals"]["link"] = "person"
+    by_person = cdm.load()
+    later_visits(cdm)
+    assert_same(cdm.load(), by_person)
+    cdm.data["labs"]["link"] = cdm.data["vitals"]["link"] = "visit"
+    assert_same(cdm.load(), by_visit)
+
+
+def as_file(cdm: Cdm, *columns: str) -> None:
+    """The records from a file with some columns of the visits."""
+    with cdm.engine.connect() as connection:
+        rows = connection.execute(sa.text(f"SELECT {', '.join(columns)}, person_id AS who FROM visit_occurrence"))
+        text = "\n".join(",".join(map(str, row)) for row in [list(rows.keys()), *rows])
+        name = next(iter(rows.keys()))
+    (cdm.folder / "records.csv").write_text(text + "\n")
+    cdm.data["records"].pop("omop", None)
+    cdm.data["records"].update(file=str(cdm.folder / "records.csv"), id=name, patient="who")
+    cdm.content.pop("subgroups", None)
+
+
+def test_a_case_number_of_a_file_finds_the_visit_unless_several_have_it(tmp_path: Path) -> None:
+    cdm = lite(tmp_path)
+    expected = cdm.load()
+    as_file(cdm, "visit_source_value")
+    assert torch.equal(cdm.load().batch.inputs["labs"], expected.batch.inputs["labs"])
+    later_visits(cdm)
+    with pytest.raises(DataError, match=f"{len(expected.batch)} records have a visit_source_value that stands for"):
+        cdm.load()
+
+
+def test_records_with_ids_of_their_own_name_their_visit_in_a_column(tmp_path: Path) -> None:
+    """It was believed that any id is a visit's number: records were given the values of strangers."""
+    cdm = lite(tmp_path)
+    expected = cdm.load()
+    as_file(cdm, "visit_occurrence_id + 7 AS id", "visit_occurrence_id")
+    assert torch.equal(cdm.load().batch.inputs["labs"], expected.batch.inputs["labs"])
+    as_file(cdm, "visit_occurrence_id + 7 AS id")
+    with pytest.raises(UsageError, match="the records do not say which visits they are \\('id'\\)"):
+        cdm.load()
+
+
+def known_labels(cohort: Cohort) -> dict[str, float]:
+    """Of the records whose label is known."""
+    labels = zip(cohort.record_ids, cohort.batch.target[:, 0].tolist(), cohort.batch.label_mask[:, 0], strict=True)
+    return {record: value for record, value, known in labels if known}
+
+
+def test_without_a_visits_start_nothing_of_it_has_a_time(tmp_path: Path) -> None:
+    """It was believed that who has no condition in the window has none: visits without a start were healthy."""
+    cdm = lite(tmp_path)
+    before = cdm.load()
+    cdm.execute("UPDATE visit_occurrence SET visit_start_datetime = NULL WHERE visit_occurrence_id % 2 = 0")
+    findings: list[Finding] = []
+    after = cdm.load(findings=findings)
+    (finding,) = [one for one in findings if one.id == "time"]
+    assert "visits have no visit_start_datetime: nothing with a time is read for them" in finding.message
+    had, known = known_labels(before), known_labels(after)
+    assert known.items() <= had.items()
+    assert 0 < len(known) < len(had)
+
+
+def shift_to_midnight(cdm: Cdm, form: str) -> None:
+    cdm.execute(f"UPDATE measurement SET measurement_datetime = strftime('{form}', measurement_datetime)")
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%Y-%m-%d 00:00:00"])
+def test_a_date_counts_from_its_end_also_as_midnight(tmp_path: Path, form: str) -> None:
+    cdm = lite(tmp_path)
+    study = history(cdm)
+    lactates(cdm, (1.0, 4.0, "8753"))
+    seen = study.order.index("labs")
+    assert cdm.load(study).batch.present[:, seen].any()
+    shift_to_midnight(cdm, form)
+    if "00" in form:
+        with pytest.raises(DataError, match="are midnight throughout, which may mean dates"):
+            cdm.load(study)
+        cdm.data["labs"]["midnight"] = "time"
+        timed = cdm.load(study).batch.present[:, seen]
+        cdm.data["labs"]["midnight"] = "date"
+    # Visits start at 7 in the morning or later: the end of any day on which something is measured is at most 17 hours
+    # away from the start, or after the prediction time.
+    dated = cdm.load(study).batch.present[:, seen]
+    assert "00" not in form or int(dated.sum()) < int(timed.sum()) or not torch.equal(dated, timed)
+    cdm.data["labs"]["hours"] = [0, 1]
+    assert not cdm.load(study).batch.present[:, seen].any()
+
+
+def test_zones_on_one_side_only_are_refused(tmp_path: Path) -> None:
+    cdm = lite(tmp_path)
+    cdm.execute("UPDATE measurement SET measurement_datetime = measurement_datetime || '+02:00'")
+    with pytest.raises(DataError, match="of measurement_datetime and visit_start_datetime only one names a time zone"):
+        cdm.load()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gapweave.client.sources.files import Files
 
 if TYPE_CHECKING:
-    from sqlalchemy import BindParameter, Select, TableClause
+    from collections.abc import Collection
 
-VISIT_IDS = ("visit_occurrence_id", "visit_source_value")
-"""What may identify a record."""
+    from sqlalchemy import BindParameter, FromClause, Select, TableClause
 
 _TABLES = {
     "person": (
@@ -45,15 +44,28 @@ def _table(name: str, files: Files) -> TableClause:
     return table(name, *(column(one) for one in _TABLES[name]), schema=files.database.cdm)
 
 
-def visits(files: Files) -> Select[tuple[object, ...]]:
-    """Every visit with its person; `age` is the year of its start less the year of birth."""
-    from sqlalchemy import extract, select
+VISIT_COLUMNS = (*_TABLES["visit_occurrence"], *(name for name in _TABLES["person"] if name != "person_id"), "age")
+"""What may be asked of a visit and its person; `age` is the year of the visit's start less the year of birth."""
+
+
+def visits(files: Files, wanted: Collection[str]) -> Select[tuple[object, ...]]:
+    """The wanted ones of `VISIT_COLUMNS`, for every visit."""
+    from sqlalchemy import extract, literal, select
 
     visit, person = _table("visit_occurrence", files), _table("person", files)
-    of_person = [column for column in person.c if column.name != "person_id"]
     age = extract("year", visit.c.visit_start_datetime) - person.c.year_of_birth
+    columns = {**person.c, **visit.c, "age": age.label("age")}
     join = visit.join(person, visit.c.person_id == person.c.person_id)
-    return select(*visit.c, *of_person, age.label("age")).select_from(join)
+    chosen: list[Any] = [columns[name] for name in VISIT_COLUMNS if name in wanted]
+    return select(*(chosen or [literal(1)])).select_from(join)
+
+
+def select_visits(files: Files) -> Select[tuple[object, ...]]:
+    """Number, name, person and start of every visit."""
+    from sqlalchemy import select
+
+    visit = _table("visit_occurrence", files).c
+    return select(visit.visit_occurrence_id, visit.visit_source_value, visit.person_id, visit.visit_start_datetime)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,23 +93,27 @@ class Events:
     more: tuple[str, ...] = ()
 
 
-def select_events(events: Events, key: str, files: Files) -> Select[tuple[object, ...]]:
-    """Rows `key`, start, at, day, concept, value and what more there is, of every visit."""
+def select_events(events: Events, files: Files) -> Select[tuple[object, ...]]:
+    """Rows `link` (the visit's or person's id), at, day, concept, value and what more there is.
+
+    Not joined with visits: of a person with many, every event would be sent once for each.
+    """
     from sqlalchemy import bindparam, null, or_, select
 
-    event, visit = _table(events.table, files), _table("visit_occurrence", files)
-    on = "visit_occurrence_id" if events.link == "visit" else "person_id"
+    event = _table(events.table, files)
+    link = event.c["visit_occurrence_id" if events.link == "visit" else "person_id"]
     day = null() if events.day is None else event.c[events.day]
-    columns = [visit.c[key].label("key"), visit.c.visit_start_datetime.label("start"), event.c[events.at].label("at")]
-    columns += [day.label("day"), event.c[events.concepts[0]].label("concept")]
-    join = event.join(visit, event.c[on] == visit.c[on])
+    columns = [link.label("link"), event.c[events.at].label("at"), day.label("day")]
+    columns.append(event.c[events.concepts[0]].label("concept"))
+    rows: FromClause = event
     if events.value == "concept_name":
         name = _table("concept", files)
-        join = join.outerjoin(name, event.c.condition_concept_id == name.c.concept_id)
+        rows = event.outerjoin(name, event.c.condition_concept_id == name.c.concept_id)
         value = name.c.concept_name
     else:
         value = event.c[events.value]
-    query = select(*columns, value.label("value"), *(event.c[one] for one in events.more)).select_from(join)
+    query = select(*columns, value.label("value"), *(event.c[one] for one in events.more)).select_from(rows)
+    query = query.where(link.is_not(None))
     if events.wanted:
         # Written into the statement: drivers limit the number of parameters.
         some: BindParameter[list[int]] = bindparam("some", sorted(events.wanted), expanding=True, literal_execute=True)

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from gapweave.client.sources.files import Files
 from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.labels import Targets
 from gapweave.client.sources.records import Reading
+from gapweave.shared.config.modalities import TextModality
 from gapweave.shared.config.site import Site
-from gapweave.shared.config.sources import ColumnsSource, Rows, TextSource
+from gapweave.shared.config.sources import ClinicalSource, ColumnsSource, LabelConditions, Rows, TextSource
 from gapweave.shared.config.study import Study, Task
 from gapweave.shared.constants import SPREADS
 from gapweave.shared.features.numeric import SCALE_IT, numeric_columns
@@ -63,16 +65,15 @@ def one_valued(task: Task, targets: Targets, where: str) -> list[Finding]:
 
 def read_twice(site: Site, files: Files) -> list[Finding]:
     """Labels or variables that are read from the same cells."""
-    named: list[tuple[str, Mapping[str, object]]] = [("records.label", site.data.records.label)]
+    named: list[tuple[str, Mapping[str, BaseModel]]] = [("records.label", site.data.records.label)]
     named += [
         (name, source.columns) for name, source in site.data.modalities.items() if isinstance(source, ColumnsSource)
     ]
     found = []
     for place, columns in named:
-        names = list(columns)
-        for at, name in enumerate(names):
-            twin = next((other for other in names[:at] if columns[other] == columns[name]), None)
-            if twin is not None:
+        seen: dict[str, str] = {}
+        for name, column in columns.items():
+            if (twin := seen.setdefault(column.model_dump_json(), name)) != name:
                 message = f"{name!r} and {twin!r} are read from the same column"
                 where = files.key(f"data.{place}.{name}")
                 found.append(_warning("twice", where, message, "Name the column of each"))
@@ -86,7 +87,7 @@ def label_as_input(study: Study, site: Site, files: Files) -> list[Finding]:
     for name, source in site.data.modalities.items():
         if name not in study.modalities or not isinstance(source, ColumnsSource | TextSource):
             continue
-        if _place(source) != _place(records):
+        if _place(source, files) != _place(records, files):
             continue
         columns: Iterable[str] = source.columns
         if isinstance(source, ColumnsSource):
@@ -99,8 +100,33 @@ def label_as_input(study: Study, site: Site, files: Files) -> list[Finding]:
     return found
 
 
-def _place(rows: Rows) -> tuple[str | None, ...]:
-    return rows.file, rows.table, rows.query, rows.omop
+def label_as_text(study: Study, site: Site, files: Files) -> list[Finding]:
+    """Conditions that may be a label and a word of a text in the same hours: a warning."""
+    found = []
+    for name, source in site.data.modalities.items():
+        spec = study.modalities.get(name)
+        if not isinstance(source, ClinicalSource) or source.omop != "conditions" or not isinstance(spec, TextModality):
+            continue
+        end = min((end for end in (source.hours[1], spec.hours) if end is not None), default=0.0)
+        labels = site.data.records.label.items()
+        if twins := [repr(label) for label, of in labels if of.conditions and _share(of.conditions, source, end)]:
+            message = f"it may hold the conditions that are the label {', '.join(twins)}, in the same hours"
+            remedy = "Let the label's `hours` begin where the text's end, or name other `concepts` for the text"
+            found.append(_warning("label", files.key(f"data.{name}"), message, remedy))
+    return found
+
+
+def _share(label: LabelConditions, text: ClinicalSource, end: float) -> bool:
+    """Whether a text that ends at some hour may hold a condition that is a label; what lies below is not looked up."""
+    below = text.descendants or label.descendants
+    apart = bool(text.concepts) and not below and not set(text.concepts) & set(label.concepts)
+    return not apart and (label.hours[0] is None or label.hours[0] < end)
+
+
+def _place(rows: Rows, files: Files) -> tuple[str | None, ...]:
+    """Where rows lie; a file may be named in more ways than one."""
+    file = None if rows.file is None else str(files.find(rows.file).resolve())
+    return file, rows.table, rows.query, rows.omop
 
 
 def unused(study: Study, site: Site, files: Files) -> list[Finding]:

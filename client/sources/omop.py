@@ -8,24 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from gapweave.client.sources import cdm, sql
+from gapweave.client.sources.cells import id_text
 from gapweave.client.sources.files import Files, Table
 from gapweave.client.sources.records import Reading, Records
-from gapweave.client.sources.times import MICROSECONDS, moments
+from gapweave.client.sources.times import DAY, MICROSECONDS, SEVERAL, at_midnight, dates_alone, moments
 from gapweave.client.sources.units import to_study_unit
 from gapweave.client.sources.values import Cells, Rows
+from gapweave.client.sources.visits import Visits
 from gapweave.shared.config.modalities import Categories, Range
 from gapweave.shared.config.sources import (
     ClinicalSource,
     LabelConditions,
     Measured,
     MeasurementSource,
+    Midnight,
     ValueColumn,
     Window,
 )
@@ -35,8 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-DAY = 24 * MICROSECONDS
-
 PAIR = ("ancestor_concept_id", "descendant_concept_id")
 CONCEPTS = ("concept", "unit_concept_id")
 """Columns of concepts: whole numbers in every CDM."""
@@ -44,37 +45,97 @@ CONCEPTS = ("concept", "unit_concept_id")
 
 @dataclass
 class _Within:
-    """Which rows belong to a record and lie in a window; counts those whose time is not known."""
+    """Of a part of the events: those of the records' visits that lie in a window, with `record` and `hour`.
 
-    records: Records
+    Attributes:
+        visits: the records'.
+        link: what the events have in common with a visit.
+        window: hours, from the first up to before the last.
+        midnight: what that time of day means; None where the site file does not say.
+        untimed: whether events stay whose time is not known, with an hour of NaN.
+        seen: concepts of all events.
+        unknown: events whose time is not known though their visit's start is.
+        timed, dated, midnights, alike: events with a time, those of them that are a date alone, those at midnight, and
+            those that name a time zone or none as the start does.
+    """
+
+    visits: Visits
+    link: Literal["visit", "person"]
     window: tuple[float, float]
-    unknown: int = 0
+    midnight: Midnight | None
+    untimed: bool = False
     seen: set[int] = field(default_factory=set)
+    unknown: int = 0
+    timed: int = 0
+    dated: int = 0
+    midnights: int = 0
+    alike: int = 0
 
-    def __call__(self, part: pl.DataFrame) -> pl.Series:
+    def __call__(self, part: pl.DataFrame) -> pl.DataFrame:
         self.seen.update(part["concept"].drop_nulls().unique().to_list())
-        record, hour = self.records.rows_of(part["key"]), hours(part)
-        self.unknown += int((np.isnan(hour) & (record >= 0)).sum())
+        events = part.with_columns(link=id_text(part["link"])).join(
+            self.visits.frame, left_on="link", right_on=self.link, how="inner", maintain_order="left"
+        )
+        hour = self._hours(events)
         low, high = self.window
-        return pl.Series((record >= 0) & (hour >= low) & (hour < high))
+        within = (hour >= low) & (hour < high)
+        if self.untimed:
+            within |= np.isnan(hour)
+        return events.with_columns(hour=pl.Series(hour, dtype=pl.Float64)).filter(pl.Series(within, dtype=pl.Boolean))
+
+    def _hours(self, events: pl.DataFrame) -> NDArray[np.float64]:
+        """[E] since the start of each event's visit, NaN where unknown."""
+        start, start_zoned = (events[name].to_numpy() for name in ("start", "zoned"))
+        at, zoned = moments(events["at"])
+        day, _ = moments(events["day"])
+        at_midnights = at_midnight(events["at"]) & ~np.isnan(at)
+        dated = dates_alone(events["at"])
+        self.timed += int((~np.isnan(at)).sum())
+        self.dated += int(dated.sum())
+        self.midnights += int(at_midnights.sum())
+        self.alike += int(((zoned == start_zoned) | dated)[~np.isnan(at)].sum())
+        timed = np.where((zoned == start_zoned) & ~dated, at, np.nan)
+        if self.midnight == "date":
+            timed = np.where(at_midnights, timed + DAY, timed)
+        # A date has no zone: beside a start that has one, it is over everywhere half a day later.
+        dates = np.where(dated, at, np.where(np.isnan(at), day, np.nan)) + DAY + np.where(start_zoned, DAY / 2, 0.0)
+        hour: NDArray[np.float64] = (np.where(np.isnan(timed), dates, timed) - start) / MICROSECONDS
+        self.unknown += int((np.isnan(hour) & ~np.isnan(start)).sum())
+        return hour
+
+    def refuse(self, events: cdm.Events, where: str) -> None:
+        """Refuse times that cannot be compared with the visits' starts.
+
+        Raises:
+            DataError: where only one side has time zones, or all times are midnight.
+        """
+        if self.timed and not self.alike:
+            raise DataError(
+                f"of {events.at} and visit_start_datetime only one names a time zone",
+                where=where,
+                remedy="Give both columns of the CDM the same type",
+            )
+        if self.midnight is None and self.timed >= SEVERAL and self.timed - self.dated == self.midnights > 0:
+            raise DataError(
+                f"the {self.timed} times ({events.at}) are midnight throughout, which may mean dates",
+                where=where,
+                remedy="Write `midnight: date` (they count from the end of the day) or `midnight: time` beside `omop`",
+            )
 
 
-def hours(events: pl.DataFrame) -> NDArray[np.float64]:
-    """Hours since the start of each event's visit, NaN where unknown."""
-    (start, _), (at, _), (day, _) = (moments(events[name]) for name in ("start", "at", "day"))
-    hour: NDArray[np.float64] = (np.where(np.isnan(at), day + DAY, at) - start) / MICROSECONDS
-    return hour
+def _read(events: cdm.Events, within: _Within, files: Files, where: str) -> Rows:
+    names = ["link", "at", "day", "concept", "value", *events.more]
+    table = sql.run(lambda: cdm.select_events(events, files), names, files, where, within, CONCEPTS)
+    within.refuse(events, where)
+    frame = table.frame
+    return Rows(table=table, record=frame["record"].to_numpy().astype(np.int64), hour=frame["hour"].to_numpy())
 
 
-def _read(
-    events: cdm.Events, window: tuple[float, float], files: Files, records: Records, where: str
-) -> tuple[Rows, _Within]:
-    key = records.id_column if records.id_column in cdm.VISIT_IDS else cdm.VISIT_IDS[0]
-    within = _Within(records, window)
-    names = ["key", "at", "day", "concept", "value", "start", *events.more]
-    table = sql.run(lambda: cdm.select_events(events, key, files), names, files, where, within, CONCEPTS)
-    rows = Rows(table=table, record=records.rows_of(table.frame["key"]), hour=hours(table.frame))
-    return rows, within
+def _within(
+    source: MeasurementSource | ClinicalSource | LabelConditions, records: Records, window: tuple[float, float]
+) -> _Within:
+    assert records.visits is not None
+    return _Within(records.visits, source.link, window, source.midnight)
 
 
 def _window(window: Window, hours: int | None, reading: Reading) -> tuple[float, float]:
@@ -124,11 +185,9 @@ def read_measurements(
     wanted = _expanded(sets, reading.files, where)
     window = _window(source.hours, hours, reading)
     events = _of_measurements(source, frozenset().union(*wanted.values()))
-    rows, within = _read(events, window, reading.files, reading.records, where)
-    if within.unknown:
-        reading.warn(
-            "time", where, f"{within.unknown} measurements have no measurement_datetime and are not read", "Fill it in"
-        )
+    within = _within(source, reading.records, window)
+    rows = _read(events, within, reading.files, where)
+    _note_unknown(within, "measurements", events.at, reading, where)
     cells = {}
     for name, column in source.columns.items():
         card = cards[name]
@@ -145,6 +204,12 @@ def read_measurements(
             take=column.take or source.take,
         )  # fmt: skip
     return cells
+
+
+def _note_unknown(within: _Within, what: str, at: str, reading: Reading, where: str) -> None:
+    if within.unknown:
+        remedy = "Fill it in, with a time zone where visit_start_datetime has one"
+        reading.warn("time", where, f"{within.unknown} {what} have no readable {at} and are not read", remedy)
 
 
 def _in_study_unit(table: Table, column: Measured, card: Range, key: str) -> NDArray[np.float64]:
@@ -195,26 +260,35 @@ def read_texts(source: ClinicalSource, hours: int | None, reading: Reading) -> t
     where = reading.key(".omop")
     wanted = _expanded({"": (source.concepts, source.descendants)}, reading.files, where)[""]
     window = _window(source.hours, hours, reading)
-    return _read(_of_texts(source, wanted), window, reading.files, reading.records, where)[0], ["value"]
+    within, events = _within(source, reading.records, window), _of_texts(source, wanted)
+    rows = _read(events, within, reading.files, where)
+    _note_unknown(within, source.omop, events.at, reading, where)
+    return rows, ["value"]
 
 
 def read_conditions(conditions: LabelConditions, files: Files, records: Records, where: str) -> tuple[pl.Series, str]:
     """For each record whether it has one of the conditions, and where that is from.
+
+    Unknown where it has one of which nobody knows whether it was in the window.
 
     Raises:
         DataError: as `sql.run`.
     """
     wanted = _expanded({"": (conditions.concepts, conditions.descendants)}, files, where)[""]
     low, high = conditions.hours
-    window = (-np.inf if low is None else low, np.inf if high is None else high)
-    rows, _ = _read(_of_conditions(conditions.link, wanted), window, files, records, where)
-    found = np.zeros(len(records), np.int64)
-    found[rows.record] = 1
-    return pl.Series("label", found), where
+    within = _within(conditions, records, (-np.inf if low is None else low, np.inf if high is None else high))
+    within.untimed = True
+    rows = _read(_of_conditions(conditions.link, wanted), within, files, where)
+    assert rows.hour is not None
+    surely = ~np.isnan(rows.hour) | (low is None and high is None)
+    found = np.zeros(len(records))
+    found[rows.record[~surely]] = np.nan
+    found[rows.record[surely]] = 1.0
+    return pl.Series("label", found).fill_nan(None), where
 
 
 def count(source: MeasurementSource | ClinicalSource, files: Files, where: str) -> int:
-    """How many rows of visits there are, of the concepts themselves; for a check without a study.
+    """How many rows there are of the concepts themselves; for a check without a study.
 
     Raises:
         DataError: as `sql.run`.
@@ -224,7 +298,6 @@ def count(source: MeasurementSource | ClinicalSource, files: Files, where: str) 
     else:
         events = _of_texts(source, frozenset(source.concepts))
     none = sql.run(
-        lambda: cdm.select_events(events, cdm.VISIT_IDS[0], files), ["key"], files, f"{where}.omop",
-        lambda part: pl.repeat(False, len(part), eager=True),
+        lambda: cdm.select_events(events, files), ["link"], files, f"{where}.omop", lambda part: part.clear(),
     )  # fmt: skip
     return none.rows

@@ -9,10 +9,11 @@ import polars as pl
 from gapweave.client.sources.files import Files, Table, read_table
 from gapweave.shared.config.sources import Rows
 
+Keep = Callable[[pl.DataFrame], pl.DataFrame]
+"""What of a part is needed."""
 
-def read_source(
-    source: Rows, wanted: Iterable[str], files: Files, key: str, keep: Callable[[pl.DataFrame], pl.Series] | None = None
-) -> Table:
+
+def read_source(source: Rows, wanted: Iterable[str], files: Files, key: str, keep: Keep | None = None) -> Table:
     """Read those of the wanted columns that there are.
 
     Args:
@@ -20,7 +21,7 @@ def read_source(
         wanted: columns; one that is missing becomes an error when it is used.
         files: where relative paths are looked up, and the database.
         key: of the source in the site file, for messages.
-        keep: which rows of a part are needed; a database's other rows are never held. A file is read whole.
+        keep: what of a part is needed; a database's other rows are never held. A file is read whole.
 
     Raises:
         DataError: for a file or query that cannot be read.

@@ -13,6 +13,7 @@ from gapweave.client.sources.cells import code_text, id_text
 from gapweave.client.sources.files import Files, Table
 from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.place import read_source
+from gapweave.client.sources.visits import NUMBER, Visits, has_events, read_visits
 from gapweave.shared.config.modalities import category_code
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.sources import ColumnsSource, ImageSource, TextSource
@@ -30,6 +31,7 @@ class Records:
         ids: [R] record ids.
         patient: [R] position of the record's patient.
         patient_ids: [P] patient ids, by first appearance in the file.
+        visits: those that the records are, where the site file asks for what an OMOP CDM knows of them.
     """
 
     table: Table
@@ -38,6 +40,7 @@ class Records:
     ids: tuple[str, ...]
     patient: NDArray[np.int64]
     patient_ids: tuple[str, ...]
+    visits: Visits | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,13 +117,15 @@ def read_records(site: Site, files: Files, findings: list[Finding], *, capped: b
     )["at"]
     ids = record[order].to_list()
     kept_once = dict(zip(ids, ids, strict=True))  # where a patient is a record, many sites in one process notice
+    table = table.take(order)
     return Records(
-        table=table.take(order),
+        table=table,
         id_column=site.data.records.id,
         line=line[order].to_numpy().astype(np.int64),
         ids=tuple(ids),
         patient=number.to_numpy().astype(np.int64),
         patient_ids=tuple(kept_once.get(name, name) for name in names.to_list()),
+        visits=read_visits(table, ids, site.data.records.id, files, findings) if has_events(site) else None,
     )
 
 
@@ -146,6 +151,8 @@ def _wanted(site: Site) -> list[str]:
     wanted |= {label.column for label in records.label.values() if label.column is not None and label.query is None}
     if site.split.column is not None:
         wanted.add(site.split.column)
+    if has_events(site):
+        wanted.add(NUMBER)
     for source in site.data.modalities.values():
         if isinstance(source, ImageSource):
             wanted.add(source.column)

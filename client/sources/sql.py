@@ -7,6 +7,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from urllib.parse import quote
 import polars as pl
 
 from gapweave.client.sources.files import Files, Table
+from gapweave.client.sources.place import Keep
 from gapweave.shared.config.sources import Rows
 from gapweave.shared.errors import DataError, GapweaveError, Unreachable, UsageError
 
@@ -35,9 +37,6 @@ SELECT EXISTS (
 ) OR (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user) AS may_write
 """
 
-Keep = Callable[[pl.DataFrame], pl.Series]
-"""Which rows of a part are needed: a mask."""
-
 
 def read(source: Rows, wanted: Iterable[str], files: Files, key: str, keep: Keep | None = None) -> Table:
     """Read those of the wanted columns that a table or query has; see `place.read_source`.
@@ -45,9 +44,19 @@ def read(source: Rows, wanted: Iterable[str], files: Files, key: str, keep: Keep
     The rows are put in the order of their values, column by column as they are wanted, for a database promises
     none: the same rows are the same cohort, and what counts as the first of several does not change.
     """
-    place = "query" if source.query is not None else "table" if source.table is not None else "omop"
-    where = f"{key}.{place}"
-    return run(lambda: _statement(source, files), wanted, files, where, keep)
+    wanted = tuple(wanted)
+    if source.query is not None:
+        query = source.query
+        return run(lambda: _query(query), wanted, files, f"{key}.query", keep)
+    # Columns that nobody asked for are not fetched: one may hold what fills the memory, or what no driver understands.
+    if source.table is not None:
+        name, where = source.table, f"{key}.table"
+        names = run(lambda: _part_of(name, None), (), files, where).names
+        found = run(lambda: _part_of(name, [one for one in names if one in wanted]), wanted, files, where, keep)
+        return replace(found, names=names)
+    from gapweave.client.sources.cdm import VISIT_COLUMNS, visits
+
+    return replace(run(lambda: visits(files, wanted), wanted, files, f"{key}.omop", keep), names=VISIT_COLUMNS)
 
 
 def run(
@@ -65,7 +74,7 @@ def run(
         wanted: columns of the result.
         files: for the database.
         where: key of the site file, for messages.
-        keep: which rows of a part are needed.
+        keep: what of a part is needed.
         whole: columns that hold whole numbers, whatever their values are; all others are text.
 
     Raises:
@@ -79,11 +88,12 @@ def run(
         result = connection.execute(statement(), execution_options=options)
         names = _names(result)
         at = {name: names.index(name) for name in asked if name in names}
-        parts, rows = [_frame([], at, whole)], 0
+        nothing = _frame([], at, whole)
+        parts, rows = [nothing if keep is None else keep(nothing)], 0
         for fetched in result.partitions(PART):
             part = _frame(fetched, at, whole)
             rows += len(fetched)
-            parts.append(part if keep is None else part.filter(keep(part)))
+            parts.append(part if keep is None else keep(part))
     return Table(place=where, names=names, wanted=frozenset(asked), frame=_ordered(parts), rows=rows, named=True)
 
 
@@ -107,18 +117,21 @@ def _right(files: Files) -> Executable:
     return select(null().label("may_write"))
 
 
-def _statement(source: Rows, files: Files) -> Executable:
-    from sqlalchemy import literal_column, select, table, text
+def _query(query: str) -> Executable:
+    from sqlalchemy import text
 
-    if source.omop is not None:
-        from gapweave.client.sources.cdm import visits
+    # A colon before a word would be a parameter; there are none.
+    return text(re.sub(r"(?<![:\w\\]):(?=\w+(?!:))", r"\\:", query.strip().rstrip(";")))
 
-        return visits(files)
-    if source.query is not None:
-        # A colon before a word would be a parameter; there are none.
-        return text(re.sub(r"(?<![:\w\\]):(?=\w+(?!:))", r"\\:", source.query.strip().rstrip(";")))
-    schema, _, name = str(source.table).rpartition(".")
-    return select(literal_column("*")).select_from(table(name, schema=schema or None))
+
+def _part_of(table_name: str, columns: list[str] | None) -> Executable:
+    """The given columns of a table or view; None: no row of all of them."""
+    from sqlalchemy import column, false, literal, literal_column, select, table
+
+    schema, _, name = table_name.rpartition(".")
+    chosen: list[Any] = [literal_column("*")] if columns is None else [column(one) for one in columns] or [literal(1)]
+    statement = select(*chosen).select_from(table(name, schema=schema or None))
+    return statement.where(false()) if columns is None else statement
 
 
 def _names(result: CursorResult[Any]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -10,9 +11,11 @@ from numpy.typing import NDArray
 
 from gapweave.client.sources.cells import missing, numbers
 from gapweave.client.sources.files import Table
-from gapweave.client.sources.records import Reading
 from gapweave.shared.config.sources import Midnight
 from gapweave.shared.errors import DataError
+
+if TYPE_CHECKING:
+    from gapweave.client.sources.records import Reading
 
 MICROSECONDS = 3.6e9
 """Of an hour."""

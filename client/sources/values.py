@@ -116,10 +116,8 @@ def read_rows(source: ColumnsSource | TextSource, columns: list[str], hours: int
         )
     key = source.id if source.id is not None else reading.records.id_column
 
-    def ours(part: pl.DataFrame) -> pl.Series:
-        if key not in part.columns:
-            return pl.repeat(True, len(part), eager=True)
-        return pl.Series(reading.records.rows_of(part[key]) >= 0)
+    def ours(part: pl.DataFrame) -> pl.DataFrame:
+        return part.filter(reading.records.rows_of(part[key]) >= 0) if key in part.columns else part
 
     wanted = [key, *columns, *([source.time] if source.time else [])]
     table = read_source(source, wanted, reading.files, reading.key(), keep=ours)

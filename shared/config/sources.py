@@ -21,11 +21,17 @@ class ConceptSet(StrictModel):
     descendants: bool = Field(False, description="and all below them, by `concept_ancestor`")
 
 
+Midnight = Literal["date", "time"]
+
+_MIDNIGHT = "what a timestamp at midnight is: a date alone, or that time of day (a column of nothing else needs it)"
+
+
 class LabelConditions(ConceptSet):
     """A label that is 1 when the visit has one of these conditions (OMOP), else 0."""
 
     hours: Window = Field((None, None), description="hours since the visit's start that count: [from, before]")
     link: Literal["visit", "person"] = Field("visit", description="whose conditions: the visit's, or the person's")
+    midnight: Midnight | None = Field(None, description=_MIDNIGHT)
 
 
 class LabelColumn(StrictModel):
@@ -158,11 +164,6 @@ class Records(Rows):
         return data
 
 
-Midnight = Literal["date", "time"]
-
-_MIDNIGHT = "what a timestamp at midnight is: a date alone, or that time of day (a column of nothing else needs it)"
-
-
 class ColumnsSource(Rows):
     """Values for a table or series modality: one column a variable, or long form (item, value)."""
 
@@ -216,6 +217,7 @@ class MeasurementSource(StrictModel):
     omop: Literal["measurements"] = Field(description="measurements of the visit")
     hours: Window = Field((None, None), description="hours since the visit's start that count: [from, before]")
     link: Literal["visit", "person"] = Field("visit", description="whose measurements: the visit's, or the person's")
+    midnight: Midnight | None = Field(None, description=_MIDNIGHT)
     take: Take = Field("last", description="which value of a table's variable counts")
     columns: dict[str, Measured] = Field(min_length=1, description="the study's variable -> concepts")
 
@@ -226,6 +228,7 @@ class ClinicalSource(StrictModel):
     omop: Literal["notes", "conditions"] = Field(description="texts of notes, or names of conditions")
     hours: Window = Field((None, None), description="hours since the visit's start that count: [from, before]")
     link: Literal["visit", "person"] = Field("visit", description="whose: the visit's, or the person's")
+    midnight: Midnight | None = Field(None, description=_MIDNIGHT)
     concepts: list[int] = Field(
         default_factory=list, description="only these: types or classes of notes, or conditions (default: all)"
     )
