@@ -149,6 +149,11 @@ BAD: dict[str, tuple[Callable[[Hospital], None], type[GapweaveError], str]] = {
         DataError,
         "has the file a header line?",
     ),
+    "no header, one name of several": (
+        raw("records.csv", f"{SECRET},y,asthma\n{SECRET},n,hypertension\n".encode()),
+        DataError,
+        "has the file a header line?",
+    ),
     "label twice": (raw("records.csv", b"id,patient,y,y\n1,2,1,0\n"), DataError, "the column 'y' occurs twice"),
     "value three times": (raw("labs.csv", b"id,na,na,text,na\n1,2,1,0,7\n"), DataError, "'na' occurs 3 times"),
     "too many cells": (
@@ -409,8 +414,8 @@ def test_a_column_that_nobody_needs_may_occur_twice(tmp_path: Path) -> None:
 
 def test_a_long_name_is_not_shown(tmp_path: Path) -> None:
     hospital = good(tmp_path)
-    (tmp_path / "records.csv").write_text(f"id,{SECRET * 20},sex\n1,2,3\n")
-    with pytest.raises(DataError, match=r"Its columns are: id, sex$"):
+    (tmp_path / "records.csv").write_text(f"id,{SECRET * 20},sex,y,start\n1,2,3,1,\n")
+    with pytest.raises(DataError, match=r"Its columns are: id, sex, y, start$"):
         hospital.load(study(EVERYTHING))
 
 
@@ -443,5 +448,12 @@ def test_images_of_all_kinds_are_read(tmp_path: Path) -> None:
     assert float(batch.inputs["cxr"][0].max()) > 0.8
     assert float(batch.inputs["cxr"][0].min()) < -0.8
     assert float(batch.inputs["cxr"][1].max()) == -1
+    half = np.zeros((16, 16), np.uint8)
+    half[:8] = 255
+    held = Image.Exif()
+    held[274] = 6  # a quarter turn
+    Image.fromarray(half).save(tmp_path / "images" / f"{SECRET}-1.jpg", quality=95, exif=held)
+    turned = hospital.load(study({"cxr": CXR})).batch.inputs["cxr"][1, 0]
+    assert float(turned[:, -1].min()) > 0.9 > -0.9 > float(turned[:, 0].max()), "the upper half is the right one"
     colour = {"kind": "image", "size": 16, "channels": 3}
     assert hospital.load(study({"cxr": colour})).batch.inputs["cxr"].shape == (8, 3, 16, 16)

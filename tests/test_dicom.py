@@ -141,6 +141,11 @@ def bad(path: Path, kind: str) -> None:
         dataset = pydicom.dcmread(path)
         dataset.file_meta.TransferSyntaxUID = JPEGLSLossless if kind == "syntax" else UID("1.2.3.77777")
         dataset.save_as(path, implicit_vr=False, little_endian=True)
+    elif kind == "high bits":
+        dataset = pydicom.dcmread(path)
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 15
+        dataset.PixelData = NOISE.astype(np.uint16).tobytes()
+        dataset.save_as(path)
     elif kind == "cut":
         path.write_bytes(path.read_bytes()[:-9])
     elif kind == "no pixels":
@@ -159,6 +164,7 @@ def bad(path: Path, kind: str) -> None:
         ("syntax", "are DICOM compressed as JPEG-LS Lossless Image Compression, which no installed decoder reads"),
         ("other syntax", "are DICOM compressed, which no installed decoder reads"),
         ("colours", "are DICOM in colours that are not known"),
+        ("high bits", "keep their bits where no reader looks for them"),
         ("cut", "are truncated or no PNG, JPEG or DICOM"),
         ("no pixels", "are truncated or no PNG, JPEG or DICOM"),
         ("strange value", "are truncated or no PNG, JPEG or DICOM"),

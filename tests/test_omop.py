@@ -300,6 +300,25 @@ def test_what_the_check_finds(tmp_path: Path, change: Callable[[Cdm], None], che
     assert finding.remedy
 
 
+def test_a_condition_that_is_label_and_input_in_the_same_hours_is_noted(tmp_path: Path) -> None:
+    cdm = lite(tmp_path)
+    study = history(cdm)
+
+    def noted() -> list[Finding]:
+        return [one for one in cdm.check(study) if one.id == "label"]
+
+    assert not noted(), "the label's hours begin where the text's end"
+    conditions = cdm.data["records"]["label"]["deteriorated"]["conditions"]
+    conditions["hours"] = [None, None]
+    (finding,) = noted()
+    assert finding.status == "warning"
+    assert "may hold the conditions that are the label 'deteriorated'" in finding.message
+    cdm.data["history"]["concepts"] = [HISTORY]
+    assert not noted()
+    conditions["descendants"] = True
+    assert noted(), "what lies below is not looked up"
+
+
 def test_equal_tensors_are_not_empty(tmp_path: Path) -> None:
     """Guards the test above: a CDM without measurements is another cohort."""
     cdm = lite(tmp_path)

@@ -341,6 +341,15 @@ def test_a_label_that_is_also_an_input_is_a_problem(hospital: Hospital) -> None:
     hospital.labs(40, y=[140.0] * 40)
     hospital.add("labs", file="labs.csv", columns={"sodium": "y"})
     assert not [one for one in check(hospital) if one.id == "label"], "another file's column of that name"
+    hospital.add("labs", file="../" + hospital.folder.name + "/records.csv", columns={"sodium": "y"})
+    assert [one.status for one in check(hospital) if one.id == "label"] == ["problem"], "by another way to the file"
+
+
+def test_ids_of_patients_that_differ_by_case_are_noted(hospital: Hospital) -> None:
+    hospital.records(40, patient=[f"{'pP'[row % 2]}{row // 2}" for row in range(40)])
+    finding = by_id(check(hospital), "patients")
+    assert finding.message.startswith("20 patients' ids differ from another's in nothing but case")
+    assert finding.status == "warning"
 
 
 def test_local_codes_that_pass_as_the_studys_beside_a_mapping_are_a_problem(hospital: Hospital) -> None:

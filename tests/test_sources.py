@@ -116,6 +116,13 @@ def test_numbers_and_what_is_missing() -> None:
     assert numbers(pl.Series([True, None]))[0].tolist()[0] == 1
 
 
+@pytest.mark.parametrize("kind", [pl.Float32, pl.Float64, pl.String])
+def test_a_code_is_the_same_in_every_width(kind: type[pl.DataType]) -> None:
+    """It was believed that a float is a float: -99.9 in four bytes was no code for missing, and was read as measured."""
+    cells = pl.Series(["-99.9", "0.1", "5", None]).cast(kind)
+    assert code_text(cells).to_list() == ["-99.9", "0.1", "5", None]
+
+
 # --- units ---
 
 
@@ -133,6 +140,8 @@ def test_numbers_and_what_is_missing() -> None:
         ("/min", "1/min", None, 60.0, 60.0),
         ("percent", "1", None, 21.0, 0.21),
         ("lb", "kg", None, 100.0, 45.3592),
+        ("mm[Hg]", "mmHg", None, 120.0, 120.0),
+        ("Cel", "degF", None, 37.0, 98.6),
     ],
 )
 def test_conversions(local: str, target: str, molar_mass: float | None, value: float, expected: float) -> None:
@@ -154,7 +163,7 @@ def test_incompatible_units_name_both(local: str, target: str, named: list[str])
     assert all(text in str(caught.value) for text in named)
 
 
-@pytest.mark.parametrize("unit", ["furlongs/fortnigth", "mg//dL", "", "__import__('os')"])
+@pytest.mark.parametrize("unit", ["furlongs/fortnigth", "mg//dL", "", "__import__('os')", "10E9/L", "10 9/L"])
 def test_unknown_unit(unit: str) -> None:
     with pytest.raises(UsageError, match=r"is not known|cannot be converted"):
         conversion(unit, "kg", None, "site.yaml:x")

@@ -303,16 +303,33 @@ def test_a_date_alone_counts_from_the_end_of_its_day(hospital: Hospital, kind: s
     assert_same(found, hospital.load(study({"vitals": VITALS})))
 
 
-def test_times_that_are_all_midnight_are_refused_until_somebody_says_what_they_are(hospital: Hospital) -> None:
+@pytest.mark.parametrize("midnight", ["2024-05-02 00:00:00", "2024-05-02 0:00", "2024-5-2 0:0:0", "2024-05-02  00:00"])
+def test_times_that_are_all_midnight_are_refused_until_somebody_says_what_they_are(
+    hospital: Hospital, midnight: str
+) -> None:
     hospital.records(8, start=["2024-05-01 23:00"] * 8)
     ids = [f"r{row}" for row in range(8) for _ in range(3)]
-    hospital.write("vitals.csv", {"id": ids, "when": ["2024-05-02 00:00:00"] * 24, "bp": [100.0] * 24})
+    hospital.write("vitals.csv", {"id": ids, "when": [midnight] * 24, "bp": [100.0] * 24})
     hospital.add("vitals", file="vitals.csv", time="when", index="start", columns={"bp": "bp"})
     with pytest.raises(DataError, match=r"24 times are midnight throughout.*`midnight: date`.*:data\.vitals"):
         hospital.load(study({"vitals": VITALS}))
     vitals = {"file": "vitals.csv", "time": "when", "index": "start", "columns": {"bp": "bp"}}
     hospital.add("vitals", **vitals, midnight="time")
     assert hospital.load(study({"vitals": VITALS})).batch.present.all()
+    hospital.add("vitals", **vitals, midnight="date")
+    with pytest.raises(DataError, match="no training record has a label and data"):
+        hospital.load(study({"vitals": VITALS}))
+
+
+def test_a_zone_of_hours_alone_is_one(hospital: Hospital) -> None:
+    """As PostgreSQL writes them."""
+    hospital.records(8, start=["2024-05-01 23:00:00+02"] * 8)
+    when = ["2024-05-01 22:30:00+00", "2024-05-01 23:30:00.5+00"] * 4
+    hospital.write("vitals.csv", {"id": [f"r{row}" for row in range(8)], "when": when, "bp": [100.0] * 8})
+    hospital.add("vitals", file="vitals.csv", time="when", index="start", columns={"bp": "bp"})
+    inputs = hospital.load(study({"vitals": VITALS})).batch.inputs["vitals"]
+    hours = [int(row.abs().sum(dim=-1).nonzero()[0]) for row in (inputs[0], inputs[1])]
+    assert hours == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -451,3 +468,31 @@ def test_a_unit_and_a_factor_may_stand_together_if_they_agree(hospital: Hospital
     for wrong in ({"factor": 2.0}, {"factor": 18.0, "offset": 5.0}):
         with pytest.raises(UsageError, match="is a factor of 18"):
             read(unit="mmol/L", **wrong)
+
+
+def test_items_are_compared_as_they_are_written(hospital: Hospital) -> None:
+    """Codes that differ by zeros alone were read as one item."""
+    hospital.records(8)
+    rows = [(f"r{row}", item, value) for row in range(8) for item, value in (("250.0", 140.0), ("250.00", 150.0))]
+    ids, items, values = zip(*rows, strict=True)
+    hospital.write("long.csv", {"id": list(ids), "item": list(items), "value": list(values)})
+    long = {"file": "long.csv", "item": "item", "value": "value"}
+    found = []
+    for item in ("250.0", "250.00", "250"):
+        hospital.add("labs", **long, columns={"sodium": item})
+        found.append(float(value_of(hospital.load(study({"labs": LABS})), "sodium")[0]))
+    assert found[0] == 0
+    assert found[1] == pytest.approx(10 / 6)
+    assert found[2] in found[:2], "no item is written so: as a number it is either"
+
+
+def test_haemoglobin_a1c_goes_by_the_master_equation(hospital: Hospital) -> None:
+    """It was believed that a millimole of a mole is a tenth of a percent: who has diabetes was well."""
+    hospital.labs(8, a1c=[48.0] * 8)
+    of = study({"labs": {"kind": "table", "columns": {"a1c": {"card": "hba1c"}}}})
+    read = []
+    for column in ({"unit": "mmol/mol"}, {"factor": 0.09148, "offset": 2.152}, {"factor": 0.1}):
+        hospital.add("labs", file="labs.csv", columns={"a1c": {"column": "a1c", **column}})
+        read.append(float(hospital.load(of).batch.inputs["labs"][0, 0]))
+    assert read[0] == read[1] != read[2]
+    assert read[0] == pytest.approx((6.54 - 5.8) / 1.2, abs=0.01)

@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,35 @@ def test_how_one_row_is_written_changes_no_other(tmp_path: Path, odd: object) ->
     assert len(together) == 5
     mine = pl.Series([None if odd is None else str(odd)])
     assert together.filter(~pl.col("id").eq_missing(mine)).equals(alone)
+
+
+def test_columns_that_nobody_asked_for_are_not_fetched(tmp_path: Path) -> None:
+    """One text that is none, or one endless time, in any column stopped the site."""
+    with closing(sqlite3.connect(tmp_path / "h.db")) as connection:
+        connection.execute('CREATE TABLE t (id, "Odd name", na, other)')
+        connection.execute("INSERT INTO t VALUES (1, 'x', 140.0, CAST(x'ff' AS TEXT))")
+        connection.commit()
+    files = Files(site_file=tmp_path / "site.yaml", database=Database(url="sqlite:///h.db"))
+    table = sql.read(Rows(table="t"), ["id", "Odd name", "lacking"], files, "data.t")
+    assert table.names == ("id", "Odd name", "na", "other")
+    assert table.frame.rows() == [("1", "x")]
+    with pytest.raises(DataError, match="there is no column 'lacking'"):
+        table.column("lacking")
+    with pytest.raises(DataError, match="the database refused the query"):
+        sql.read(Rows(table="t"), ["other"], files, "data.t")
+
+
+def test_a_database_that_is_locked_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0.1))
+    files = Files(site_file=tmp_path / "site.yaml", database=Database(url="sqlite:///h.db"))
+    with closing(sqlite3.connect(tmp_path / "h.db", isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE t (id)")
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(Unreachable, match="the database is locked"):
+            sql.read(Rows(table="t"), ["id"], files, "data.t")
+    (tmp_path / "h.db").write_bytes(b"no database" * 100)
+    with pytest.raises(DataError, match="the file is damaged or no SQLite database"):
+        sql.read(Rows(table="t"), ["id"], files, "data.t")
 
 
 @BOTH

@@ -53,7 +53,8 @@ def code_text(series: pl.Series) -> pl.Series:
     Each distinct value is converted once.
     """
     if series.dtype.is_float() or series.dtype.is_decimal():
-        series = series.cast(pl.Float64).fill_nan(None)
+        # By what is written: 0.1 in four bytes is another number than in eight.
+        series = (series.cast(pl.String) if series.dtype == pl.Float32 else series).cast(pl.Float64).fill_nan(None)
     elif series.dtype == pl.Boolean:
         series = series.cast(pl.Int8)
     elif not series.dtype.is_integer():

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 MAGIC = b"DICM"
 """Behind a preamble of 128 bytes, in every DICOM file."""
 
-MOST_PIXELS = 2**28
-"""Larger pictures are refused before they are decoded."""
+MOST_PIXELS = 2**26
+"""Larger pictures are refused before they are decoded: 8,192 x 8,192 takes two gigabytes while it is read."""
 
 DAMAGED = "are truncated or no PNG, JPEG or DICOM"
 
@@ -95,6 +95,8 @@ def _refuse(dataset: Dataset) -> None:
         raise Unreadable("are DICOM with several frames", "Export the frame that counts as a file of its own")
     if dataset.Rows * dataset.Columns > MOST_PIXELS:
         raise Unreadable(f"have more than {MOST_PIXELS} pixels", "Export smaller files")
+    if dataset.get("HighBit") not in (None, dataset.BitsStored - 1):
+        raise Unreadable("keep their bits where no reader looks for them (HighBit)", "Export these files again")
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
         known = get_decoder(syntax).is_available

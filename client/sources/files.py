@@ -133,7 +133,7 @@ class Table:
                 where=self.where(name),
                 remedy="Write one plain value a cell",
             )
-        return series
+        return series.cast(pl.String) if isinstance(series.dtype, pl.Categorical | pl.Enum) else series
 
     def take(self, rows: pl.Series) -> Table:
         """The given rows (positions), in the given order."""
@@ -162,9 +162,10 @@ class Table:
 
 
 def _trusted(names: Iterable[str], wanted: frozenset[str]) -> bool:
-    """Whether a file's first line is a header."""
+    """Whether a file's first line is a header: it has half of the wanted names or more, and nothing like a value."""
     filled = [name.strip() for name in names if name.strip()]
-    return any(name in wanted for name in filled) and not any(_VALUE.search(name) for name in filled)
+    known = len(wanted.intersection(filled))
+    return 2 * known >= len(wanted) > 0 < known and not any(_VALUE.search(name) for name in filled)
 
 
 def read_table(path: Path, wanted: Iterable[str]) -> Table:

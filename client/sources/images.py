@@ -61,7 +61,7 @@ def _decode(path: Path, spec: ImageModality, reading: Reading) -> NDArray[np.flo
     Raises:
         dicom.Unreadable: when it cannot be used.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         there = path.is_file()
@@ -74,7 +74,8 @@ def _decode(path: Path, spec: ImageModality, reading: Reading) -> NDArray[np.flo
             return features.encode(dicom.read(path), spec.size, spec.channels)
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            return features.encode(image, spec.size, spec.channels)
+            # Cameras store how they were held beside the picture.
+            return features.encode(ImageOps.exif_transpose(image), spec.size, spec.channels)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise dicom.Unreadable(dicom.DAMAGED) from None
     except ImportError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from gapweave.shared.config.site import Site
 from gapweave.shared.config.sources import ClinicalSource, ColumnsSource, LabelConditions, Rows, TextSource
 from gapweave.shared.config.study import Study, Task
 from gapweave.shared.constants import SPREADS
+from gapweave.shared.errors import DataError
 from gapweave.shared.features.numeric import SCALE_IT, numeric_columns
 
 FAR = 2
@@ -125,7 +127,10 @@ def _share(label: LabelConditions, text: ClinicalSource, end: float) -> bool:
 
 def _place(rows: Rows, files: Files) -> tuple[str | None, ...]:
     """Where rows lie; a file may be named in more ways than one."""
-    file = None if rows.file is None else str(files.find(rows.file).resolve())
+    file = rows.file
+    if file is not None:
+        with suppress(DataError):  # not there: told where it is read
+            file = str(files.find(file).resolve())
     return file, rows.table, rows.query, rows.omop
 
 

@@ -15,7 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from gapweave.client.sources import cdm, sql
-from gapweave.client.sources.cells import id_text
+from gapweave.client.sources.cells import id_text, numbers
 from gapweave.client.sources.files import Files, Table
 from gapweave.client.sources.records import Reading, Records
 from gapweave.client.sources.times import DAY, MICROSECONDS, SEVERAL, at_midnight, dates_alone, moments
@@ -198,6 +198,9 @@ def read_measurements(
             remedy = "Look the concepts up in the measurement table; `descendants: true` adds those below them"
             reading.problem("absent_item", key, "no measurement of a visit has one of its concepts", remedy)
         chosen = rows.only(rows.table.frame["concept"].is_in(sorted(wanted[name])).fill_null(False).to_numpy())
+        if unreadable := numbers(chosen.table.frame["value"])[1]:
+            message = f"{unreadable} of {len(chosen.record)} values are not numbers and count as missing"
+            reading.warn("numbers", key, message, "Store value_as_number as a number")
         values = pl.Series("value", _in_study_unit(chosen.table, column, card, key))
         cells[name] = Cells(
             where=f"{where}[{name}]", rows=chosen, raw=values.fill_nan(None), column=ValueColumn(column=name),

@@ -112,6 +112,10 @@ def read_records(site: Site, files: Files, findings: list[Finding], *, capped: b
     patient = _ids(table, site.data.records.patient)
     order = _grouped(patient, site.patients.max_records if capped else len(line), table, site, findings)
     names = patient[order].unique(maintain_order=True)
+    if cases := len(names) - names.str.to_lowercase().n_unique():
+        message = f"{cases} patients' ids differ from another's in nothing but case, and count as other patients"
+        where, remedy = table.where(site.data.records.patient), "Write each patient's id one way"
+        findings.append(Finding(id="patients", status="warning", where=where, message=message, remedy=remedy))
     number = pl.DataFrame({"id": patient[order]}).join(
         pl.DataFrame({"id": names, "at": np.arange(len(names))}), on="id", how="left", maintain_order="left"
     )["at"]

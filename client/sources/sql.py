@@ -233,6 +233,11 @@ def _told(where: str, *, connecting: bool = False) -> Iterator[None]:
             remedy = "Check address, user and password, and that the database is up and lets this machine in"
             what = "the database cannot be connected" if connecting else "the connection to the database was lost"
             raise Unreachable(what, where=where, remedy=remedy) from None
+        # SQLite's own words for these hold no value.
+        if "database is locked" in str(error):
+            raise Unreachable("the database is locked", where=where, remedy="Try again when nobody writes") from None
+        if "not a database" in str(error) or "malformed" in str(error):
+            raise DataError("the file is damaged or no SQLite database", where=where, remedy="Copy it again") from None
         kind = type(error.orig if isinstance(error, DBAPIError) and error.orig is not None else error).__name__
         remedy = "Try the query by hand as the same user: it must be one SELECT on tables that the user may read"
         raise DataError(f"the database refused the query ({kind})", where=where, remedy=remedy) from None

@@ -24,9 +24,11 @@ DAY = 24 * MICROSECONDS
 SEVERAL = 20
 """Times that do not all happen to be midnight."""
 
-_DATE = r"\d{4}-\d{2}-\d{2}"
+# Spreadsheets write 2024-5-1 0:00, PostgreSQL's export a zone of hours alone.
+_DATE = r"\d{4}-\d{1,2}-\d{1,2}"
 _ZONE = r"(Z|[+-]\d{2}:?\d{2})$"
-_MIDNIGHT = rf"^{_DATE}[ T]00:00(:00(\.0+)?)?{_ZONE[:-1]}?$"
+_HOUR_ZONE = r"(:\d{1,2}(?:\.\d+)?)([+-]\d{2})$"
+_MIDNIGHT = rf"^{_DATE}(T|\s+)0?0:0?0(:0?0(\.0+)?)?(Z|[+-]\d{{2}}(:?\d{{2}})?)?$"
 _FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M")
 
 
@@ -172,7 +174,7 @@ def _timestamps(series: pl.Series, where: str) -> tuple[NDArray[np.float64], NDA
 
 
 def _parsed(series: pl.Series) -> tuple[pl.Series, NDArray[np.bool_]]:
-    text = series.str.strip_chars().str.replace("T", " ", literal=True)
+    text = series.str.strip_chars().str.replace("T", " ", literal=True).str.replace(_HOUR_ZONE, "${1}${2}:00")
     text = text.set(missing(text), None)
     zoned = text.str.contains(_ZONE).fill_null(False)
     text = text.str.replace("Z$", "+00:00").str.replace(rf"^({_DATE})$", "$1 00:00")

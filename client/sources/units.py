@@ -19,6 +19,12 @@ from gapweave.shared.features.ranges import scale
 COMMON = ("mmol/L", "umol/L", "mg/dL", "g/dL", "g/L", "mg/L", "kPa", "mmHg", "degF", "lb", "inch", "m", "L", "1/uL")
 """Units that hospitals write."""
 
+UCUM = {"mm[Hg]": "mmHg", "mm Hg": "mmHg", "Cel": "degC", "[degF]": "degF", "[in_i]": "inch", "[lb_av]": "lb"}
+"""Spellings that pint does not know."""
+
+_AMBIGUOUS = re.compile(r"\b10[eE]\d|\d\s+\d")
+"""10E9 is ten times 10^9 to who computes, and 10^9 to many laboratories."""
+
 FITTING = 0.75
 """A median so near to the public centre, in public scales, is as usual as one gets."""
 
@@ -47,7 +53,7 @@ def to_study_unit(values: NDArray[np.float64], column: ValueColumn, card: Range,
                 where=where,
                 remedy="Use `factor` and `offset`, or add `unit` to the study",
             )
-        scale, shift = conversion(column.unit, card.unit, card.molar_mass, where)
+        scale, shift = _to_study(column.unit, card, where)
         # The site's own offset is in the study's unit: it is added last, as with a factor.
         factor, offset = scale, shift + column.offset
     return values * factor + offset
@@ -58,7 +64,7 @@ def _agree(unit: str, column: ValueColumn, card: Range, where: str) -> None:
     if card.unit is None:
         return
     try:
-        said = conversion(unit, card.unit, card.molar_mass, where)
+        said = _to_study(unit, card, where)
     except UsageError:
         return
     given = (column.factor or 0.0, column.offset)
@@ -81,12 +87,18 @@ def likely_unit(values: NDArray[np.float64], card: Range) -> str | None:
     if card.unit is None or card.center is None or card.scale is None:
         return None
     away, median = {}, np.median(values, keepdims=True)
-    for unit in COMMON:
+    for unit in (*COMMON, *card.other_units):
         with suppress(UsageError):  # measures something else
-            factor, offset = conversion(unit, card.unit, card.molar_mass, unit)
+            factor, offset = _to_study(unit, card, unit)
             away[unit] = abs(float(scale(median * factor + offset, card)[0]))
     best = min(away, key=away.__getitem__, default=None)
     return best if best is not None and away[best] <= FITTING and best != card.unit else None
+
+
+def _to_study(unit: str, card: Range, where: str) -> tuple[float, float]:
+    """Factor and offset from a unit to that of a variable that has one."""
+    assert card.unit is not None
+    return card.other_units.get(unit) or conversion(unit, card.unit, card.molar_mass, where)
 
 
 @cache
@@ -130,16 +142,19 @@ def _registry() -> Any:
 
 
 def _parse(unit: str, where: str) -> Any:
-    """A quantity of 1 unit. UCUM's 10*9/L and a bare /min are understood."""
-    text = re.sub(r"\b10\*(?=\d)", "10**", unit.strip())
+    """A quantity of 1 unit. UCUM's 10*9/L, its own spellings and a bare /min are understood."""
+    text = UCUM.get(unit.strip(), unit.strip())
+    text = re.sub(r"\b10\*(?=\d)", "10**", text)
     text = f"1{text}" if text.startswith("/") else text
     try:
+        if _AMBIGUOUS.search(text):
+            raise ValueError(text)
         return _registry().Quantity(1, text) if not re.search(r"\d", text) else _registry()(text)
     except Exception:  # an arbitrary text can fail anywhere in pint's parser
         raise UsageError(
             f"the unit {unit!r} is not known",
             where=where,
-            remedy="Write it as in mg/dL or mmol/L, or use `factor`",
+            remedy="Write it as in mg/dL, mmol/L or 10*9/L, or use `factor`",
         ) from None
 
 

@@ -189,10 +189,14 @@ def read_cells(
 
 def _long(source: ColumnsSource, item: str, value: str, hours: int | None, reading: Reading) -> dict[str, Cells]:
     rows = read_rows(source, [item, value], hours, reading)
-    items = code_text(rows.table.column(item))
+    codes = code_text(rows.table.column(item))
+    written = rows.table.column(item).cast(pl.String).str.strip_chars()
     result = {}
     for name, column in source.columns.items():
-        chosen = rows.only((items == category_code(column.column)).fill_null(False).to_numpy())
+        # As it is written, where it is: 250.0 and 250.00 are two diseases. Else 123.0 may be the item 123.
+        exact = (written == column.column).fill_null(False)
+        same = exact if exact.any() else (codes == category_code(column.column)).fill_null(False)
+        chosen = rows.only(same.to_numpy())
         where = f"{rows.table.where(value)}[{name}]"
         result[name] = Cells(where=where, rows=chosen, raw=chosen.table.column(value), column=column)
     _note_absent([name for name, cells in result.items() if cells.raw.is_empty()], source, item, reading)

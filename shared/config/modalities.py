@@ -41,6 +41,10 @@ class Range(Scaling):
     )
     unit: str | None = Field(None, description="the study's unit; site files convert to it")
     molar_mass: float | None = Field(None, gt=0, description="g/mol, to convert between mass and amount of substance")
+    other_units: dict[str, tuple[float, float]] = Field(
+        default_factory=dict,
+        description="units whose way to the study's no rule gives, or another than units do: unit -> [factor, offset]",
+    )
     card: str | None = Field(
         None,
         exclude=True,
