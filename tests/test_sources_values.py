@@ -483,7 +483,7 @@ def test_items_are_compared_as_they_are_written(hospital: Hospital) -> None:
         found.append(float(value_of(hospital.load(study({"labs": LABS})), "sodium")[0]))
     assert found[0] == 0
     assert found[1] == pytest.approx(10 / 6)
-    assert found[2] in found[:2], "no item is written so: as a number it is either"
+    assert found[2] in found[:2], "the whole number that both may be"
 
 
 def test_haemoglobin_a1c_goes_by_the_master_equation(hospital: Hospital) -> None:

@@ -66,6 +66,17 @@ def code_text(series: pl.Series) -> pl.Series:
     return series.replace_strict(distinct, codes, default=None, return_dtype=pl.String)
 
 
+def is_item(series: pl.Series, code: str) -> pl.Series:
+    """Which cells name an item: texts as they are written, or the whole number that was stored as a fraction.
+
+    Unlike a category, an item is none of the study's: 250.0 and 250.00 may be two diseases, 0123 and 123 two drugs.
+    """
+    if series.dtype.is_numeric():
+        return (code_text(series) == category_code(code)).fill_null(False)
+    text = series.cast(pl.String).str.strip_chars()
+    return ((text == code) | (text.str.replace(r"^(-?\d+)\.0+$", "$1") == code)).fill_null(False)
+
+
 def recode(codes: pl.Series, mapping: dict[str, str] | None) -> pl.Series:
     """Replace local codes by the study's; a code that the mapping lacks stays as it is."""
     if not mapping:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gapweave.client.sources.cells import (
     LIST_ALL,
     code_text,
+    is_item,
     merged,
     missing,
     numbers,
@@ -25,7 +26,7 @@ from gapweave.client.sources.place import read_source
 from gapweave.client.sources.records import Reading
 from gapweave.client.sources.times import hours_of
 from gapweave.client.sources.units import likely_unit, to_study_unit
-from gapweave.shared.config.modalities import Categories, Range, category_code
+from gapweave.shared.config.modalities import Categories, Range
 from gapweave.shared.config.sources import ColumnsSource, MeasurementSource, Take, TextSource, ValueColumn
 from gapweave.shared.errors import UsageError
 from gapweave.shared.features.ranges import implausible, scale
@@ -189,14 +190,10 @@ def read_cells(
 
 def _long(source: ColumnsSource, item: str, value: str, hours: int | None, reading: Reading) -> dict[str, Cells]:
     rows = read_rows(source, [item, value], hours, reading)
-    codes = code_text(rows.table.column(item))
-    written = rows.table.column(item).cast(pl.String).str.strip_chars()
+    items = rows.table.column(item)
     result = {}
     for name, column in source.columns.items():
-        # As it is written, where it is: 250.0 and 250.00 are two diseases. Else 123.0 may be the item 123.
-        exact = (written == column.column).fill_null(False)
-        same = exact if exact.any() else (codes == category_code(column.column)).fill_null(False)
-        chosen = rows.only(same.to_numpy())
+        chosen = rows.only(is_item(items, column.column).to_numpy())
         where = f"{rows.table.where(value)}[{name}]"
         result[name] = Cells(where=where, rows=chosen, raw=chosen.table.column(value), column=column)
     _note_absent([name for name, cells in result.items() if cells.raw.is_empty()], source, item, reading)
@@ -208,10 +205,10 @@ def _note_absent(names: list[str], source: ColumnsSource, item: str, reading: Re
     if not names:
         return
     table = read_source(source, [item], reading.files, reading.key())
-    known = set(code_text(table.column(item)).unique().to_list())
+    known = table.column(item).unique()
     for name in names:
         code = source.columns[name].column
-        if category_code(code) not in known:
+        if not is_item(known, code).any():
             reading.problem(
                 "absent_item",
                 reading.key(f".columns.{name}"),
