@@ -35,7 +35,13 @@ class Ledger(Journal):
         return Budget(self.view).affords(run, study, events)
 
     def reserve(
-        self, run: str, study: str, events: Sequence[PrivacyEvent], setting: Mapping[str, Any] | None = None
+        self,
+        run: str,
+        study: str,
+        events: Sequence[PrivacyEvent],
+        setting: Mapping[str, Any] | None = None,
+        *,
+        may_stop: bool = False,
     ) -> int:
         """Set aside the longest prefix of a run's events that the cap allows.
 
@@ -46,6 +52,7 @@ class Ledger(Journal):
             study: hash of the study.
             events: that the run plans.
             setting: what a report says of the run beside its events (`setting.run_setting`).
+            may_stop: whether the run may end because of scores, this site's or others'.
 
         Returns:
             Number of events reserved.
@@ -61,8 +68,12 @@ class Ledger(Journal):
         if count == 0:
             raise self.no_room(run, events)
         planned = [event.to_dict() for event in events[:count]]
-        body = {"run": run, "study": study, "figure": figure, "events": planned}
-        self._append("reserve", body if setting is None else {**body, "setting": dict(setting)})
+        body: dict[str, Any] = {"run": run, "study": study, "figure": figure, "events": planned}
+        if setting is not None:
+            body["setting"] = dict(setting)
+        if may_stop:
+            body["may_stop"] = True
+        self._append("reserve", body)
         return count
 
     def no_room(self, run: str, events: Sequence[PrivacyEvent]) -> BudgetExhausted:

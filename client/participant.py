@@ -133,7 +133,8 @@ class Participant:
             plan = self._plan(ledger, run)
             self._require_patients(ledger, run)  # data that cannot be used leave no reservation behind
             setting = run_setting(self.site, self.held, self.shared, self.initial)
-            reserved = ledger.reserve(run, self.study.sha256, plan.schedule(), setting)
+            may_stop = self.study.training.early_stop is not None
+            reserved = ledger.reserve(run, self.study.sha256, plan.schedule(), setting, may_stop=may_stop)
         return Capability(
             site=self.site.name,
             modalities=self.held,

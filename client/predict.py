@@ -130,6 +130,8 @@ def find_model(run: Path, site: str, name: str) -> Path:
         with intact(run / "summary.json"):
             identity = json.loads((run / "summary.json").read_text(encoding="utf-8"))["run"]
         found = [file for file in found if file.parent.name == identity]
+    elif not state.resolve().is_relative_to(run.resolve()):
+        found = []  # a state folder that outlives runs: which of its models is this one's, the run does not say yet
     if not found:
         kind, remedy = "model", "Give a finished run directory, or STATE/runs/<run> at the hospital"
         if name == "finetuned":

@@ -76,7 +76,7 @@ def _site(study: Study, peer: Peer, loop: RoundLoop) -> dict[str, Any]:
     total = sum(float(table.counts.sum()) for table in released.tables[:1])
     return {
         "status": peer.status,
-        "reason": peer.reason,
+        "reason": peer.reason or unasked(peer, loop),
         "modalities": peer.modalities,
         "patients": {"train": _counted(peer), "test": max(0, round(total)) if released.tables else None},
         "rounds": peer.last_round,
@@ -86,6 +86,12 @@ def _site(study: Study, peer: Peer, loop: RoundLoop) -> dict[str, Any]:
         "released": released.to_dict(),
         "privacy": _privacy(study, peer, released),
     }
+
+
+def unasked(peer: Peer, loop: RoundLoop) -> str:
+    """What is said of a site that is well, and that `aggregation.sample` drew for no round; empty for all others."""
+    drawn = peer.last_round > 0 or loop.study.aggregation.sample is None or not loop.state.round
+    return "" if drawn or peer.status != "ok" else "was not asked in any round"
 
 
 def _counted(peer: Peer) -> int | None:

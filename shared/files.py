@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from gapweave.shared.errors import DataError, UsageError
 
@@ -41,6 +43,39 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def try_lock(file: IO[str] | int, kind: int) -> bool:
+    """Lock a file or folder if no other process holds it; the lock ends with the process, however that ends.
+
+    Args:
+        file: open, or a descriptor.
+        kind: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`.
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder, where its file system has locks.
+
+    Raises:
+        UsageError: when another one does.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network's file system may lock no folders
+            if not try_lock(descriptor, fcntl.LOCK_EX):
+                raise UsageError(
+                    "another process works in this folder", where=str(folder), remedy="Wait for it, or stop it"
+                )
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

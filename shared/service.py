@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gapweave.shared.errors import GapweaveError, Unreachable, UsageError
-from gapweave.shared.files import private_folder, write_atomically
+from gapweave.shared.files import private_folder, try_lock, write_atomically
 
 DELAYS_S = (1.0, 5.0, 15.0, 60.0)
 """Waits before a restart, the last one for good: a site that was killed is let in again after 52 s (measured)."""
@@ -88,7 +88,7 @@ class Service:
         """The process that runs the service, or None."""
         deadline = time.monotonic() + MOMENT_S
         with contextlib.suppress(FileNotFoundError), self._lock.open("r") as file:
-            while not _try_lock(file, fcntl.LOCK_SH):
+            while not try_lock(file, fcntl.LOCK_SH):
                 file.seek(0)
                 text = file.read().strip()
                 if text or time.monotonic() > deadline:  # who has just taken the lock has not yet written
@@ -131,7 +131,7 @@ class Service:
     def _locked(self) -> Iterator[None]:
         deadline = time.monotonic() + MOMENT_S
         with self._lock.open("a+") as file:
-            while not _try_lock(file, fcntl.LOCK_EX):  # who asks whether it runs has it for a moment
+            while not try_lock(file, fcntl.LOCK_EX):  # who asks whether it runs has it for a moment
                 if time.monotonic() > deadline:
                     raise self._running()
                 time.sleep(0.01)
@@ -214,14 +214,6 @@ class Service:
                 return True
             time.sleep(0.1)
         raise Unreachable(f"{self.what} (process {pid}) does not end", remedy=f"End it with kill -9 {pid}")
-
-
-def _try_lock(file: IO[str], kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class _Supervisor:

@@ -18,6 +18,7 @@ from gapweave.shared.cli import main
 from gapweave.shared.config import load_site, load_study
 from gapweave.shared.config.overrides import METHODS
 from gapweave.shared.errors import RefusedError
+from gapweave.shared.files import alone
 from gapweave.sites.demo import write_demo
 from gapweave.sites.simulate import baselines, compare_unit
 from gapweave.sites.simulate import compare as work
@@ -229,6 +230,32 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(study_file, tmp_path
     assert run(study_file, out, *options) == 0
     assert len(calls) == 4
     assert (out / "results.json").read_bytes() == before
+
+
+def test_a_comparison_goes_on_with_the_same_data_only(study_file, tmp_path, capsys):
+    """Folds of two data sets were joined as one: patients of the one were judged by models that knew the other."""
+    hospitals, out = tmp_path / "hospitals", tmp_path / "out"
+    shutil.copytree(study_file.parent, hospitals)
+    options = ["--folds", "2", "--seeds", "0", "--baselines", "none"]
+    assert run(hospitals / "study.yaml", out, *options) == 0
+    shutil.rmtree(next(out.glob("cells/*")))
+    site = yaml.safe_load((hospitals / "sites" / "alder.yaml").read_text())
+    labs = hospitals / "sites" / site["data"]["labs"]["file"]
+    before = labs.read_text()
+    labs.write_text("".join(before.splitlines(keepends=True)[:-20]))
+    assert run(hospitals / "study.yaml", out, *options) == 6
+    assert "the data of alder changed since the comparison began" in capsys.readouterr().err
+    labs.write_text(before)
+    assert run(hospitals / "study.yaml", out, *options) == 0
+
+
+def test_one_process_at_a_time_works_in_a_folder(varied, study_file, capsys):
+    """The second removed what the first was writing."""
+    options = ["--vary", "method=late,concat", "--seeds", "0,1", "--baselines", "lr"]
+    with alone(varied):
+        assert run(study_file, varied, *options) == 2
+    assert "another process works in this folder" in capsys.readouterr().err
+    assert run(study_file, varied, *options) == 0
 
 
 def test_without_privacy_a_comparison_repeats_itself(varied, study_file, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -18,6 +19,7 @@ from loopback import BIN, Hub, hub_with, run_card
 from gapweave.server.aggregation import initial_groups
 from gapweave.shared.cli import _run
 from gapweave.shared.config import load_study
+from gapweave.shared.privacy.ledger import read_ledger
 from gapweave.shared.tensorfile import Arrays
 from gapweave.sites.demo import write_demo
 
@@ -102,6 +104,28 @@ def on_ray(study: Path, out: Path) -> Arrays:
     done = subprocess.run([*command, *words(LONG)], check=False, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return shared_model(out)
+
+
+@pytest.mark.long
+@pytest.mark.federation
+def test_ctrl_c_ends_a_run_on_ray(tmp_path: Path) -> None:
+    """Its round loop ran on in a thread of its own, and every further round was charged."""
+    study, out = federation(tmp_path, 3, LONG), tmp_path / "ray"
+    command = [str(BIN / "gapweave"), "simulate", str(study), "--engine", "ray", "--out", str(out), "--rounds", "500"]
+    rounds = out / "rounds.jsonl"
+    with subprocess.Popen([*command, "--set", "privacy.epsilon=8"], stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 120
+        while not (rounds.exists() and rounds.read_text().count("\n") >= 2):
+            assert running.poll() is None, running.stderr and running.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        before = rounds.read_text().count("\n")
+        assert running.wait(timeout=60) == 130
+    done = rounds.read_text().count("\n")
+    assert done <= before + 2
+    for ledger in (out / "sites").glob("*"):
+        assert sum("round" in event.released for event in read_ledger(ledger).events()) <= done + 1
 
 
 @pytest.mark.long

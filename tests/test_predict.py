@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import polars as pl
 import pytest
 from commandline import LABEL, OPEN, QUICK, done, edit, gapweave, hospitals, records, site_file, summary_of
 from numpy.typing import NDArray
+
+from gapweave.client.predict import find_model
+from gapweave.shared.errors import UsageError
 
 ORDER = ("labs", "note", "scan", "vitals")
 SITES = ("alder", "cedar")
@@ -176,6 +180,20 @@ def test_the_run_predicts_from_its_own_state(trained: tuple[str, Path, Path], tm
     shutil.rmtree(moved / "sites")
     outcome = gapweave("predict", moved, "--site", site_file(study, "alder"), "--out", tmp_path / "p.csv")
     assert outcome.code == 2
+
+
+def test_a_state_folder_that_outlives_runs_lends_an_unfinished_one_no_model(tmp_path: Path) -> None:
+    """The last model of any run was taken for its own."""
+    run, state = tmp_path / "run", tmp_path / "state" / "alder"
+    for name in ("0", "1"):
+        (state / "runs" / name).mkdir(parents=True)
+        (state / "runs" / name / "model.safetensors").touch()
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "checkpoint" / "simulation.json").write_text(json.dumps({"state": "../state"}))
+    with pytest.raises(UsageError, match="there is no model of site 'alder'"):
+        find_model(run, "alder", "model")
+    (run / "summary.json").write_text(json.dumps({"run": "0"}))
+    assert find_model(run, "alder", "model").parent.name == "0"
 
 
 def test_the_metrics_of_a_task(trained: tuple[str, Path, Path]) -> None:

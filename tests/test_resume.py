@@ -20,6 +20,7 @@ import yaml
 from commandline import OPEN, done, edit, gapweave, hospitals, process, rounds_of, site_file, summary_of
 
 from gapweave.client.participant import Participant
+from gapweave.shared.files import alone
 from gapweave.shared.privacy.ledger import LedgerView, read_ledger
 
 SITES = ("alder", "birch", "cedar")
@@ -268,6 +269,17 @@ def test_a_run_whose_data_changed_is_not_resumed(study: Path, private: Path, tmp
         assert "the data or the site file of birch changed since the run began" in outcome.error
     finally:
         site.write_text(before, encoding="utf-8")
+    done("resume", run)
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(private: Path, tmp_path: Path) -> None:
+    """Two that resumed it wrote each round twice."""
+    run = shutil.copytree(private, tmp_path / "run")
+    (run / "summary.json").unlink()
+    with alone(run):
+        outcome = gapweave("resume", run)
+    assert outcome.code == 2
+    assert "another process works in this folder" in outcome.error
     done("resume", run)
 
 

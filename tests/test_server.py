@@ -22,6 +22,7 @@ from gapweave.server.app import Watch, run_study
 from gapweave.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gapweave.server.screening import norm, reason_to_reject
 from gapweave.server.strategy import Observer, RoundLoop
+from gapweave.server.summary import unasked
 from gapweave.shared import tensorfile, wire
 from gapweave.shared.errors import DataError, RefusedError, TooFewSites, Unreachable, UsageError
 from gapweave.shared.privacy.ledger import read_ledger
@@ -346,6 +347,16 @@ def test_a_round_asks_as_many_sites_as_the_study_says(tmp_path: Path) -> None:
     assert {len(sites) for sites in drawn[0]} == {3}
     assert {site for sites in drawn[0] for site in sites} == set("abcdef")
     assert len({tuple(sites) for sites in drawn[0]}) > 4
+
+
+def test_who_was_drawn_for_no_round_is_told(tmp_path: Path) -> None:
+    of = study_of(training={"rounds": 1}, aggregation={"sample": 2})
+    run = loop(tmp_path, of, Pretence(*[Pretender(name) for name in "abc"]))
+    assert not any(unasked(peer, run) for peer in run.peers.values())
+    run.run()
+    (drawn,) = (set(line["sites"]) for line in run.directory.rounds())
+    said = {name: unasked(peer, run) for name, peer in run.peers.items()}
+    assert said == {name: "" if name in drawn else "was not asked in any round" for name in "abc"}
 
 
 def test_sampling_by_coverage_leaves_no_rare_group_out(tmp_path: Path) -> None:

@@ -148,14 +148,19 @@ class LedgerView:
         return [event for event in planned if event.released not in charged]
 
     def _skipped(self) -> list[PrivacyEvent]:
-        """What runs that looked at their scores on the way have not charged: they may have ended because of a score."""
+        """What runs have not charged that may have ended because of a score: of others' where this site gave none.
+
+        Every score is of a model that this site's updates are in.
+        """
         return [
             event
             for entry in self.entries
-            if entry.kind == "reserve"
-            and any(charged.released.startswith(LOOK) for charged in self.events(entry.body["run"]))
+            if entry.kind == "reserve" and (entry.body.get("may_stop", False) or self._looked(entry.body["run"]))
             for event in self._left(entry)
         ]
+
+    def _looked(self, run: str) -> bool:
+        return any(charged.released.startswith(LOOK) for charged in self.events(run))
 
     def spent(self, more: Sequence[PrivacyEvent] = ()) -> float:
         """Epsilon of everything charged, and of `more`, exact for schedules fixed in advance but for noised counts.

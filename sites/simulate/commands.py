@@ -19,6 +19,7 @@ from gapweave.shared.config import Study, load_site, load_study, naming_study
 from gapweave.shared.config.base import nearest
 from gapweave.shared.config.overrides import parse_assignment
 from gapweave.shared.errors import RefusedError, UsageError
+from gapweave.shared.files import alone
 from gapweave.shared.rundir import RunDirectory
 from gapweave.sites.simulate.baselines import BASELINES
 from gapweave.sites.simulate.progress import Bars, say
@@ -193,8 +194,9 @@ def _run(study: Study, setup: Setup, out: Path) -> tuple[dict[str, Any], Path]:
         sites = load_sites(study, setup, bars.reading)
         _warn(sites)
         directory = RunDirectory.create(out, study)
-        setup.save(directory)
-        return _finish(study, setup, directory, bars, sites)
+        with alone(out):
+            setup.save(directory)
+            return _finish(study, setup, directory, bars, sites)
 
 
 @contextmanager
@@ -237,11 +239,11 @@ def resume(path: Path) -> tuple[dict[str, Any], Path]:
         UsageError: when the folder holds no simulation, or one that is done.
     """
     directory = RunDirectory.open(path.resolve())
-    if (directory.path / "summary.json").exists():
-        raise UsageError("this run is done", where=str(path), remedy="Start another with `gapweave simulate`")
     study, setup = directory.study(), Setup.load(directory)
     one_thread()
-    with _resumable(directory), Bars(Console(stderr=True)) as bars:
+    with alone(directory.path), _resumable(directory), Bars(Console(stderr=True)) as bars:
+        if (directory.path / "summary.json").exists():
+            raise UsageError("this run is done", where=str(path), remedy="Start another with `gapweave simulate`")
         sites = load_sites(study, setup, bars.reading)
         return _finish(study, setup, directory, bars, sites)
 

@@ -25,7 +25,7 @@ from gapweave.client import app as client_app
 from gapweave.client.data import load_cohort
 from gapweave.shared.config import load_site, naming_study
 from gapweave.shared.errors import DataError, GapweaveError, RefusedError, TooFewSites, UsageError
-from gapweave.shared.files import intact, write_atomically
+from gapweave.shared.files import alone, intact, write_atomically
 from gapweave.shared.metrics import METRICS
 from gapweave.sites.simulate.compare_intervals import Draws
 from gapweave.sites.simulate.compare_plan import Plan, Request, Trial, Unit, make_plan
@@ -48,6 +48,8 @@ from gapweave.sites.simulate.run import Setup, find_sites, load_sites
 from gapweave.sites.study_check import check_study
 
 SPEC, HOSPITALS = "compare.json", "hospitals"
+COHORTS = "cohorts"
+"""Of the specification: what the data were; not asked for, and the same whenever the comparison goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +99,14 @@ def compare(request: Request) -> Result:
             continue_without=request.continue_without,
             anchored=request.state is not None,
         )
-        check_data(plan, setup)
-        _write_json(out, SPEC, spec)
+        cohorts = check_data(plan, setup)
+        _refuse_changed(out, cohorts)
+        _write_json(out, SPEC, {**spec, COHORTS: cohorts})
         if demo and request.sites is None:
             setup = _keep_demo(file.parent, out, setup)
-    failures = run_units(plan, setup, out)
-    return write_results(plan, out, failures)
+    with alone(out):
+        failures = run_units(plan, setup, out)
+        return write_results(plan, out, failures)
 
 
 @contextmanager
@@ -140,6 +144,7 @@ def _check_out(out: Path, spec: dict[str, Any]) -> None:
         raise UsageError("the output folder exists", where=str(out), remedy="Give another --out")
     with intact(file):
         before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(spec))
+        before.pop(COHORTS, None)
     if before != now:
         keys = [key for key in spec if before.get(key) != now[key]]
         raise UsageError(
@@ -149,8 +154,29 @@ def _check_out(out: Path, spec: dict[str, Any]) -> None:
         )
 
 
-def check_data(plan: Plan, setup: Setup) -> None:
+def _refuse_changed(out: Path, cohorts: dict[str, list[str]]) -> None:
+    """Refuse to go on with other data: folds of two cohorts would be judged, and trained on, as one.
+
+    Raises:
+        DataError: naming the sites.
+    """
+    file = out / SPEC
+    with intact(file):
+        before = json.loads(file.read_text(encoding="utf-8")).get(COHORTS, {}) if file.exists() else {}
+        changed = sorted(name for name, hashes in cohorts.items() if before.get(name, hashes) != hashes)
+    if changed:
+        raise DataError(
+            f"the data of {', '.join(changed)} changed since the comparison began",
+            where=str(out),
+            remedy="Put them back as they were, or give another --out",
+        )
+
+
+def check_data(plan: Plan, setup: Setup) -> dict[str, list[str]]:
     """Read every site's data once for each way in which the cells read them.
+
+    Returns:
+        By site, a hash of them for each way.
 
     Raises:
         UsageError: for a study that cannot be trained, or not at these sites.
@@ -158,6 +184,7 @@ def check_data(plan: Plan, setup: Setup) -> None:
         UsageError: when a site file and a study do not fit together.
     """
     seen, sites = set(), [load_site(file) for file in setup.sites]
+    hashes: dict[str, list[str]] = {}
     try:
         for trial in plan.trials:
             study = trial.units[0].study
@@ -168,13 +195,18 @@ def check_data(plan: Plan, setup: Setup) -> None:
             key = json.dumps([read, study.aggregation.quorum], sort_keys=True)
             if key not in seen:
                 seen.add(key)
-                _check_trial(trial, setup)
+                for name, found in _check_trial(trial, setup).items():
+                    hashes.setdefault(name, []).append(found)
     finally:
         client_app.forget()
+    return hashes
 
 
-def _check_trial(trial: Trial, setup: Setup) -> None:
+def _check_trial(trial: Trial, setup: Setup) -> dict[str, str]:
+    hashes = {}
     for entry in load_sites(trial.units[0].study, setup):
+        if entry.error is None:
+            hashes[entry.site.name] = entry.participant.cohort.digest()
         if entry.site.split.column is None or entry.error is not None or trial.units[0].fold is None:
             continue
         held_out = sum(
@@ -187,6 +219,7 @@ def _check_trial(trial: Trial, setup: Setup) -> None:
                 where=f"{entry.file}:split.column",
                 remedy="Give --folds as many as the column has, or write `split: {by: hash}`",
             )
+    return hashes
 
 
 def run_units(plan: Plan, setup: Setup, out: Path) -> list[Failure]:

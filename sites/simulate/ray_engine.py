@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Message
@@ -61,7 +63,7 @@ class SitesApp(ClientApp):  # type: ignore[misc]
 
 
 def on_ray(node_configs: Sequence[Mapping[str, Any]], work: Callable[[Grid], None]) -> None:
-    """Run a round loop with sites on Ray.
+    """Run a round loop with sites on Ray; Ctrl-C ends it when the requests that are out have been answered.
 
     Args:
         node_configs: one mapping a site.
@@ -69,6 +71,7 @@ def on_ray(node_configs: Sequence[Mapping[str, Any]], work: Callable[[Grid], Non
 
     Raises:
         Exception: what `work` raised.
+        KeyboardInterrupt: after Ctrl-C, once all is stopped.
     """
     require_ray()
     os.environ.update(QUIET)
@@ -76,10 +79,19 @@ def on_ray(node_configs: Sequence[Mapping[str, Any]], work: Callable[[Grid], Non
     from flwr.simulation import run_simulation
 
     raised: list[BaseException] = []
+    stopped = threading.Event()
     server = ServerApp()
 
     @server.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
+        push = grid.push_messages
+
+        def unless_stopped(messages: Iterable[Message]) -> Any:
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            return push(messages)
+
+        grid.push_messages = unless_stopped
         try:
             work(grid)
         except BaseException as error:
@@ -91,9 +103,12 @@ def on_ray(node_configs: Sequence[Mapping[str, Any]], work: Callable[[Grid], Non
         "init_args": {"logging_level": "ERROR", "log_to_driver": False},
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
     }
+    # Flower's main thread would wait for the round loop's thread, which nothing stops: every further round was charged.
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
     try:
         run_simulation(server, SitesApp(node_configs), len(node_configs), backend_config=backend)
     finally:
+        signal.signal(signal.SIGINT, before)
         if ours:
             ray.shutdown()
     if raised:

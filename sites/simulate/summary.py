@@ -12,7 +12,7 @@ from gapweave.client.predict import load_site_model
 from gapweave.client.sources.findings import warnings_of
 from gapweave.client.state import RunFolder
 from gapweave.server.strategy import RoundLoop
-from gapweave.server.summary import FROM_TABLES, released_facts, run_facts
+from gapweave.server.summary import FROM_TABLES, released_facts, run_facts, unasked
 from gapweave.shared.config import Study
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
 from gapweave.sites.simulate.attacks import bad_names
@@ -89,7 +89,7 @@ def _site(study: Study, entry: VirtualSite, loop: RoundLoop, scores: Mapping[str
     cohort = participant.cohort
     return {
         "status": peer.status,
-        "reason": client_app.details.get(name, peer.reason) if peer.status != "ok" else "",
+        "reason": client_app.details.get(name, peer.reason) if peer.status != "ok" else unasked(peer, loop),
         "modalities": participant.held,
         "warnings": [f"{finding.where}: {finding.message}" for finding in warnings_of(participant.findings)],
         "patients": {"train": cohort.training().patients, "test": cohort.testing().patients},
