@@ -78,9 +78,12 @@ class EarlyStop:
         return waited >= self._training.early_stop.patience
 
 
+UNRANKED = "its table ranks nobody: too few of a class, or most scores in one bin or two"
+
+
 def seen_of(released: Mapping[str, Released]) -> tuple[dict[str, float | None], dict[str, str]]:
     """AUROC of each site's table, and why sites gave none."""
-    metrics = {site: what.metrics() or {} for site, what in released.items()}
-    return {site: found.get("auroc") for site, found in metrics.items()}, {
-        site: what.reason for site, what in released.items()
-    }
+    aurocs = {site: (what.metrics() or {}).get("auroc") for site, what in released.items()}
+    silent = {site: what.reason for site, what in released.items()}
+    mute = {site: UNRANKED for site, what in released.items() if what.tables and aurocs[site] is None}
+    return aurocs, silent | mute

@@ -16,8 +16,9 @@ from gapweave.client import app as client_app
 from gapweave.client.participant import Participant
 from gapweave.server.aggregation import initial_groups
 from gapweave.server.app import run_study
+from gapweave.server.evaluation import Released
 from gapweave.server.peers import Peer
-from gapweave.server.stopping import EarlyStop
+from gapweave.server.stopping import UNRANKED, EarlyStop, seen_of
 from gapweave.server.strategy import Observer, RoundLoop
 from gapweave.server.summary import summarise_deployment
 from gapweave.shared import wire
@@ -30,7 +31,7 @@ from gapweave.shared.privacy.once import NO_LOOK, NO_NOISE, NOT_ALLOWED, TOO_FEW
 from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.privacy.plan_report import plan_lines, plan_report
 from gapweave.shared.rundir import RunDirectory
-from gapweave.shared.tables import BINS
+from gapweave.shared.tables import BINS, ScoreTable
 from gapweave.shared.tensorfile import Arrays
 from gapweave.sites.simulate.commands import Places, start
 from gapweave.sites.study_check import describe
@@ -318,6 +319,19 @@ def test_a_run_ends_when_its_scores_do_and_says_so(tmp_path: Path) -> None:
     assert looks[2]["auroc"] < looks[4]["auroc"]
     assert [look["ends_run"] for look in looks.values()] == [False, False, True]
     assert {kind for kind, _, number in grid.asked if number == 6} >= {wire.TRAIN, wire.FINISH}
+
+
+def test_a_table_that_ranks_nobody_is_named_as_that() -> None:
+    """It was paid for, and nothing said why it gave no figure."""
+    alike = np.zeros((2, BINS))
+    alike[:, 7] = 1000
+    apart = np.array(table_of(2.0)[0], float)
+    tables = {name: Released(tables=(ScoreTable(counts, 1.0),)) for name, counts in {"a": alike, "b": apart}.items()}
+    aurocs, reasons = seen_of({**tables, "c": Released(reason=TOO_FEW)})
+    assert aurocs["a"] is aurocs["c"] is None
+    assert aurocs["b"] is not None
+    assert aurocs["b"] > 0.6
+    assert reasons == {"a": UNRANKED, "b": "", "c": TOO_FEW}
 
 
 def test_a_minority_does_not_end_a_run(tmp_path: Path) -> None:
