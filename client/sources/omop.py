@@ -89,7 +89,7 @@ class _Within:
         at, zoned = moments(events["at"])
         day, _ = moments(events["day"])
         at_midnights = at_midnight(events["at"]) & ~np.isnan(at)
-        dated = dates_alone(events["at"])
+        dated = dates_alone(events["at"]) & ~np.isnan(at)
         self.timed += int((~np.isnan(at)).sum())
         self.dated += int(dated.sum())
         self.midnights += int(at_midnights.sum())
