@@ -326,7 +326,10 @@ def test_a_table_that_ranks_nobody_is_named_as_that() -> None:
     alike = np.zeros((2, BINS))
     alike[:, 7] = 1000
     apart = np.array(table_of(2.0)[0], float)
-    tables = {name: Released(tables=(ScoreTable(counts=counts, scale=1.0),)) for name, counts in {"a": alike, "b": apart}.items()}
+    tables = {
+        name: Released(tables=(ScoreTable(counts=counts, scale=1.0),))
+        for name, counts in {"a": alike, "b": apart}.items()
+    }
     aurocs, reasons = seen_of({**tables, "c": Released(reason=TOO_FEW)})
     assert aurocs["a"] is aurocs["c"] is None
     assert aurocs["b"] is not None

@@ -13,7 +13,7 @@ from gapweave.client.sources.cells import code_text, id_text
 from gapweave.client.sources.files import Files, Table
 from gapweave.client.sources.findings import Finding
 from gapweave.client.sources.place import read_source
-from gapweave.client.sources.visits import NUMBER, Visits, has_events, read_visits
+from gapweave.client.sources.visits import KNOWN, NUMBER, Visits, has_events, read_visits
 from gapweave.shared.config.modalities import category_code
 from gapweave.shared.config.site import Site
 from gapweave.shared.config.sources import ColumnsSource, ImageSource, TextSource
@@ -129,7 +129,7 @@ def read_records(site: Site, files: Files, findings: list[Finding], *, capped: b
         ids=tuple(ids),
         patient=number.to_numpy().astype(np.int64),
         patient_ids=tuple(kept_once.get(name, name) for name in names.to_list()),
-        visits=read_visits(table, ids, site.data.records.id, files, findings) if has_events(site) else None,
+        visits=read_visits(site, table, ids, files, findings) if has_events(site) else None,
     )
 
 
@@ -156,7 +156,7 @@ def _wanted(site: Site) -> list[str]:
     if site.split.column is not None:
         wanted.add(site.split.column)
     if has_events(site):
-        wanted.add(NUMBER)
+        wanted |= {NUMBER, *(KNOWN if records.omop else ())}
     for source in site.data.modalities.values():
         if isinstance(source, ImageSource):
             wanted.add(source.column)

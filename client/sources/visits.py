@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 NUMBER, NAME = "visit_occurrence_id", "visit_source_value"
 """Of a visit in the CDM, and at the hospital: a name may stand for several visits."""
 
-_COLUMNS = (NUMBER, NAME, "person_id", "visit_start_datetime")
+KNOWN = (NUMBER, "person_id", "visit_start_datetime")
+"""What events are found and timed by: records that are visits have it themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +45,13 @@ def has_events(site: Site) -> bool:
     return sources or any(label.conditions is not None for label in site.data.records.label.values())
 
 
-def read_visits(table: Table, ids: Iterable[str], id_column: str, files: Files, findings: list[Finding]) -> Visits:
+def read_visits(site: Site, table: Table, ids: Iterable[str], files: Files, findings: list[Finding]) -> Visits:
     """Look the records' visits up.
 
     Args:
+        site: the site file.
         table: [R] of the records.
         ids: [R] of the records.
-        id_column: the column that they are from.
         files: for the database.
         findings: records without a visit or a start are noted here.
 
@@ -60,7 +61,11 @@ def read_visits(table: Table, ids: Iterable[str], id_column: str, files: Files, 
     """
     from gapweave.client.sources import cdm, sql
 
-    key, where = files.key("data.records.id"), files.key("data.records")
+    key = files.key("data.records.id")
+    id_column = site.data.records.id
+    if site.data.records.omop:
+        found, by = table.frame.select(KNOWN).with_columns(record=pl.int_range(pl.len())), NUMBER
+        return _noted(found, len(found), by, files, findings)
     if NUMBER in table.names:
         by, asked = NUMBER, id_text(table.column(NUMBER))
     elif id_column == NAME:
@@ -76,16 +81,22 @@ def read_visits(table: Table, ids: Iterable[str], id_column: str, files: Files, 
     def known(part: pl.DataFrame) -> pl.DataFrame:
         return part.with_columns(asked=id_text(part[by])).join(ours, on="asked", how="inner", maintain_order="left")
 
-    found = sql.run(lambda: cdm.select_visits(files), _COLUMNS, files, where, known).frame
+    found = sql.run(lambda: cdm.select_visits(files), (*KNOWN, NAME), files, files.key("data.records"), known).frame
     if by == NAME and (several := found["record"].n_unique() - len(found.unique("record", keep="none"))):
         raise DataError(
             f"{several} records have a {NAME} that stands for several visits",
             where=key,
             remedy=f"Let the records have a column {NUMBER}",
         )
+    return _noted(found, len(asked), by, files, findings)
+
+
+def _noted(found: pl.DataFrame, records: int, by: str, files: Files, findings: list[Finding]) -> Visits:
+    """Visits [V] as they were found, with notes of what is lacking."""
+    key, where = files.key("data.records.id"), files.key("data.records")
     start, zoned = moments(found["visit_start_datetime"])
-    if len(asked) > (visits := found["record"].n_unique()):
-        message = f"{len(asked) - visits} of {len(asked)} records are no visit of the CDM: it knows nothing of them"
+    if records > (visits := found["record"].n_unique()):
+        message = f"{records - visits} of {records} records are no visit of the CDM: it knows nothing of them"
         findings.append(
             Finding(id="ids", status="warning", where=key, message=message, remedy=f"Compare the ids with {by}")
         )
