@@ -22,7 +22,7 @@ from gapweave.client.anchor import RECOVER, REMEMBERED_FILE, Anchor, check_head,
 from gapweave.client.state import kept_heads
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import GapweaveError, LedgerBusy, NotIntact, RefusedError
-from gapweave.shared.files import private_folder, sync_folder
+from gapweave.shared.files import private_folder, sync_folder, try_lock
 from gapweave.shared.privacy.head import Head, write_anchor
 from gapweave.shared.privacy.ledger import (
     GENESIS,
@@ -232,15 +232,11 @@ def _locked(path: Path, where: str) -> int:
     """Descriptor of a file that no other process has locked."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.02)
-                continue
+    while not try_lock(descriptor, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
             os.close(descriptor)
             raise LedgerBusy(
                 "another process holds the ledger", where=where, remedy="Wait for it, or stop it; one at a time writes"
-            ) from None
-        return descriptor
+            )
+        time.sleep(0.02)
+    return descriptor

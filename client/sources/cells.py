@@ -14,6 +14,9 @@ from gapweave.shared.errors import UsageError
 MISSING = ("", "na", "n/a", "#n/a", "nan", "null", "none", "?", ".")
 """Texts, in lower case, that stand for an empty cell."""
 
+_WHOLE = r"^(-?\d+)\.0+$"
+"""A whole number that was stored as a fraction."""
+
 EXACT = 2.0**53
 """Below it a float holds every whole number exactly."""
 
@@ -43,7 +46,7 @@ def id_text(series: pl.Series) -> pl.Series:
         text = pl.coalesce(integer, CELL.cast(pl.String))
     else:
         text = CELL.cast(pl.String).str.strip_chars()
-    text = text.str.replace(r"^(-?\d+)\.0+$", "$1")
+    text = text.str.replace(_WHOLE, "$1")
     return _ask(series, pl.when(~_is_missing(text)).then(text))
 
 
@@ -74,7 +77,7 @@ def is_item(series: pl.Series, code: str) -> pl.Series:
     if series.dtype.is_numeric():
         return (code_text(series) == category_code(code)).fill_null(False)
     text = series.cast(pl.String).str.strip_chars()
-    return ((text == code) | (text.str.replace(r"^(-?\d+)\.0+$", "$1") == code)).fill_null(False)
+    return ((text == code) | (text.str.replace(_WHOLE, "$1") == code)).fill_null(False)
 
 
 def recode(codes: pl.Series, mapping: dict[str, str] | None) -> pl.Series:

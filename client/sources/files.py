@@ -165,7 +165,7 @@ def _trusted(names: Iterable[str], wanted: frozenset[str]) -> bool:
     """Whether a file's first line is a header: it has half of the wanted names or more, and nothing like a value."""
     filled = [name.strip() for name in names if name.strip()]
     known = len(wanted.intersection(filled))
-    return 2 * known >= len(wanted) > 0 < known and not any(_VALUE.search(name) for name in filled)
+    return known > 0 and 2 * known >= len(wanted) and not any(_VALUE.search(name) for name in filled)
 
 
 def read_table(path: Path, wanted: Iterable[str]) -> Table:

@@ -160,6 +160,7 @@ class LedgerView:
         ]
 
     def _looked(self, run: str) -> bool:
+        """What says that a run may stop where its reservation, an older one, does not."""
         return any(charged.released.startswith(LOOK) for charged in self.events(run))
 
     def spent(self, more: Sequence[PrivacyEvent] = ()) -> float:
