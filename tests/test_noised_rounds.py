@@ -14,7 +14,7 @@ from pretence import Pretence, Pretender, loop, study_of
 
 from gapweave.server import aggregators
 from gapweave.server.aggregation import GroupAggregation, initial_groups
-from gapweave.server.aggregators import Update, believed, combine, gram_of
+from gapweave.server.aggregators import Update, believed, bounded, combine, gram_of
 from gapweave.server.agreement import CERTAIN, Agreement, against_the_others, agreements
 from gapweave.server.history import History
 from gapweave.server.rules import resolve
@@ -307,9 +307,38 @@ def test_whoever_states_much_noise_may_not_lie_as_much(rule: str, monkeypatch: p
     stated = squares(rows, (*SDS, 14.0))
     assert combine(rows, resolve(rule), 1, stated).mean() == pytest.approx(0.3, abs=0.05)
     monkeypatch.setattr(aggregators, "BELIEVED", 1e9)
+    monkeypatch.setattr(aggregators, "bounded", lambda block, sd: block)
     assert combine(rows, resolve(rule), 1, stated).mean() < -0.5, "the test can fail"
     monkeypatch.undo()
     assert list(believed([1.0, 2.0, 100.0])) == [1.0, 2.0, 8.0]
+
+
+@pytest.mark.parametrize("rule", ["nnm+trimmed_mean", "multi_krum", "nnm+median", "geometric_median"])
+def test_a_lie_of_few_numbers_that_hides_in_the_noise_of_all_moves_them_no_farther_than_noise(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an attacker does that puts all of its length into the biases that saturate an encoder."""
+    rows = sent_with(0.3, np.full(3000, 0.3))
+    noise = squares(rows, (*SDS, 0.7))
+    rows[6] = 0.3
+    rows[6, :20] -= math.sqrt(noise[6] / 20)
+    found = combine(rows, resolve(rule), 1, noise)
+    usual = float(np.median(SDS))
+    assert found[:20].mean() > 0.3 - usual
+    assert found[20:].mean() == pytest.approx(0.3, abs=0.05)
+    monkeypatch.setattr(aggregators, "bounded", lambda block, sd: block)
+    assert combine(rows, resolve(rule), 1, noise)[:20].mean() < 0.3 - 1.5 * usual, "the test can fail"
+
+
+def test_what_sites_differ_in_is_kept_where_it_is_more_than_noise() -> None:
+    """Half of them far from the other half: the bound is of noise, and of how far the middle site is from the median."""
+    block = np.array([[0.0, 0.0], [0.1, 0.1], [-0.1, -0.1], [5.0, 0.0], [5.1, 0.1], [4.9, -0.1]], np.float32)
+    found = bounded(block, 0.05)
+    np.testing.assert_allclose(found[:, 0], block[:, 0], atol=1e-6)
+    np.testing.assert_allclose(bounded(block, 1.0), block, atol=1e-6)
+    np.testing.assert_allclose(
+        np.abs(bounded(np.array([[0.0], [0.1], [-0.1], [0.0], [9.0]], np.float32), 0.5)).max(), 1.0
+    )
 
 
 def test_noise_of_which_most_say_nothing_is_not_corrected_for() -> None:
