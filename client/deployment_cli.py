@@ -162,8 +162,20 @@ def report(
     typer.echo(f"report: {folder.path / 'report.html'}")
 
 
-def budget(path: SiteArgument, as_json: JsonOption = False) -> None:
-    """Say what the site has spent of its privacy budget, on which studies, and what is left.
+def budget(
+    path: SiteArgument,
+    close: Annotated[
+        str | None,
+        typer.Option(
+            "--close",
+            metavar="RUN_ID",
+            help="Give back what a run holds that will not go on; the site takes no further part in it.",
+        ),
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--state", help="State folder in place of the site file's.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the site has spent of its privacy budget, on which studies, what open runs hold, and what is left.
 
     Example: gapweave site budget site.yaml
     """
@@ -173,7 +185,10 @@ def budget(path: SiteArgument, as_json: JsonOption = False) -> None:
     from gapweave.shared.report.ledger_text import ledger_lines
 
     site = load_site(path)
-    state = path.parent / site.state
+    state = folder or path.parent / site.state
+    if close is not None:
+        _give_up(site, path, state, close)
+        typer.echo(f"{site.name} takes no further part in {close}", err=as_json)
     if not (state / LEDGER_FILE).exists():
         nothing = {"site": site.name, "epsilon": 0.0, "epsilon_filter": 0.0, "cap": site.policy.epsilon, "releases": 0}
         typer.echo(
@@ -184,6 +199,18 @@ def budget(path: SiteArgument, as_json: JsonOption = False) -> None:
         return
     facts = ledger_facts(read_ledger(state), None)
     typer.echo(json.dumps(facts.to_dict(), indent=1) if as_json else "\n".join(ledger_lines(facts)))
+
+
+def _give_up(site: Any, path: Path, state: Path, run: str) -> None:
+    from gapweave.client.ledger import Ledger
+    from gapweave.shared.errors import UsageError
+    from gapweave.shared.privacy.ledger import LEDGER_FILE
+
+    if not (state / LEDGER_FILE).exists():
+        raise UsageError("there is no ledger yet", where=str(state), remedy="No run holds a part of the budget")
+    anchor = None if site.policy.anchor is None else path.parent / site.policy.anchor
+    with Ledger(state, site, anchor) as ledger:
+        ledger.give_up(run)
 
 
 def stop(path: SiteArgument) -> None:

@@ -122,7 +122,8 @@ def check_budget(study: Study, site: Site, state: Path, patients: int | None) ->
         return
     first = [*report.plan.preparation, *report.plan.schedule()[:1]]
     if view is not None and Budget(view).with_more(first) > site.policy.epsilon:
-        remedy = "Raise policy.epsilon if the hospital agrees"
+        held = ", or give up runs that will not go on (gapweave site budget)" if view.open_runs else ""
+        remedy = f"Raise policy.epsilon if the hospital agrees{held}"
         yield _finding("budget", "problem", where, "the cap has no room for a single round of this study", remedy)
     warnings = list(report.warnings())
     for warning in warnings:

@@ -17,9 +17,10 @@ from typing import Any
 from gapweave.client.anchor import RECOVER
 from gapweave.client.budget import Budget
 from gapweave.client.journal import Journal
-from gapweave.shared.errors import BudgetExhausted, NotIntact, RefusedError
+from gapweave.shared.errors import BudgetExhausted, NotIntact, RefusedError, UsageError
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head
+from gapweave.shared.privacy.ledger import HOSPITAL
 
 
 class Ledger(Journal):
@@ -79,11 +80,12 @@ class Ledger(Journal):
     def no_room(self, run: str, events: Sequence[PrivacyEvent]) -> BudgetExhausted:
         """The refusal of a run of whose events not even one round's fit."""
         budget = Budget(self.view)
+        held = ", or give up runs that will not go on (gapweave site budget)" if self.view.open_runs else ""
         return BudgetExhausted(
             f"not one round fits: epsilon {self.view.bound():.2f} is spent, as this ledger counts "
             f"{budget.with_more(events, run):.2f} would be after the study, the cap is {budget.cap:g}",
             where=self._where,
-            remedy="Lower the study's epsilon or its rounds, or raise policy.epsilon",
+            remedy=f"Lower the study's epsilon or its rounds, or raise policy.epsilon{held}",
         )
 
     def charge(self, run: str, study: str, request: str, event: PrivacyEvent) -> None:
@@ -200,6 +202,20 @@ class Ledger(Journal):
         """Give back what a run reserved and did not use."""
         if self.view.reservation(run) is not None and not self.view.closed(run):
             self._append("close", {"run": run})
+
+    def give_up(self, run: str) -> None:
+        """End the site's part in a run that will not go on, and give back what it reserved and did not use.
+
+        Raises:
+            UsageError: when no such run is open.
+        """
+        if run not in (known := [entry.run for entry in self.view.open_runs]):
+            raise UsageError(
+                f"no run {run!r} holds a part of the budget",
+                where="--close",
+                remedy=f"Runs that do: {', '.join(known) or 'none'}",
+            )
+        self._append("close", {"run": run, "by": HOSPITAL})
 
     def recover(self, assume_spent: float, lost: Sequence[Head]) -> None:
         """Declare entries lost, and what they may have cost: it counts as spent from now on."""

@@ -317,6 +317,8 @@ class Participant:
         with self.ledger() as ledger:
             if folder.load().round == 0:
                 raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")
+            if ledger.view.given_up(run):
+                check_open(ledger.view, run)
             if ledger.view.closed(run):
                 check_same_model(read_model(folder.path / "model.safetensors")[0], received)
                 return

@@ -24,6 +24,8 @@ from gapweave.shared.privacy.head import Head, read_anchor
 
 LEDGER_FILE = "ledger.sqlite"
 GENESIS = "0" * 64
+HOSPITAL = "hospital"
+"""Who ended a run that got no last message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,25 @@ class Entry:
     body: dict[str, Any]
     previous: str
     hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A run that holds a part of a site's budget.
+
+    Attributes:
+        run: its id.
+        name: of its study, as it was approved.
+        since: day of its reservation.
+        planned: number of releases that it reserved.
+        left: how many of them it has not used.
+    """
+
+    run: str
+    name: str
+    since: str
+    planned: int
+    left: int
 
 
 def entry_hash(sequence: int, time: str, kind: str, body: str, previous: str) -> str:
@@ -116,8 +137,31 @@ class LedgerView:
         return next(found, None)
 
     def closed(self, run: str) -> bool:
-        """Whether a run got its last message, or was refused after it had reserved."""
+        """Whether a run got its last message, was refused after it had reserved, or was given up by the hospital."""
         return any(entry.kind == "close" and entry.body["run"] == run for entry in self.entries)
+
+    def given_up(self, run: str) -> bool:
+        """Whether the hospital ended its part in a run: perhaps because of what it had seen."""
+        return any(entry.kind == "close" and entry.body == {"run": run, "by": HOSPITAL} for entry in self.entries)
+
+    @property
+    def open_runs(self) -> list[OpenRun]:
+        """Runs that hold what they have not used, in order of their reservations."""
+        names = {entry.body["study"]: entry.body["name"] for entry in self.entries if entry.kind == "approve"}
+        return [
+            OpenRun(
+                run=entry.body["run"],
+                name=names.get(entry.body["study"], ""),
+                since=entry.time[:10],
+                planned=len(entry.body["events"]),
+                left=left,
+            )
+            for entry in self._reservations()
+            if not self.closed(entry.body["run"]) and (left := len(self._left(entry)))
+        ]
+
+    def _reservations(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.kind == "reserve"]
 
     def events(self, run: str | None = None) -> list[PrivacyEvent]:
         """Charged events, of one run or of all."""
@@ -133,13 +177,14 @@ class LedgerView:
         A closed run gives its rest back, unless it was granted for a schedule that is fixed in advance: stopping
         early because of what was seen is not in that schedule. Nothing was seen where nothing was charged.
         """
-        for entry in self.entries:
-            if entry.kind != "reserve" or entry.body["run"] == run:
-                continue
-            left = self._left(entry)
-            fixed = entry.body["figure"] == "fixed" and len(left) < len(entry.body["events"])
-            if not self.closed(entry.body["run"]) or fixed:
-                yield from left
+        for entry in self._reservations():
+            if entry.body["run"] != run and self._is_outstanding(entry):
+                yield from self._left(entry)
+
+    def _is_outstanding(self, reservation: Entry) -> bool:
+        left = len(self._left(reservation))
+        fixed = reservation.body["figure"] == "fixed" and left < len(reservation.body["events"])
+        return fixed or not self.closed(reservation.body["run"])
 
     def _left(self, reservation: Entry) -> list[PrivacyEvent]:
         """What a run reserved and did not charge."""
@@ -147,31 +192,39 @@ class LedgerView:
         planned = map(PrivacyEvent.from_dict, reservation.body["events"])
         return [event for event in planned if event.released not in charged]
 
-    def _skipped(self) -> list[PrivacyEvent]:
-        """What runs have not charged that may have ended because of a score: of others' where this site gave none.
+    def _may_have_stopped(self, reservation: Entry) -> bool:
+        """Whether what a run has not charged may depend on a score, or on what the hospital saw when it gave it up.
 
-        Every score is of a model that this site's updates are in.
+        Every score is of a model that this site's updates are in: others' count where this site gave none.
         """
-        return [
-            event
-            for entry in self.entries
-            if entry.kind == "reserve" and (entry.body.get("may_stop", False) or self._looked(entry.body["run"]))
-            for event in self._left(entry)
-        ]
+        run = reservation.body["run"]
+        return reservation.body.get("may_stop", False) or self._looked(run) or self.given_up(run)
 
     def _looked(self, run: str) -> bool:
         """What says that a run may stop where its reservation, an older one, does not."""
         return any(charged.released.startswith(LOOK) for charged in self.events(run))
 
-    def spent(self, more: Sequence[PrivacyEvent] = ()) -> float:
-        """Epsilon of everything charged, and of `more`, exact for schedules fixed in advance but for noised counts.
+    def spent(self) -> float:
+        """Epsilon of everything charged, exact for schedules fixed in advance but for noised counts.
 
-        Infinite after an un-noised release. A run that may have ended early because of its scores is part of its whole
-        schedule: that is what it costs, or what the filter says of the part, if that is less.
+        Infinite after an un-noised release. A run that may have ended early because of what was seen is part of its
+        whole schedule: that is what it costs, or what the filter says of the part, if that is less.
         """
-        skipped = self._skipped()
-        exact = self.assumed + fixed_epsilon([*self.events(), *more, *skipped], self._share())
-        return min(exact, self.filtered(more)) if skipped else exact
+        stopped = filter(self._may_have_stopped, self._reservations())
+        skipped = [event for entry in stopped for event in self._left(entry)]
+        exact = self._exact(skipped)
+        return min(exact, self.filtered()) if skipped else exact
+
+    def planned(self) -> float:
+        """The same once open runs have used all that they reserved."""
+        counted = [
+            entry for entry in self._reservations() if self._may_have_stopped(entry) or self._is_outstanding(entry)
+        ]
+        exact = self._exact([event for entry in counted for event in self._left(entry)])
+        return min(exact, self.filtered([*self.outstanding()]))
+
+    def _exact(self, more: Sequence[PrivacyEvent]) -> float:
+        return self.assumed + fixed_epsilon([*self.events(), *more], self._share())
 
     def _share(self) -> float:
         """Delta for what the entries show: lost entries have had a part of the ledger's (basic composition)."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gapweave.shared.errors import GapweaveError, RefusedError
-from gapweave.shared.privacy.ledger import LedgerView
+from gapweave.shared.privacy.ledger import LedgerView, OpenRun
 from gapweave.shared.privacy.room import further_epsilon
 from gapweave.shared.report.audit_result import AuditResult
 from gapweave.shared.report.ledger_studies import StudyCost, finite, run_settings, study_costs
@@ -46,6 +46,7 @@ class LedgerFacts:
         left: the largest epsilon of one further study that the cap has room for; None after a release without noise.
         reserved: exact epsilon of everything charged and everything reserved by runs that are not closed.
         reserved_filter: the same as the cap binds it.
+        open_runs: which runs these are.
         lost: epsilon that was assumed for lost entries; part of all figures of the whole ledger.
         precision: what finite precision adds.
         filter_order: Renyi order of the figure that the cap binds.
@@ -63,6 +64,7 @@ class LedgerFacts:
     left: float | None
     reserved: float | None
     reserved_filter: float | None
+    open_runs: tuple[OpenRun, ...]
     lost: float
     precision: Precision
     filter_order: int
@@ -123,12 +125,12 @@ def ledger_facts(view: LedgerView, audit: AuditResult | None = None) -> LedgerFa
     summary = verified(view)
     if not view.intact:
         raise RefusedError(broken_text(view), remedy="Restore the newest backup; figures of this ledger mean nothing")
-    reserved = list(view.outstanding())
     return LedgerFacts(
         summary=summary,
         left=further_epsilon(view),
-        reserved=finite(view.spent(reserved)),
-        reserved_filter=finite(view.bound(reserved)),
+        reserved=finite(view.planned()),
+        reserved_filter=finite(view.bound([*view.outstanding()])),
+        open_runs=tuple(view.open_runs),
         lost=view.assumed,
         precision=_precision(view),
         filter_order=view.order,

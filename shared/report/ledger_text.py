@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from gapweave.shared.privacy.ledger import OpenRun
 from gapweave.shared.report.guarantee import NOT_COVERED, PRECISION, meaning
 from gapweave.shared.report.ledger_report import UNKNOWN_PARAMETERS, LedgerFacts
 from gapweave.shared.report.ledger_studies import Release, StudyCost
@@ -76,6 +77,12 @@ def left_words(facts: LedgerFacts) -> str:
     return f"a further study of epsilon up to {left_figure(facts.left)} fits"
 
 
+def open_words(run: OpenRun) -> str:
+    """What a run holds of the budget."""
+    held = f"{run.run} since {run.since}, {run.left} of {run.planned} releases left"
+    return f"{held}; `gapweave site budget --close` gives them back"
+
+
 def not_covered(facts: LedgerFacts) -> list[str]:
     """What the guarantee does not cover at this site."""
     items = [precision_words(facts) if item is PRECISION else item for item in NOT_COVERED]
@@ -139,6 +146,8 @@ def _head(facts: LedgerFacts) -> Iterator[str]:
             "open runs have used all that they reserved"
         )
         yield from _wrapped(f"  planned    {planned}", indent)
+    for run in facts.open_runs:
+        yield from _wrapped(f"  open       {open_words(run)}", indent)
     yield from _wrapped(f"  ledger     {facts.entries} entries; {CHAIN[summary['intact']]}", indent)
     if facts.lost:
         yield from _wrapped(f"  lost       {lost_words(facts)}", indent)
