@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gapweave.client.policy import check_guarantee
 from gapweave.client.service import Deployment
+from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.files import write_atomically
@@ -33,12 +34,15 @@ def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
         yield f"  lacks here    {', '.join(lacking)}; the model does without them"
     yield f"  rounds        {study.training.rounds}"
     yield f"  leaves        {', '.join(leaving) or 'nothing'}: model parameters, never a record"
+    yield from (f"                {line}" for line in _leaves_too(study, site))
     yield "  stays         all records, all other parameters, every score of a patient"
     view = _ledger(deployment)
     spent = view.bound() if view else 0.0
-    cap = f"the site's cap is {site.policy.epsilon:g}, of which {spent:.2f} is spent"
+    cap = f"the site's cap for all runs together is {site.policy.epsilon:g}, of which {spent:.2f} is spent"
     if study.privacy.enabled:
-        yield f"  privacy       at most epsilon {study.privacy.epsilon:g} at delta {study.privacy.delta:g}; {cap}"
+        target = f"epsilon {study.privacy.epsilon:g} at most each time it is run, at delta {study.privacy.delta:g}"
+        yield f"  privacy       {target}"
+        yield f"                {cap}"
         if weak := weakness(study.privacy.epsilon):
             yield f"                {weak}"
         if site.patients.declared is None:
@@ -48,8 +52,20 @@ def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
             report = plan_report(study, site.patients.declared, site.policy.epsilon, site.delta)
             yield from ("", *(f"  {line}" if line else "" for line in plan_lines(report)))
     else:
-        yield f"  privacy       NONE: updates leave without noise, and can reveal patients; {cap}"
+        yield "  privacy       NONE: updates leave without noise, and can reveal patients"
+        yield f"                {cap}"
         yield "                only for data that need no protection (policy.unnoised: allow)"
+
+
+def _leaves_too(study: Study, site: Site) -> Iterator[str]:
+    """What leaves beside parameters."""
+    counted = "counted, with noise" if study.privacy.enabled else "counted"
+    source = counted if site.patients.declared is None else "declared"
+    yield f"number of training patients ({source}), modalities, plan of the noise"
+    if study.privacy.enabled and "counts" in site.policy.releases:
+        looks = f", also after {len(study.training.looks)} of the rounds" if study.training.looks else ""
+        if looks or study.evaluation.epsilon is not None:
+            yield f"if held-out patients are many: how many had which score, with noise{looks}"
 
 
 def approve(study: Study, deployment: Deployment) -> bool:

@@ -26,9 +26,12 @@ def test_it_says_what_the_study_would_do_and_leaves_the_rest_of_the_file(study: 
     sha = load_study(study).sha256
     for part in (
         sha,
+        "each time it is run",
+        "training patients (counted, with noise)",
+        "how many had which score, with noise\n",
         "leaves        encoder/" if "encoder/" in shown else "leaves ",
         "epsilon 8",
-        "cap is 9",
+        "for all runs together is 9",
         "records",
     ):
         assert part in shown
@@ -42,6 +45,16 @@ def test_it_says_what_the_study_would_do_and_leaves_the_rest_of_the_file(study: 
     other = run("site", "approve", str(file), "--study", str(study), "--set", "training.rounds=3")
     assert load_study(study, {"training.rounds": 3}).sha256 in other.out
     assert len(load_site(file).policy.studies) == 2
+
+
+def test_looks_on_the_way_leave_too_and_nothing_counted_where_the_site_releases_none(study: Path) -> None:
+    file = study.parent / "sites" / "alder.yaml"
+    looks = ("--study", str(study), "--set", "training.early_stop={every: 5, epsilon: 1}", "--show")
+    assert "which score, with noise, also after 3 of the rounds" in run("site", "approve", str(file), *looks).out
+    file.write_text(file.read_text() + "policy: {releases: [update]}\npatients: {declared: 900}\n")
+    shown = run("site", "approve", str(file), *looks).out
+    assert "training patients (declared)" in shown
+    assert "which score" not in shown
 
 
 def test_declared_patients_give_the_plan(study: Path) -> None:
