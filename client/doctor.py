@@ -76,11 +76,16 @@ def check_policy(site: Site, site_file: Path, state: Path) -> Iterator[Finding]:
     if "update" not in site.policy.releases:
         yield _finding("policy", "problem", f"{where}.releases", "the site releases no model updates", "Add `update`")
     if site.policy.anchor is not None:
+        status: Status = "warning" if site.server is None else "problem"  # most simulations need none
+        anchor = site_file.parent / site.policy.anchor
         try:
-            Anchor(site_file.parent / site.policy.anchor, state, site.name)
+            Anchor(anchor, state, site.name)
         except UsageError as error:
-            status: Status = "warning" if site.server is None else "problem"  # most simulations need none
             yield _finding("policy", status, f"{where}.anchor", error.what, error.remedy)
+        else:
+            if not os.access(anchor.parent, os.W_OK | os.X_OK):
+                remedy = "Let the user that runs the site write there; under systemd name it in ReadWritePaths"
+                yield _finding("policy", status, f"{where}.anchor", "the anchor cannot be written", remedy)
 
 
 def check_budget(study: Study, site: Site, state: Path, patients: int | None) -> Iterator[Finding]:
@@ -173,7 +178,7 @@ def _reach(connection: Connection) -> Generator[Finding, None, bool]:
     where = connection.address
     try:
         socket.getaddrinfo(connection.host, connection.port)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # of a part that is empty, or longer than a name's may be
         remedy = "Correct `host`, or ask the network team for the name"
         yield _finding("name", "problem", where, f"the name {connection.host} is not known here", remedy)
         return False

@@ -140,9 +140,8 @@ class Deployment:
 
     def contact(self) -> float | None:
         """Seconds since the hub answered last; None for never."""
-        if not self._contact.exists():
-            return None
-        return max(0.0, time.time() - float(json.loads(self._contact.read_text())["time"]))
+        noted = _noted(self._contact)
+        return None if noted is None else max(0.0, time.time() - float(noted["time"]))
 
     def connected(self) -> bool:
         """Whether the hub answers."""
@@ -151,9 +150,8 @@ class Deployment:
 
     def trouble(self) -> dict[str, Any] | None:
         """What the site failed at in its last message: `text` and `when`; None where it answered well."""
-        if not self._trouble.exists():
+        if (noted := _noted(self._trouble)) is None:
             return None
-        noted = json.loads(self._trouble.read_text(encoding="utf-8"))
         return {"text": noted["text"], "when": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(noted["time"]))}
 
     def status(self) -> dict[str, Any]:
@@ -169,6 +167,15 @@ class Deployment:
             "trouble": self.trouble(),
             "last": last_round(self.state),
         }
+
+
+def _noted(file: Path) -> dict[str, Any] | None:
+    """What a file holds that is not synced when it is written: nothing, perhaps, after a power cut."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content
 
 
 def last_round(state: Path) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ def main(grid: Grid, context: Context) -> None:
     study = study_from_json(config["study"])
     out = Path(config["out"])
     directory = RunDirectory(out) if (out / "study.yaml").exists() else RunDirectory.create(out, study)
+    directory.failure.unlink(missing_ok=True)  # of the process that went before
     try:
         watch = Watch(directory, study)
         run_study(grid, study, directory, config["run"], watch, names=_names(config.get("sites", "")))

@@ -195,7 +195,7 @@ class Hub:
                     remedy=f"Each site has its own; to rename one, first: gapweave server remove-site {other}",
                 )
         file = self.keys / f"{name}.pub"
-        if file.exists() and file.read_bytes() != content:
+        if file.exists() and not _same_key(content, file.read_bytes()):
             raise UsageError(
                 f"the hub has another key of {name!r}",
                 where=str(file),
@@ -220,7 +220,11 @@ class Hub:
 
     def registered(self) -> dict[str, int]:
         """Numbers that Flower gave to sites, by name."""
-        return json.loads(self.registry.read_text(encoding="utf-8")) if self.registry.exists() else {}
+        try:
+            found: dict[str, int] = json.loads(self.registry.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # damaged: it is written again
+            return {}
+        return found
 
     def write_registered(self, numbers: dict[str, int]) -> None:
         """Keep the numbers of sites: a run reads them to know who a message is from."""

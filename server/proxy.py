@@ -6,6 +6,7 @@ Only the calls that a site makes go through; to register or to start a run one m
 from __future__ import annotations
 
 import shutil
+import socket
 
 from gapweave.shared import PROTOCOL_VERSION, __version__
 from gapweave.shared.errors import UsageError
@@ -38,7 +39,7 @@ http {{
         keepalive 32;
     }}
     server {{
-        listen {port} ssl;
+        {listen}
         # Files lie beside this one.
         ssl_certificate server.crt;
         ssl_certificate_key server.key;
@@ -75,13 +76,23 @@ def proxy_configuration(*, port: int, control_port: int) -> str:
         control_port: of the SuperLink, on loopback.
     """
     return TEMPLATE.format(
-        port=port,
+        listen=" ".join(f"listen {place}{port} ssl;" for place in ("", *(["[::]:"] if _has_ipv6() else []))),
         control_port=control_port,
         about=ABOUT,
         calls="|".join(CALLS),
         version=__version__,
         protocol=PROTOCOL_VERSION,
     )
+
+
+def _has_ipv6() -> bool:
+    """Whether anything can listen on this machine's IPv6 addresses: nginx does not start where it cannot."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::", 0))
+    except OSError:
+        return False
+    return True
 
 
 def nginx() -> str:

@@ -70,18 +70,19 @@ def submit(hub: Hub, study: Study) -> str:
             remedy="Remove that section: real sites hide no data and tell no lies on request",
         )
     run = f"{study.name[:60]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    note: dict[str, Any] = {
+        "study": study.name,
+        "sha256": study.sha256,
+        "rounds": study.training.rounds,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
     with Control(hub) as control:
         number = _start(control, hub, run, study)
-    hub.note(
-        run,
-        {
-            "study": study.name,
-            "sha256": study.sha256,
-            "rounds": study.training.rounds,
-            "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "numbers": [number],
-        },
-    )
+        try:
+            hub.note(run, {**note, "numbers": [number]})
+        except BaseException:
+            control.stop(number)  # nobody would know that it goes on
+            raise
     return run
 
 
@@ -96,20 +97,27 @@ def _start(control: Control, hub: Hub, run: str, study: Study) -> int:
 def resume(hub: Hub, run: str) -> None:
     """Continue a run from its last checkpoint, as a new run of Flower's; budgets go on from where they were.
 
+    A completed one goes on where a site that trained did not get the model.
+
     Raises:
-        UsageError: when it is still going, completed, or unknown.
+        UsageError: when it is still going, completed at all sites, or unknown.
     """
     note = _noted(hub, run)
     state = state_of(hub, run)
     if state.status in GOING:
         raise UsageError(f"{run} is {state.status}", where="RUN_ID", remedy=f"Stop it first: gapweave stop {run}")
-    if state.status == "completed":
-        raise UsageError(f"{run} is completed", where="RUN_ID", remedy="There is nothing to resume")
     directory = RunDirectory.open(hub.runs / run)
-    directory.failure.unlink(missing_ok=True)
+    if state.status == "completed" and not _without_the_model(directory):
+        raise UsageError(f"{run} is completed", where="RUN_ID", remedy="There is nothing to resume")
     with Control(hub) as control:
         number = _start(control, hub, run, directory.study())
     hub.note(run, {**note, "numbers": [*note["numbers"], number]})
+
+
+def _without_the_model(directory: RunDirectory) -> list[str]:
+    """Sites of a completed run that trained, and did not confirm the last message, which brings them the model."""
+    sites = directory.read_json("summary.json")["sites"]
+    return [name for name, site in sites.items() if site["rounds"] and site["status"] in ("late", "failed")]
 
 
 def stop(hub: Hub, run: str) -> bool:

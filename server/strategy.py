@@ -6,6 +6,7 @@ Grid and Messages only (docs/decisions/0002).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -118,6 +119,8 @@ class RoundLoop:
             Unreachable: when no site answers.
         """
         self._prepare()
+        if not self._goes_on:
+            self._wait_for_who_trained()
         self._look()
         while self._goes_on:
             self._welcome()
@@ -181,6 +184,18 @@ class RoundLoop:
         for answer in ask(self.grid, wire.PREPARE, requests, self.deadline_s):
             self._register(answer)
         self._save()
+
+    def _wait_for_who_trained(self) -> None:
+        """Before the last message of a resumed run: who is not there in time never gets the model that it paid for.
+
+        They come back one by one when a hub starts again; in one process nobody else will come.
+        """
+        deadline = time.monotonic() + (0 if math.isinf(self.deadline_s) else self.deadline_s)
+        while any(peer.last_round and peer.node == NO_NODE for peer in self.peers.values()):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(POLL_S)
+            self._welcome()
 
     def _handshake(self, node: int) -> dict[str, Any]:
         """The study, and to a site that was heard before, where its ledger stood: it must not have lost entries."""

@@ -22,10 +22,12 @@ from gapweave.server.hub import Hub
 from gapweave.server.proxy import nginx
 from gapweave.shared.errors import GapweaveError, Unreachable, UsageError
 from gapweave.shared.ports import healthy, is_free, shows
-from gapweave.shared.service import Child
+from gapweave.shared.service import Child, direct
 
 LOOK_S = 1.0
 """How often a running hub looks for sites that were added or removed."""
+MOST_RUNS = 2**31 - 1
+"""Runs that are asked for: Flower tells the 20 newest by itself, and an older one that still goes on looks lost."""
 LOCKED_S = 120
 """Seconds in which the database may be busy with other sites' messages. Flower waits for 5, then the run ends: ten
 sites that answer 100 MB at once take longer on a small machine."""
@@ -102,10 +104,11 @@ def keep_registered(hub: Hub, over: threading.Event) -> None:
                 done = wanted
         except (Unreachable, OSError):
             pass  # it starts, or is going
-        except GapweaveError as error:
-            if str(error) != said:
-                said = str(error)
-                print(f"sites are not registered: {said}", flush=True)
+        except Exception as error:  # whatever it is: without this thread nobody is let in or shut out any more
+            told = str(error) if isinstance(error, GapweaveError) else type(error).__name__
+            if told != said:
+                said = told
+                print(f"not all sites are registered: {said}", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,7 @@ class Control:
         self._hub = hub
 
     def __enter__(self) -> Control:
+        os.environ.update(direct(os.environ))
         from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
         from flwr.supercore.control import ControlHttpClient
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -188,13 +192,21 @@ class Control:
         }
 
     def register(self, over: threading.Event | None = None) -> None:
-        """Make the SuperLink's sites those of the hub's folder, and note their numbers there."""
+        """Make the SuperLink's sites those of the hub's folder, and note their numbers there.
+
+        Raises:
+            UsageError: for a file that holds no key, once all others are seen to.
+        """
+        from cryptography.exceptions import UnsupportedAlgorithm
         from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
         from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-        wanted = {}
+        wanted, broken = {}, []
         for name in self._hub.sites():
-            wanted[name] = public_key_to_bytes(_public_key(self._hub, name))
+            try:
+                wanted[name] = public_key_to_bytes(_public_key(self._hub, name))
+            except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm):
+                broken.append(name)
         found = {site["key"]: number for number, site in self.sites().items()}
         for key, number in found.items():
             if key not in wanted.values():
@@ -208,6 +220,12 @@ class Control:
         numbers = {name: found[key] for name, key in wanted.items() if key in found}
         if numbers != self._hub.registered():
             self._hub.write_registered(numbers)
+        if broken:
+            raise UsageError(
+                "the file holds no public key",
+                where=str(self._hub.keys / f"{broken[0]}.pub"),
+                remedy=f"gapweave server remove-site {broken[0]}, and add it again with its site.pub",
+            )
 
     def start(self, config: Mapping[str, str]) -> int:
         """Start a run of the card of this version.
@@ -241,7 +259,7 @@ class Control:
         from flwr.proto.control_pb2 import ListRunsRequest
 
         with self._asking():
-            answer = self._client.ListRuns(ListRunsRequest())
+            answer = self._client.ListRuns(ListRunsRequest(limit=MOST_RUNS))
         return {number: FlowerRun(number=number, status=_status(run.status)) for number, run in answer.run_dict.items()}
 
     def stop(self, number: int) -> bool:

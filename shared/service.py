@@ -38,6 +38,8 @@ MOMENT_S = 1.0
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LOG_BYTES, LOG_FILES = 5_000_000, 4
 
+LOOPBACK = ("127.0.0.1", "localhost")
+
 FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -50,7 +52,13 @@ FLOWER = {
 def own_environment() -> dict[str, str]:
     """Variables of Flower's processes, which find each other by name: beside this Python, also when PATH lacks it."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **FLOWER, "PATH": path}
+    return {**os.environ, **FLOWER, **direct(os.environ), "PATH": path}
+
+
+def direct(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables by which processes of one machine find each other also where a proxy is set for all that goes out."""
+    spared = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(filter(None, [spared, *LOOPBACK])))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +127,7 @@ class Service:
         """
         private_folder(self.folder)
         private_folder(self.folder / "logs")
-        os.umask(0o077)
-        with self._locked():
+        with self._locked(), _for_the_owner_alone():
             kept = children()
             names = " and ".join(child.name for child in kept)
             print(f"{self.what} keeps {names} running; logs: {self.folder / 'logs'}", flush=True)
@@ -207,13 +214,24 @@ class Service:
         pid = self.pid()
         if pid is None:
             return False
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + 2 * STOPPING_S
         while time.monotonic() < deadline:
             if self.pid() is None:
                 return True
             time.sleep(0.1)
         raise Unreachable(f"{self.what} (process {pid}) does not end", remedy=f"End it with kill -9 {pid}")
+
+
+@contextlib.contextmanager
+def _for_the_owner_alone() -> Iterator[None]:
+    """Files that this process and its children make cannot be read by others."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 class _Supervisor:
@@ -244,7 +262,11 @@ class _Supervisor:
         restarts = tries = 0
         while not self._over.is_set():
             begun = time.monotonic()
-            code = self._once(child, log, restarts)
+            try:
+                code: int | None = self._once(child, log, restarts)
+            except (OSError, RuntimeError) as error:  # no memory, or no process or thread more
+                log.error("cannot be started: %s", error)
+                code = None
             if self._over.is_set():
                 break
             restarts += 1
@@ -253,6 +275,8 @@ class _Supervisor:
             log.warning("ended with code %s; starting again in %g s", code, wait)
             self._say(child, pid=None, state=f"waiting {wait:g} s to start again", restarts=restarts, last_exit=code)
             self._over.wait(wait)
+        for handler in log.handlers:
+            handler.close()
 
     def _once(self, child: Child, log: logging.Logger, restarts: int) -> int:
         """Run a process to its end, with its lines in the log."""
@@ -268,7 +292,11 @@ class _Supervisor:
         )
         self._say(child, pid=process.pid, state="running", restarts=restarts)
         reader = threading.Thread(target=_copy, args=(process, log), daemon=True)
-        reader.start()
+        try:
+            reader.start()
+        except RuntimeError:
+            _end(process)
+            raise
         while process.poll() is None:
             if self._over.wait(0.2):
                 _end(process)

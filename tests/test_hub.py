@@ -12,14 +12,17 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commandline import run
 from cryptography import x509
+from hospitals import plan_of
 
 from gapweave.client.keys import make_keys
 from gapweave.server import room, superlink
@@ -281,14 +284,16 @@ def test_what_is_wrong_with_one_registration_does_not_end_the_others(
         tries.append(1)
         if len(tries) < 3:
             raise UsageError("the hub refuses (412)", remedy="none")
+        if len(tries) < 4:
+            raise ValueError("of a kind that nobody thought of")
         over.set()
 
     monkeypatch.setattr(superlink, "LOOK_S", 0.01)
     monkeypatch.setattr(superlink, "healthy", lambda port: True)
     monkeypatch.setattr(superlink.Control, "register", register)
     superlink.keep_registered(hub, over)
-    assert len(tries) == 3
-    assert capsys.readouterr().out.count("sites are not registered: the hub refuses (412)") == 1
+    assert len(tries) == 4
+    assert capsys.readouterr().out.count("not all sites are registered: the hub refuses (412)") == 1
 
 
 @pytest.mark.parametrize(
@@ -300,6 +305,77 @@ def test_stopping_a_run_that_is_over(hub: Hub, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(superlink.Control, "runs", lambda _: {7: superlink.FlowerRun(number=7, status=status)})
     monkeypatch.setattr(superlink.Control, "stop", lambda _, number: number == 7)
     assert run("stop", "r").out == f"r {said}\n"
+
+
+def test_all_runs_are_asked_for_not_the_newest_twenty(hub: Hub) -> None:
+    """Flower's handler tells 20 by itself: an older run that still trained was said to have failed."""
+    from flwr.proto.control_pb2 import ListRunsResponse
+
+    asked: list[int] = []
+
+    class Client:
+        def ListRuns(self, request: Any) -> ListRunsResponse:
+            asked.append(request.limit)
+            return ListRunsResponse()
+
+    control = superlink.Control(hub)
+    control._client = Client()
+    assert control.runs() == {}
+    assert asked[0] > 10**6
+
+
+def test_a_key_that_cannot_be_read_keeps_nobody_else_out(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_keys(tmp_path / "good.key")
+    hub.add_site("good", tmp_path / "good.pub")
+    (hub.keys / "by_hand.pub").write_text("half a key")
+    registered: list[str] = []
+
+    class Client:
+        def RegisterNode(self, request: Any) -> Any:
+            registered.append(request.name)
+            return types.SimpleNamespace(node_id=7)
+
+    monkeypatch.setattr(superlink.Control, "sites", lambda _: {})
+    monkeypatch.setattr(superlink, "free_key", lambda database, key: None)
+    hub.registry.write_text("{half")
+    control = superlink.Control(hub)
+    control._client = Client()
+    with pytest.raises(UsageError, match="holds no public key") as error:
+        control.register()
+    assert "by_hand.pub" in error.value.where
+    assert registered == ["good"]
+    assert hub.registered() == {"good": 7}
+
+
+def test_the_same_key_with_other_line_ends_is_the_same(hub: Hub, tmp_path: Path) -> None:
+    make_keys(tmp_path / "site.key")
+    hub.add_site("one", tmp_path / "site.pub")
+    content = (tmp_path / "site.pub").read_bytes()
+    (tmp_path / "mailed.pub").write_bytes(content.replace(b"\n", b"\r\n"))
+    hub.add_site("one", tmp_path / "mailed.pub")
+
+
+@pytest.mark.parametrize(("status", "goes_on"), [("ok", False), ("late", True), ("failed", True), ("refused", False)])
+def test_a_completed_run_goes_on_where_a_site_did_not_get_the_model(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, status: str, goes_on: bool
+) -> None:
+    """They had paid for every round, and `resume`, which their own message named, refused."""
+    directory = RunDirectory.create(hub.runs / "r", plan_of(private=True))
+    sites = {"a": {"status": "ok", "rounds": 3}, "b": {"status": status, "rounds": 3}}
+    directory.write_json("summary.json", {"sites": {**sites, "c": {"status": "late", "rounds": 0}}})
+    hub.note("r", {"submitted": "2026-01-02", "numbers": [7], "study": "s", "sha256": "0", "rounds": 3})
+    known = {7: superlink.FlowerRun(number=7, status="completed")}
+    monkeypatch.setattr(superlink.Control, "runs", lambda _: known)
+    monkeypatch.setattr(superlink.Control, "register", lambda _: None)
+    monkeypatch.setattr(superlink.Control, "start", lambda _, config: 8)
+    monkeypatch.setattr("gapweave.server.room.require", lambda folder: None)
+    if goes_on:
+        run("resume", "r", "--server", str(hub.folder))
+        assert hub.noted()["r"]["numbers"] == [7, 8]
+    else:
+        assert "r is completed" in run("resume", "r", "--server", str(hub.folder), code=2).err
 
 
 def test_nobody_reads_on() -> None:

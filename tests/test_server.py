@@ -550,6 +550,42 @@ def test_a_site_that_is_gone_when_a_run_is_resumed_is_not_asked(tmp_path: Path) 
     assert [sorted(line["sites"]) for line in run.directory.rounds()] == [["a", "b", "c"], ["b", "c"], ["b", "c"]]
 
 
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_the_last_message_waits_for_who_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """After a hub's restart sites come back one by one: whoever was not among the first never got the model."""
+    of = study_of(2, aggregation={"deadline_s": 1})
+    sites = [Pretender(name) for name in "abc"]
+
+    class Dies(BaseException):
+        pass
+
+    def die(loop: RoundLoop) -> None:
+        raise Dies
+
+    class Returning(Pretence):
+        looks = 0
+
+        def get_node_ids(self) -> list[int]:
+            self.looks += 1
+            found = super().get_node_ids()
+            return found if comes_back and self.looks > 6 else found[:2]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundLoop, "_finish", die)
+        with pytest.raises(Dies):
+            loop(tmp_path, of, Pretence(*sites)).run()
+    grid = Returning(*sites)
+    begun = time.monotonic()
+    peers = loop(tmp_path, of, grid).run()
+    asked = [name for kind, name, _ in grid.asked if kind == wire.FINISH]
+    assert asked == (["a", "b", "c"] if comes_back else ["a", "b"])
+    assert peers["c"].status == ("ok" if comes_back else "late")
+    assert not [name for kind, name, _ in grid.asked if kind == wire.TRAIN]
+    assert time.monotonic() - begun < 10
+
+
 # Checkpoints.
 
 

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gapweave.shared.errors import GapweaveError, UsageError
-from gapweave.shared.service import Service, own_environment
+from gapweave.shared.files import private_folder
+from gapweave.shared.service import Child, Service, _Supervisor, direct, own_environment
 
 HOLDER = """
 import sys
@@ -117,6 +119,46 @@ def test_processes_find_what_is_installed_beside_this_python(monkeypatch: pytest
     monkeypatch.setenv("PATH", "/nowhere")
     assert shutil.which("flower-superexec") is None
     assert shutil.which("flower-superexec", path=own_environment()["PATH"]) is not None
+
+
+@pytest.mark.parametrize(
+    ("set_", "spared"),
+    [({}, []), ({"NO_PROXY": "10.0.0.0/8"}, ["10.0.0.0/8"]), ({"no_proxy": ".local", "NO_PROXY": "x"}, [".local"])],
+)
+def test_a_proxy_is_for_what_leaves_the_machine(set_: dict[str, str], spared: list[str]) -> None:
+    """Flower's own parts sent each other's messages to the proxy: a site waited for ever, and seemed connected."""
+    found = direct(set_)
+    assert found["no_proxy"] == found["NO_PROXY"] == ",".join([*spared, "127.0.0.1", "localhost"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.delenv(name, raising=False)
+        for name, value in {**set_, "https_proxy": "http://proxy:3128"}.items():
+            patch.setenv(name, value)
+        assert not urllib.request.proxy_bypass("127.0.0.1")
+        for name, value in own_environment().items():
+            patch.setenv(name, value)
+        assert urllib.request.proxy_bypass("127.0.0.1")
+        assert not urllib.request.proxy_bypass("hub.example.org")
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process more, for a moment: the thread that starts it died, and the service ran on with nothing."""
+    service = Service(tmp_path / "service", "the test")
+    private_folder(tmp_path / "service" / "logs")
+    keeper = _Supervisor(service, [Child(name="one", command=("true",))], None)
+    tries: list[int] = []
+
+    def popen(*_: object, **__: object) -> None:
+        tries.append(1)
+        if len(tries) == 3:
+            keeper._over.set()
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("gapweave.shared.service.DELAYS_S", (0.01,))
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    keeper._keep(keeper._children[0])
+    assert len(tries) == 3
+    assert "cannot be started" in service.log_file("one").read_text()
 
 
 def test_whoever_has_not_yet_said_who_it_is_is_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
