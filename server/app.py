@@ -17,11 +17,15 @@ from gapweave.server.strategy import Observer, RoundLoop
 from gapweave.server.summary import summarise_deployment
 from gapweave.shared.config.study import Study, study_from_json
 from gapweave.shared.errors import GapweaveError
+from gapweave.shared.files import alone
 from gapweave.shared.report.run_report import write_report
 from gapweave.shared.rundir import RunDirectory
 from gapweave.shared.tensorfile import Arrays
 
 app = ServerApp()
+
+STOPPED_S = 60
+"""Seconds in which a process whose run was stopped ends: Flower tells it when it next asks, or by a heartbeat in 30."""
 
 
 @app.main()  # type: ignore[untyped-decorator]
@@ -31,10 +35,11 @@ def main(grid: Grid, context: Context) -> None:
     study = study_from_json(config["study"])
     out = Path(config["out"])
     directory = RunDirectory(out) if (out / "study.yaml").exists() else RunDirectory.create(out, study)
-    directory.failure.unlink(missing_ok=True)  # of the process that went before
     try:
-        watch = Watch(directory, study)
-        run_study(grid, study, directory, config["run"], watch, names=_names(config.get("sites", "")))
+        with alone(directory.path, patience_s=STOPPED_S):
+            directory.failure.unlink(missing_ok=True)  # of the process that went before
+            watch = Watch(directory, study)
+            run_study(grid, study, directory, config["run"], watch, names=_names(config.get("sites", "")))
     except GapweaveError as error:
         print(f"error: {error}", flush=True)
         directory.write_json(directory.failure.name, {"error": str(error), "exit_code": error.exit_code})

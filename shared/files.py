@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,16 +61,24 @@ def try_lock(file: IO[str] | int, kind: int) -> bool:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, patience_s: float = 0) -> Iterator[None]:
     """Be the only process that writes into a folder, where its file system has locks.
+
+    Args:
+        folder: that is there.
+        patience_s: how long to wait for another one to end.
 
     Raises:
         UsageError: when another one does.
     """
     descriptor = os.open(folder, os.O_RDONLY)
+    deadline = time.monotonic() + patience_s
     try:
         with suppress(OSError):  # a network's file system may lock no folders
-            if not try_lock(descriptor, fcntl.LOCK_EX):
+            while not try_lock(descriptor, fcntl.LOCK_EX):
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
                 raise UsageError(
                     "another process works in this folder", where=str(folder), remedy="Wait for it, or stop it"
                 )

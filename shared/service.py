@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -94,13 +95,18 @@ class Service:
 
     def pid(self) -> int | None:
         """The process that runs the service, or None."""
+        runner = self._runner()
+        return int(runner[0]) if runner else None
+
+    def _runner(self) -> list[str] | None:
+        """The process that runs the service, and where it is one."""
         deadline = time.monotonic() + MOMENT_S
         with contextlib.suppress(FileNotFoundError), self._lock.open("r") as file:
             while not try_lock(file, fcntl.LOCK_SH):
                 file.seek(0)
                 text = file.read().strip()
                 if text or time.monotonic() > deadline:  # who has just taken the lock has not yet written
-                    return int(text) if text else None
+                    return text.split() or None
                 time.sleep(0.01)
         return None
 
@@ -144,7 +150,7 @@ class Service:
                 time.sleep(0.01)
             file.seek(0)
             file.truncate()
-            file.write(f"{os.getpid()}\n")
+            file.write(f"{os.getpid()} {_machine()}\n")
             file.flush()
             try:
                 yield
@@ -209,19 +215,32 @@ class Service:
             Whether it ran.
 
         Raises:
+            UsageError: when it runs on another machine, or in another container: here its number is another process's.
             Unreachable: when it does not end.
         """
-        pid = self.pid()
-        if pid is None:
+        runner = self._runner()
+        if runner is None:
             return False
+        pid, *machine = runner
+        if machine != [_machine()]:
+            raise UsageError(
+                f"{self.what} runs on another machine or in another container",
+                where=str(self.folder),
+                remedy="Stop it there",
+            )
         with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.kill(pid, signal.SIGTERM)
+            os.kill(int(pid), signal.SIGTERM)
         deadline = time.monotonic() + 2 * STOPPING_S
         while time.monotonic() < deadline:
             if self.pid() is None:
                 return True
             time.sleep(0.1)
         raise Unreachable(f"{self.what} (process {pid}) does not end", remedy=f"End it with kill -9 {pid}")
+
+
+def _machine() -> str:
+    """Where a process number means one process: a machine's name, and its table of processes."""
+    return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
 
 
 @contextlib.contextmanager

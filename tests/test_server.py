@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from hospitals import Wire, build, plan_of
 from pretence import ALL, RUN, Answer, Pretence, Pretender, loop, moved, study_of
 
 from gapweave.client import app as client_app
+from gapweave.server import app as server_app
 from gapweave.server import mail
 from gapweave.server.aggregation import GroupAggregation, initial_groups
 from gapweave.server.app import Watch, run_study
@@ -25,6 +28,7 @@ from gapweave.server.strategy import Observer, RoundLoop
 from gapweave.server.summary import unasked
 from gapweave.shared import tensorfile, wire
 from gapweave.shared.errors import DataError, RefusedError, TooFewSites, Unreachable, UsageError
+from gapweave.shared.files import alone
 from gapweave.shared.privacy.ledger import read_ledger
 from gapweave.shared.rundir import RunDirectory
 from gapweave.shared.tensorfile import Arrays
@@ -584,6 +588,33 @@ def test_the_last_message_waits_for_who_trained(
     assert peers["c"].status == ("ok" if comes_back else "late")
     assert not [name for kind, name, _ in grid.asked if kind == wire.TRAIN]
     assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_resumed_run_waits_until_the_stopped_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """Flower tells a process by a heartbeat that its run was stopped: until then it, too, writes into the folder."""
+    of = study_of(2)
+    directory = RunDirectory.create(tmp_path / "run", of)
+    ran: list[RunDirectory] = []
+    monkeypatch.setattr(server_app, "STOPPED_S", 0.5)
+    monkeypatch.setattr(server_app, "run_study", lambda grid, study, directory, *_, **__: ran.append(directory))
+    config = {"study": of.model_dump_json(), "out": str(directory.path), "run": RUN}
+    holding = alone(directory.path)
+    holding.__enter__()
+    ended = threading.Timer(0.2 if ends else 2, lambda: holding.__exit__(None, None, None))
+    ended.start()
+    context = types.SimpleNamespace(run_config=config)
+    if ends:
+        server_app.main(Pretence(), context)  # type: ignore[arg-type]
+        assert len(ran) == 1
+    else:
+        with pytest.raises(UsageError, match="another process"):
+            server_app.main(Pretence(), context)  # type: ignore[arg-type]
+        assert ran == []
+        assert directory.read_json(directory.failure.name)["exit_code"] == 2
+    ended.join()
 
 
 # Checkpoints.

@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -174,6 +175,19 @@ def test_whoever_has_not_yet_said_who_it_is_is_not_ended(tmp_path: Path, monkeyp
         later.start()
         assert service.pid() == 4711
         later.join()
+    assert not sent
+
+
+def test_a_process_of_another_machine_is_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another container with the same folder its number is somebody else's."""
+    service = Service(tmp_path, "the test")
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: sent.append(pid))
+    with service._locked(), monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "the-other-one")
+        assert service.pid() == os.getpid()
+        with pytest.raises(UsageError, match="another machine or in another container"):
+            service.stop()
     assert not sent
 
 
