@@ -76,6 +76,27 @@ class Anchor:
             ) from None
 
 
+def check_former(view: LedgerView, anchor: Anchor | None, where: str) -> None:
+    """Refuse a ledger that lacks what its former anchor has seen, where the site file names another one now, or none.
+
+    One that is gone says nothing: a site may have moved to another machine.
+
+    Args:
+        view: the ledger.
+        anchor: that the site file names.
+        where: the ledger lies, for the message.
+
+    Raises:
+        RefusedError: until the site declares what was lost.
+    """
+    former = view.opening.get("anchor")
+    if former is None or (anchor is not None and str(anchor.path) == former):
+        return
+    head = read_anchor(Path(former))
+    if head is not None and head.site == view.head.site:
+        check_head(view, head, f"its former anchor {former}", where)
+
+
 def check_remembered(state: Path, view: LedgerView) -> None:
     """Refuse a ledger that lacks what a server once said that it has seen.
 

@@ -13,7 +13,8 @@ from gapweave.shared.errors import RefusedError, UsageError
 from gapweave.shared.files import write_atomically
 from gapweave.shared.model import MultimodalModel, groups, shared_groups
 from gapweave.shared.privacy.ledger import LEDGER_FILE, LedgerView, read_ledger
-from gapweave.shared.privacy.plan_report import plan_lines, plan_report, weakness
+from gapweave.shared.privacy.plan_report import PlanReport, plan_lines, plan_report, weakness
+from gapweave.shared.report.wording import budget
 
 
 def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
@@ -37,8 +38,8 @@ def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
     yield from (f"                {line}" for line in _leaves_too(study, site))
     yield "  stays         all records, all other parameters, every score of a patient"
     view = _ledger(deployment)
-    spent = view.bound() if view else 0.0
-    cap = f"the site's cap for all runs together is {site.policy.epsilon:g}, of which {spent:.2f} is spent"
+    taken = view.bound([*view.outstanding()]) if view else 0.0
+    cap = f"the site's cap for all runs together is {site.policy.epsilon:g}; {budget(taken)} is spent or reserved"
     if study.privacy.enabled:
         target = f"epsilon {study.privacy.epsilon:g} at most each time it is run, at delta {study.privacy.delta:g}"
         yield f"  privacy       {target}"
@@ -49,12 +50,32 @@ def in_plain_words(study: Study, deployment: Deployment) -> Iterator[str]:
             yield "                the number of training patients is not declared: it is released once, with noise;"
             yield "                `gapweave site check` with this study says what the noise means for your patients"
         else:
-            report = plan_report(study, site.patients.declared, site.policy.epsilon, site.delta)
+            report = site_plan(study, site, site.patients.declared, view)
             yield from ("", *(f"  {line}" if line else "" for line in plan_lines(report)))
     else:
         yield "  privacy       NONE: updates leave without noise, and can reveal patients"
         yield f"                {cap}"
         yield "                only for data that need no protection (policy.unnoised: allow)"
+
+
+def site_plan(study: Study, site: Site, patients: int, view: LedgerView | None) -> PlanReport:
+    """The plan of a study at a site as its ledger stands.
+
+    Args:
+        study: with privacy.
+        site: the site file.
+        patients: declared, or about so many.
+        view: its ledger; None where there is none yet.
+    """
+    return plan_report(
+        study,
+        patients,
+        site.policy.epsilon,
+        site.delta if view is None else view.delta,
+        held=site.held(study),
+        tables="counts" in site.policy.releases,
+        view=view,
+    )
 
 
 def _leaves_too(study: Study, site: Site) -> Iterator[str]:

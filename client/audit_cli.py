@@ -13,7 +13,7 @@ from gapweave.client.deployment_cli import DataOption
 
 def audit(
     study: Annotated[Path, typer.Argument(help="Study file.", metavar="STUDY.yaml")],
-    site: Annotated[Path, typer.Option("--site", help="Site file; its data are not opened.")],
+    site: Annotated[Path, typer.Option("--site", help="Site file; its data are not opened.", resolve_path=True)],
     data: DataOption = None,
     claim: Annotated[
         float, typer.Option("--one-run", min=0.05, help="Epsilon that the training run on canaries claims.")

@@ -40,8 +40,7 @@ class Budget:
 
     def _allows_fixed(self, run: str, study: str, events: Sequence[PrivacyEvent]) -> bool:
         """Whether the exact figure has room, for a run that may use it."""
-        others = [entry.body for entry in self._view.entries if entry.kind == "reserve"]
-        mine = all(body["run"] == run and body["figure"] == "fixed" for body in others)
+        mine = all(body["run"] == run and body["figure"] == "fixed" for body in self._view.binding)
         if not (mine and self._view.alone(study)):
             return False
         return fixed_epsilon([*self._view.events(), *events], self._view.delta) <= self.cap

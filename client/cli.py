@@ -117,7 +117,9 @@ def recover(
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Run directory, or STATE/runs/<run> at a hospital.", metavar="RUN")],
-    site_file: Annotated[Path, typer.Option("--site", help="Site file with the records to predict.")],
+    site_file: Annotated[
+        Path, typer.Option("--site", help="Site file with the records to predict.", resolve_path=True)
+    ],
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")] = Path("predictions.csv"),
     data: DataOption = None,
     model: Annotated[

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-SiteArgument = Annotated[Path, typer.Argument(help="Site file.", metavar="SITE.yaml")]
+SiteArgument = Annotated[Path, typer.Argument(help="Site file.", metavar="SITE.yaml", resolve_path=True)]
+"""What a site file names lies beside the file itself, wherever links to it lie."""
 DataOption = Annotated[
     Path | None,
     typer.Option("--data", envvar="GAPWEAVE_DATA", help="Folder that holds data sets, one sub-folder a set."),
@@ -197,7 +198,7 @@ def budget(
             else f"{site.name}: nothing is spent of a cap of epsilon {site.policy.epsilon:g}"
         )
         return
-    facts = ledger_facts(read_ledger(state), None)
+    facts = ledger_facts(read_ledger(state).under(site.policy.epsilon), None)
     typer.echo(json.dumps(facts.to_dict(), indent=1) if as_json else "\n".join(ledger_lines(facts)))
 
 

@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from gapweave.client.anchor import Anchor, check_remembered
+from gapweave.client.approval import site_plan
 from gapweave.client.budget import Budget
 from gapweave.client.keys import check_key, public_file
 from gapweave.client.service import Deployment
@@ -27,7 +28,7 @@ from gapweave.shared.config.site import Site
 from gapweave.shared.config.study import Study
 from gapweave.shared.errors import GapweaveError, UsageError
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
-from gapweave.shared.privacy.plan_report import plan_report
+from gapweave.shared.report.wording import budget
 
 LEAST_DISK, FAIR_DISK = 200e6, 2e9
 LEAST_MEMORY, FAIR_MEMORY = 500e6, 2e9
@@ -103,8 +104,8 @@ def check_budget(study: Study, site: Site, state: Path, patients: int | None) ->
             remedy = "Find out who changed it; then `gapweave site recover`"
             yield _finding("ledger", "problem", where, "the ledger was changed", remedy)
             return
-        spent, cap = view.bound(), site.policy.epsilon
-        yield _finding("ledger", "ok", where, f"intact; epsilon {spent:.2f} of {cap:g} is spent")
+        taken, cap = view.bound([*view.outstanding()]), site.policy.epsilon
+        yield _finding("ledger", "ok", where, f"intact; epsilon {budget(taken)} of {cap:g} is spent or reserved")
         if site.delta < view.delta * (1 - 1e-9):
             message = f"delta is {view.delta:g} since the ledger was opened; policy and patients.upper now ask for less"
             remedy = "All figures stay at the ledger's; a smaller delta needs a state folder, and patients, of its own"
@@ -121,7 +122,7 @@ def check_budget(study: Study, site: Site, state: Path, patients: int | None) ->
     if not size:
         return
     try:
-        report = plan_report(study, size, site.policy.epsilon, site.delta)
+        report = site_plan(study, site, size, view)
     except UsageError as error:
         yield _finding("plan", "problem", error.where, error.what, error.remedy)
         return

@@ -11,14 +11,15 @@ import json
 import os
 import sqlite3
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gapweave.client.anchor import RECOVER, REMEMBERED_FILE, Anchor, check_head, check_remembered
+from gapweave.client.anchor import RECOVER, REMEMBERED_FILE, Anchor, check_former, check_head, check_remembered
 from gapweave.client.state import kept_heads
 from gapweave.shared.config.site import Site
 from gapweave.shared.errors import GapweaveError, LedgerBusy, NotIntact, RefusedError
@@ -30,6 +31,7 @@ from gapweave.shared.privacy.ledger import (
     Entry,
     LedgerView,
     entry_hash,
+    from_outside,
     view,
 )
 
@@ -44,8 +46,6 @@ CREATE TRIGGER IF NOT EXISTS entries_remain BEFORE DELETE ON entries
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
 
-DISK = ("SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN", "SQLITE_READONLY")
-"""How the names of SQLite's errors begin that come from the disk: they say nothing of what the ledger holds."""
 PUT_ASIDE = "changed-"
 """How the name of a ledger begins that `site recover` put aside."""
 PATIENCE_S = 60.0
@@ -93,7 +93,7 @@ class Journal:
             except OSError as error:
                 raise self._unwritable(error.strerror) from None
             except sqlite3.DatabaseError as error:
-                if getattr(error, "sqlite_errorname", "").startswith(DISK):
+                if from_outside(error):
                     raise self._unwritable(error) from None
                 raise NotIntact(
                     "the ledger cannot be read", where=self._where, remedy="Restore it from the newest backup"
@@ -102,11 +102,10 @@ class Journal:
 
     def _connected(self, opened: ExitStack) -> sqlite3.Connection:
         """The file, which is there after a power cut too, and which no other process holds."""
-        private_folder(self._state)
+        opened.enter_context(held(self._state))
         os.close(os.open(self._where, os.O_RDWR | os.O_CREAT, 0o600))
         if self._durable:
             sync_folder(self._state)
-        opened.callback(os.close, _locked(self._state / "ledger.lock", self._where))
         connection = sqlite3.connect(self._where, isolation_level=None)
         opened.callback(connection.close)
         return connection
@@ -158,6 +157,7 @@ class Journal:
         """Refuse a ledger that lost entries, unless their cost was declared."""
         if self._anchor is not None:
             self._anchor.check(self.view)
+        check_former(self.view, self._anchor, self._where)
         check_remembered(self._state, self.view)
         if self._durable and self._checked is None:
             for head in kept_heads(self._state):
@@ -228,15 +228,25 @@ class Journal:
         )
 
 
-def _locked(path: Path, where: str) -> int:
-    """Descriptor of a file that no other process has locked."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+@contextmanager
+def held(state: Path) -> Iterator[None]:
+    """No other process opens the ledger of a state folder, which is created.
+
+    Raises:
+        LedgerBusy: when one has it, and keeps it.
+    """
+    private_folder(state)
+    descriptor = os.open(state / "ledger.lock", os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + PATIENCE_S
-    while not try_lock(descriptor, fcntl.LOCK_EX):
-        if time.monotonic() > deadline:
-            os.close(descriptor)
-            raise LedgerBusy(
-                "another process holds the ledger", where=where, remedy="Wait for it, or stop it; one at a time writes"
-            )
-        time.sleep(0.02)
-    return descriptor
+    try:
+        while not try_lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise LedgerBusy(
+                    "another process holds the ledger",
+                    where=str(state / LEDGER_FILE),
+                    remedy="Wait for it, or stop it; one at a time writes",
+                )
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)

@@ -279,12 +279,13 @@ class Participant:
     def _table(
         self, ledger: Ledger, run: str, request: str, event: PrivacyEvent, trained: RoundState, received: Arrays
     ) -> list[float]:
-        """Charge, then count, then keep."""
+        """Charge, then count, then keep. What needs no patient comes first: its refusal costs nothing."""
         if trained.round == 0:
             raise RefusedError("this run trained nothing here", where=self.site.name, remedy="Train a round first")
         check_open(ledger.view, run)
+        model = self._released(ledger, trained, received)
         ledger.charge(run, self.study.sha256, request, event)
-        table = score_table(self._released(ledger, trained, received), self.cohort.testing())
+        table = score_table(model, self.cohort.testing())
         value = noised_counts(table.ravel().tolist(), event)
         ledger.keep(request, value)
         return value

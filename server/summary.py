@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gapweave.server.evaluation import Released, mean_metrics, pooled_metrics, worst_site
+from gapweave.server.evaluation import TOO_MANY, UNREADABLE, Released, mean_metrics, pooled_metrics, worst_site
 from gapweave.server.peers import Peer
 from gapweave.server.strategy import RoundLoop
 from gapweave.shared import __version__
@@ -110,9 +110,11 @@ def _stated(peer: Peer, key: str) -> list[dict[str, Any]]:
 def _privacy(study: Study, peer: Peer, released: Released) -> dict[str, Any] | None:
     """What this study's releases cost at a site, recomputed from what it stated; its ledger may hold other studies."""
     try:
-        looks, table = _stated(peer, "looks"), _stated(peer, "table") if released.tables else []
-        # A run that looks at scores may end because of them: what counts is its whole schedule.
-        rounds = study.training.rounds if looks else peer.last_round
+        left = released.tables or released.reason in (UNREADABLE, TOO_MANY)
+        looks, table = _stated(peer, "looks"), _stated(peer, "table") if left else []
+        # A run that looks at scores may end because of them, also others': what counts is its whole schedule.
+        may_stop = study.training.early_stop is not None and peer.last_round > 0
+        rounds = study.training.rounds if may_stop else peer.last_round
         stated = [*_stated(peer, "preparation"), *_updates(study, peer, rounds), *looks, *table]
         events = [PrivacyEvent.from_dict(event) for event in stated]
         delta = float(peer.plan["delta"])

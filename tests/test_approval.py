@@ -8,7 +8,10 @@ import pytest
 import yaml
 from commandline import run
 
+from gapweave.client.ledger import Ledger
 from gapweave.shared.config import load_site, load_study
+from gapweave.shared.privacy.events import PrivacyEvent
+from gapweave.shared.report.wording import budget
 from gapweave.sites.demo import write_demo
 
 
@@ -82,3 +85,23 @@ def test_a_site_without_a_hub_is_not_started(study: Path) -> None:
     for verb in ("start", "stop", "status"):
         assert "names no hub" in run("site", verb, file, code=2).err
     assert "nothing is spent" in run("site", "budget", file).out
+
+
+def test_what_is_spent_and_reserved_counts_in_the_plan(study: Path) -> None:
+    """It was that of an empty ledger, with modalities and a table that the site does not have or give."""
+    file = study.parent / "sites" / "alder.yaml"
+    file.write_text(file.read_text() + "policy: {epsilon: 9, releases: [update]}\npatients: {declared: 900}\n")
+    command = ("site", "approve", str(file), "--study", str(study), "--show")
+    empty = run(*command).out
+    assert "0.00 is spent or reserved" in empty
+    assert "No table of scores leaves the site" in empty
+    assert "What other runs leave" not in empty
+    site = load_site(file)
+    event = PrivacyEvent(kind="dp_sgd", released="update of round 1", noise_multiplier=3.0)
+    with Ledger(file.parent / site.state, site) as ledger:
+        ledger.reserve("run", "other", [event])
+        held = ledger.view.filtered([event])
+    shown = run(*command).out
+    assert f"{budget(held)} is spent or reserved" in shown
+    assert "with what is spent and reserved; beyond the cap" in shown
+    assert "What other runs leave of a cap of 9 has room for" in shown

@@ -451,6 +451,8 @@ def test_a_deployed_run_charges_its_looks_and_states_what_they_cost(tmp_path: Pa
         assert view.spent() - 1e-9 <= stated["epsilon"] <= 8
     west = [event.released for event in read_ledger(hospitals[2].folder / "state").events()]
     assert not [name for name in west if "scores" in name]
+    stated = directory.read_json("summary.json")["sites"]["west"]["privacy"]
+    assert stated["epsilon"] >= read_ledger(hospitals[2].folder / "state").spent() - 1e-9, "others' looks count"
     client_app.forget()
 
 

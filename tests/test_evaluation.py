@@ -26,6 +26,7 @@ from gapweave.client.joining import joining_check
 from gapweave.client.participant import Participant
 from gapweave.client.predict import load_site_model
 from gapweave.client.preparation import noised_counts
+from gapweave.client.recovery import recover
 from gapweave.client.state import RoundState, RunFolder
 from gapweave.server.aggregation import initial_groups
 from gapweave.shared.config.study import Study
@@ -34,7 +35,7 @@ from gapweave.shared.errors import BudgetExhausted, RefusedError
 from gapweave.shared.model import MultimodalModel
 from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.draws import SecretDraws
-from gapweave.shared.privacy.ledger import LedgerView, read_ledger
+from gapweave.shared.privacy.ledger import LEDGER_FILE, LedgerView, read_ledger
 from gapweave.shared.privacy.once import NO_NOISE, NOT_ALLOWED, NOT_ASKED, TOO_FEW, table_event, table_scale
 from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.tables import BINS
@@ -317,6 +318,17 @@ def test_a_table_is_charged_before_the_test_patients_are_read_and_kept_before_it
     assert at_reading == ["open", "approve", "reserve", "charge", "released", "charge"]
     assert kinds(site) == [*at_reading, "value", "released"]
     assert charged(site)[-1] == "scores of the test patients"
+
+
+def test_a_model_that_the_ledger_does_not_know_costs_nothing(tmp_path: Path) -> None:
+    """After a declared loss each request for a table was charged, and refused then."""
+    site = trained(tmp_path / "a", study_of())
+    (site.state / LEDGER_FILE).unlink()
+    recover(site.state, site.site, None, 2.0)
+    for _ in range(2):
+        with pytest.raises(RefusedError, match="does not hold the training of this model"):
+            site.evaluate(RUN, "evaluate", shared_of(site))
+    assert "charge" not in kinds(site)
 
 
 def test_the_same_request_again_gives_the_same_table_and_no_event_also_after_a_restart(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import gapweave
+from commandline import done, gapweave
 from ledgers import filter_cap
 from test_ledger import DELTA, hospital, kinds, update, updates
 
@@ -19,10 +19,12 @@ from gapweave.client import journal as journal_module
 from gapweave.client.ledger import Ledger
 from gapweave.client.recovery import recover
 from gapweave.client.state import RoundState, RunFolder
-from gapweave.shared.errors import BudgetExhausted, LedgerBusy, RefusedError, UsageError
+from gapweave.shared.errors import BudgetExhausted, GapweaveError, LedgerBusy, RefusedError, UsageError
 from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.head import Head, read_anchor
 from gapweave.shared.privacy.ledger import LEDGER_FILE, read_ledger
+from gapweave.shared.report.ledger_page import ledger_page
+from gapweave.shared.report.ledger_report import ledger_facts
 
 
 def spend(state: Path, numbers: range, anchor: Path | None = None, run: str = "run", **keys: Any) -> Head:
@@ -108,12 +110,26 @@ def test_a_lost_write_ahead_log_is_refused(state: Path, anchor: Path, tmp_path: 
         spend(state, range(2, 3), anchor)
 
 
+@pytest.mark.parametrize("named", [None, "another"])
+def test_an_anchor_that_is_named_no_longer_still_says_what_it_has_seen(
+    restored: Path, anchor: Path, tmp_path: Path, named: str | None
+) -> None:
+    """With another file as policy.anchor an old copy was taken for the newest, and confirmed by that file."""
+    other = named and tmp_path / "safe" / named
+    with pytest.raises(RefusedError, match="its former anchor"):
+        spend(restored, range(3, 4), other)
+    recover(restored, hospital(), other, 1.0)
+    spend(restored, range(3, 4), other)
+    anchor.unlink()
+    spend(restored, range(4, 5), anchor)
+
+
 def test_a_fork_is_refused(tmp_path: Path, state: Path, anchor: Path) -> None:
     """Two copies that were both used: the second has as many entries, but others."""
     spend(state, range(1, 3), anchor)
     shutil.copytree(state, tmp_path / "fork")
-    spend(state, range(3, 4), anchor)
     spend(tmp_path / "fork", range(3, 9), run="other")
+    spend(state, range(3, 4), anchor)
     with pytest.raises(RefusedError, match="has others: an old copy was restored and used, or there are two copies"):
         spend(tmp_path / "fork", range(9, 10), anchor)
 
@@ -247,6 +263,47 @@ def test_a_recovered_site_goes_on_with_what_was_assumed(restored: Path, anchor: 
     assert read_ledger(restored).summary()["intact"] is True
 
 
+def test_a_declared_loss_is_shown_also_where_nothing_was_assumed(restored: Path, anchor: Path) -> None:
+    """A report for the board was that of a ledger which never lost anything."""
+    recover(restored, hospital(), anchor, 0.0)
+    told = done("privacy", "verify", restored).out
+    assert "earlier entries are missing, whose loss was declared" in told
+    facts = json.loads(done("privacy", "report", restored, "--json").out)
+    assert facts["recovered"] is True
+    for page in (done("privacy", "report", restored).out, ledger_page(ledger_facts(read_ledger(restored)))):
+        assert "assumed that they cost epsilon 0.00" in " ".join(page.split())
+
+
+@pytest.mark.parametrize("name", ["SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_IOERR_READ"])
+def test_a_ledger_that_cannot_be_read_now_is_not_lost(state: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It was put aside, and what it had spent forgotten."""
+    spend(state, range(1, 4))
+    before = read_ledger(state).spent()
+
+    def connect(*_: Any, **__: Any) -> None:
+        error = sqlite3.OperationalError("not now")
+        error.sqlite_errorname = name
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", connect)
+        for attempt in (lambda: recover(state, hospital(), None, 0.5), lambda: read_ledger(state)):
+            with pytest.raises(GapweaveError, match="cannot be read now") as error:
+                attempt()
+            assert "backup" not in error.value.remedy
+        with pytest.raises(GapweaveError, match="not now"):
+            spend(state, range(4, 5))
+    assert read_ledger(state).spent() == before
+    assert not list(state.glob("changed-*"))
+
+
+def test_nobody_writes_while_a_ledger_is_judged(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spend(state, range(1, 4))
+    monkeypatch.setattr(journal_module, "PATIENCE_S", 0.1)
+    with Ledger(state, hospital()), pytest.raises(LedgerBusy):
+        recover(state, hospital(), None, 0.5)
+
+
 def test_what_is_assumed_counts_against_the_cap(restored: Path, anchor: Path) -> None:
     policy = {"epsilon": filter_cap(updates(5), DELTA) + 1}
     recover(restored, hospital(policy=policy), anchor, 50.0)
@@ -318,6 +375,19 @@ def test_a_ledger_that_is_changed_again_forgets_nothing(state: Path) -> None:
     counted = recover(state, hospital(), None, 0.0).assumed
     (state / LEDGER_FILE).write_bytes(b"no database")
     assert recover(state, hospital(), None, 0.0).assumed >= counted
+
+
+def test_two_losses_add_up_where_the_first_is_not_declared_any_more(state: Path) -> None:
+    """The larger one counted for both."""
+    tampered(state, "UPDATE entries SET time = replace(time, '20', '19') WHERE sequence = 3")
+    first = recover(state, hospital(), None, 0.0).assumed
+    spend(state, range(4, 7), policy={"epsilon": 100.0})
+    with closing(sqlite3.connect(state / LEDGER_FILE, isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER entries_stay")
+        connection.execute("UPDATE entries SET body = 'gone' WHERE kind = 'recover'")
+    (aside,) = state.glob(f"changed-*-{LEDGER_FILE}")
+    aside.rename(aside.with_name(f"changed-20200101-000000-{LEDGER_FILE}"))
+    assert recover(state, hospital(policy={"epsilon": 100.0}), None, 0.0).assumed > first + epsilon(updates(3), DELTA)
 
 
 def test_a_declaration_that_is_no_number_any_more_is_no_obstacle(state: Path) -> None:

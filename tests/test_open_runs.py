@@ -21,8 +21,10 @@ from gapweave.shared.errors import BudgetExhausted, RefusedError, UsageError
 from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.ledger import OpenRun, read_ledger
+from gapweave.shared.privacy.room import further_epsilon
 from gapweave.shared.report.ledger_page import ledger_page
 from gapweave.shared.report.ledger_report import ledger_facts
+from gapweave.shared.report.ledger_text import ledger_lines
 
 DELTA = 1e-5
 
@@ -52,7 +54,7 @@ def ledger(tmp_path: Path) -> Any:
 
 def test_what_an_abandoned_run_holds_is_named_and_comes_back(ledger: Ledger) -> None:
     (held,) = ledger.view.open_runs
-    assert held == OpenRun(run="abandoned", name="sepsis", since=held.since, planned=4, left=3)
+    assert held == OpenRun(run="abandoned", name="sepsis", since=held.since, planned=4, left=3, returns=True)
     with pytest.raises(BudgetExhausted, match="give up runs that will not go on"):
         ledger.reserve("again", "other", updates(1))
     ledger.give_up("abandoned")
@@ -87,6 +89,76 @@ def test_the_exact_figure_of_a_first_study_gives_nothing_back(tmp_path: Path) ->
         ledger.give_up("first")
         assert len(list(ledger.view.outstanding())) == 19
         assert ledger.view.bound() <= ledger.view.opening["cap"]
+
+
+def test_what_does_not_come_back_is_not_promised(tmp_path: Path) -> None:
+    with Ledger(tmp_path, hospital(epsilon(updates(20), DELTA) + 1e-6)) as ledger:
+        ledger.reserve("first", "study", updates(20))
+        assert "--close" in " ".join(ledger_lines(ledger_facts(ledger.view)))
+        ledger.charge("first", "study", "1", updates(1)[0])
+        facts = ledger_facts(ledger.view)
+    for told in (" ".join(ledger_lines(facts)), ledger_page(facts)):
+        assert "not come back" in told
+        assert "--close" not in told
+
+
+@pytest.mark.parametrize("study", ["study", "its next version"])
+def test_a_first_run_that_never_began_leaves_the_exact_figure_to_the_next(tmp_path: Path, study: str) -> None:
+    """The page said that the whole cap was left, and the site granted 17 of 20 rounds."""
+    with Ledger(tmp_path, hospital(epsilon(updates(20), DELTA) + 1e-6)) as ledger:
+        assert ledger.reserve("first", "study", updates(20)) == 20
+        ledger.give_up("first")
+        assert further_epsilon(ledger.view) == ledger.view.opening["cap"]
+        assert ledger.reserve("second", study, updates(20)) == 20
+        ledger.charge("second", study, "1", updates(1)[0])
+        assert ledger.view.granted
+
+
+def test_a_run_that_began_leaves_only_the_filter(tmp_path: Path) -> None:
+    with Ledger(tmp_path, hospital(epsilon(updates(20), DELTA) + 1e-6)) as ledger:
+        ledger.reserve("first", "study", updates(20))
+        ledger.charge("first", "study", "1", updates(1)[0])
+        ledger.give_up("first")
+        with pytest.raises(BudgetExhausted):
+            ledger.reserve("second", "study", updates(20))
+
+
+def test_a_study_alone_costs_no_less_than_the_ledger_that_holds_nothing_else(tmp_path: Path) -> None:
+    """Where a run was given up, or may have stopped, its row was the cost of the part alone."""
+    with Ledger(tmp_path, hospital(40.0)) as ledger:
+        ledger.approve("study", "sepsis", "officer")
+        ledger.reserve("run", "study", updates(20))
+        for number, event in enumerate(updates(5)):
+            ledger.charge("run", "study", f"{number}", event)
+        ledger.give_up("run")
+        facts = ledger_facts(ledger.view)
+    (study,) = facts.studies
+    assert facts.summary["epsilon"] > epsilon(updates(5), DELTA)
+    assert study.epsilon == study.planned == study.cumulative == facts.curve[-1][1] == facts.summary["epsilon"]
+
+
+def test_the_cap_is_that_of_the_site_file(site: tuple[Hospital, Participant]) -> None:
+    """After it was lowered, the page told the old one until the site's next message."""
+    place, one = site
+    place.update("policy", epsilon=5.0)
+    publish(place)
+    facts = json.loads(run("site", "budget", str(place.site_file), "--state", str(one.state), "--json").out)
+    assert facts["cap"] == 5.0
+    assert facts["left"] < 5.0
+    assert facts["entries"] == len(read_ledger(one.state).entries)
+
+
+def test_a_link_to_the_site_file_finds_its_ledger(site: tuple[Hospital, Participant], tmp_path: Path) -> None:
+    """Beside the link there was none: nothing seemed spent, and a loss was declared where no site reads it."""
+    place, _ = site
+    link = tmp_path / "etc" / "site.yaml"
+    link.parent.mkdir()
+    link.symlink_to(place.site_file)
+    direct, linked = (run("site", "budget", str(file)).out for file in (place.site_file, link))
+    assert direct == linked
+    assert "nothing is spent" not in linked
+    run("site", "recover", str(link), "--assume-spent", "1")
+    assert [*link.parent.iterdir()] == [link]
 
 
 def test_what_a_run_that_may_stop_holds_is_planned_once(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.plan import make_plan
 from gapweave.shared.privacy.plan_report import noise, plan_report
+from gapweave.shared.report.wording import left_figure
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_the_text_says_the_same_in_eighty_columns(study: Path) -> None:
         f"sigma          {figures.plan.noise_multiplier:.4g} ",
         f"({figures.plan.epsilon / 9:.1%} of a cap of 9)",
         f"noise of sd {noise(figures.plan):.3g}",
-        f"({9 - figures.epsilon_filter:.2f} left of the cap)",
+        f"({left_figure(9 - figures.epsilon_filter)} left of the cap)",
         "full batch",
         "cannot be expected to help",
     ):

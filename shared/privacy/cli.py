@@ -71,14 +71,14 @@ def verify(
     Example: gapweave privacy verify state
     """
     from gapweave.shared.report.ledger_report import broken_text
-    from gapweave.shared.report.ledger_text import CHAIN, spent_words
+    from gapweave.shared.report.ledger_text import chain_words, spent_words
 
     view, summary = _verified(path, as_json)
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
     elif view.intact:
         typer.echo(f"{summary['site']}: {summary['entries']} entries, {spent_words(summary)}")
-        typer.echo(f"ledger {CHAIN[summary['intact']]}")
+        typer.echo(f"ledger {chain_words(summary)}")
     else:
         typer.echo(f"{path}: {broken_text(view)}")
     if summary["intact"] is False:

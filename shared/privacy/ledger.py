@@ -13,17 +13,19 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gapweave.shared.errors import RefusedError, UsageError
+from gapweave.shared.errors import GapweaveError, RefusedError, UsageError
 from gapweave.shared.privacy.accountant import fixed_epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import LOOK, PrivacyEvent
 from gapweave.shared.privacy.head import Head, read_anchor
 
 LEDGER_FILE = "ledger.sqlite"
 GENESIS = "0" * 64
+OUTSIDE = ("IOERR", "FULL", "CANTOPEN", "READONLY", "PERM", "BUSY", "LOCKED", "PROTOCOL", "NOMEM")
+"""SQLite's errors that come from the disk, or from others that use the file: they say nothing of what it holds."""
 HOSPITAL = "hospital"
 """Who ended a run that got no last message."""
 
@@ -59,6 +61,7 @@ class OpenRun:
         since: day of its reservation.
         planned: number of releases that it reserved.
         left: how many of them it has not used.
+        returns: whether these come back when the run ends.
     """
 
     run: str
@@ -66,6 +69,7 @@ class OpenRun:
     since: str
     planned: int
     left: int
+    returns: bool
 
 
 def entry_hash(sequence: int, time: str, kind: str, body: str, previous: str) -> str:
@@ -127,6 +131,20 @@ class LedgerView:
         """Delta of the ledger, fixed when it was first opened."""
         return float(next(entry.body["delta"] for entry in self.entries if entry.kind == "open"))
 
+    def until(self, sequence: int) -> LedgerView:
+        """The ledger as it stood, but for the hospital's ends of runs: they may be for what had been seen before."""
+        later = (entry for entry in self.entries[sequence:] if entry.kind == "close" and "by" in entry.body)
+        return replace(self, entries=(*self.entries[:sequence], *later))
+
+    def under(self, cap: float) -> LedgerView:
+        """The ledger as it will be after the site's next message, where its site file has another cap by now."""
+        if cap == self.opening["cap"]:
+            return self
+        last = self.entries[-1]
+        body = {**self.opening, "cap": cap}
+        entry = Entry(sequence=last.sequence, time=last.time, kind="open", body=body, previous="", hash=last.hash)
+        return replace(self, entries=(*self.entries, entry))
+
     def charged(self, request: str) -> bool:
         """Whether a request was charged."""
         return any(entry.kind == "charge" and entry.body["request"] == request for entry in self.entries)
@@ -155,6 +173,7 @@ class LedgerView:
                 since=entry.time[:10],
                 planned=len(entry.body["events"]),
                 left=left,
+                returns=not self._stays(entry),
             )
             for entry in self._reservations()
             if not self.closed(entry.body["run"]) and (left := len(self._left(entry)))
@@ -182,9 +201,14 @@ class LedgerView:
                 yield from self._left(entry)
 
     def _is_outstanding(self, reservation: Entry) -> bool:
-        left = len(self._left(reservation))
-        fixed = reservation.body["figure"] == "fixed" and left < len(reservation.body["events"])
-        return fixed or not self.closed(reservation.body["run"])
+        return self._stays(reservation) or not self.closed(reservation.body["run"])
+
+    def _stays(self, reservation: Entry) -> bool:
+        """Whether what is left of a reservation never comes back."""
+        return reservation.body["figure"] == "fixed" and self._began(reservation)
+
+    def _began(self, reservation: Entry) -> bool:
+        return len(self._left(reservation)) < len(reservation.body["events"])
 
     def _left(self, reservation: Entry) -> list[PrivacyEvent]:
         """What a run reserved and did not charge."""
@@ -248,14 +272,20 @@ class LedgerView:
 
     def alone(self, study: str) -> bool:
         """Whether the ledger has seen no other study: its schedule is then fixed in advance, but for n_hat."""
-        return not self.recovered and all(
-            entry.body["study"] == study for entry in self.entries if entry.kind in ("reserve", "charge")
-        )
+        charged = (entry.body for entry in self.entries if entry.kind == "charge")
+        return not self.recovered and all(body["study"] == study for body in [*charged, *self.binding])
+
+    @property
+    def binding(self) -> list[dict[str, Any]]:
+        """Reservations but for those of runs that ended before anything was charged: nothing was seen of them."""
+        return [
+            entry.body for entry in self._reservations() if self._began(entry) or not self.closed(entry.body["run"])
+        ]
 
     @property
     def granted(self) -> bool:
         """Whether the exact figure keeps the cap: granted to the first study, and no other came since."""
-        reserved = [entry.body for entry in self.entries if entry.kind == "reserve"]
+        reserved = self.binding
         return len(reserved) == 1 and reserved[0]["figure"] == "fixed" and self.alone(reserved[0]["study"])
 
     def bound(self, more: Sequence[PrivacyEvent] = ()) -> float:
@@ -325,6 +355,7 @@ def read_ledger(path: Path) -> LedgerView:
     Raises:
         UsageError: when there is no ledger.
         RefusedError: when the file is no ledger that can be read.
+        GapweaveError: when it cannot be read now, whatever it holds.
     """
     file = path / LEDGER_FILE if path.is_dir() else path
     if not file.exists():
@@ -333,10 +364,21 @@ def read_ledger(path: Path) -> LedgerView:
     try:
         with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
             return view(connection)
-    except sqlite3.DatabaseError:
+    except sqlite3.DatabaseError as error:
+        if from_outside(error):
+            raise GapweaveError(
+                f"the ledger cannot be read now ({error})",
+                where=str(file),
+                remedy="Try again; look at the disk, at permissions, and at what else has the file open",
+            ) from None
         raise RefusedError(
             "the ledger cannot be read", where=str(file), remedy="Restore it from the newest backup"
         ) from None
+
+
+def from_outside(error: sqlite3.DatabaseError) -> bool:
+    """Whether an error tells of the disk or of other processes, and nothing of the ledger."""
+    return getattr(error, "sqlite_errorname", "").removeprefix("SQLITE_").startswith(OUTSIDE)
 
 
 COLUMNS = "sequence, time, kind, body, previous, hash"

@@ -145,19 +145,29 @@ def make_plan(
     return replace(plan, epsilon=fixed_epsilon([*beside, plan.event("plan", steps)], delta))
 
 
-def usual_plan(study: Study, n_hat: int, delta: float = USUAL_DELTA) -> Plan:
-    """The plan of a site that declares its number of patients and holds every modality.
+def usual_plan(
+    study: Study,
+    n_hat: int,
+    delta: float = USUAL_DELTA,
+    held: Sequence[str] | None = None,
+    *,
+    tables: bool = True,
+) -> Plan:
+    """The plan of a site that declares its number of patients.
 
     Args:
         study: gives target, clipping bound and schedule.
         n_hat: public number of training patients.
         delta: of the site; the study's counts where it is smaller.
+        held: modalities of the site; None for all.
+        tables: whether the site releases counts.
 
     Raises:
         UsageError: when no noise reaches the target.
     """
     least = min(study.privacy.delta, delta)
-    return make_plan(study, n_hat, least, preparation_events(study, study.order, least))
+    held = study.order if held is None else held
+    return make_plan(study, n_hat, least, preparation_events(study, held, least), tables=tables)
 
 
 def _calibrate(target: float, delta: float, rate: float, steps: int, beside: tuple[PrivacyEvent, ...]) -> float:

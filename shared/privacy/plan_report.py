@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gapweave.shared.config.site import Policy
@@ -14,7 +15,7 @@ from gapweave.shared.errors import UsageError
 from gapweave.shared.outlook import alone_warning
 from gapweave.shared.privacy.accountant import epsilon, fixed_epsilon, renyi_epsilon, renyi_order
 from gapweave.shared.privacy.events import PrivacyEvent
-from gapweave.shared.privacy.ledger import folded
+from gapweave.shared.privacy.ledger import LedgerView, folded
 from gapweave.shared.privacy.plan import (
     COUNT_SHARE,
     USUAL_DELTA,
@@ -23,6 +24,7 @@ from gapweave.shared.privacy.plan import (
     longest_prefix,
     usual_plan,
 )
+from gapweave.shared.report.wording import budget, left_figure
 
 DEFAULT_CAP = float(Policy.model_fields["epsilon"].default)
 """Cap of a site whose file sets none."""
@@ -43,8 +45,10 @@ class PlanReport:
         study: what is planned.
         plan: as a site with so many patients makes it.
         cap: of the site.
-        epsilon_filter: the plan's epsilon by Renyi composition, at the order that delta and cap fix.
-        rounds_allowed: rounds that the cap has room for, on an empty ledger.
+        epsilon_filter: the plan's epsilon by Renyi composition, at the order that delta and cap fix, with everything
+            that the ledger shows as spent or reserved.
+        rounds_allowed: rounds that the cap has room for beside that.
+        beside: whether there is anything beside the plan.
         alternatives: plans of other schedules for the same target, with what differs.
     """
 
@@ -53,6 +57,7 @@ class PlanReport:
     cap: float
     epsilon_filter: float
     rounds_allowed: int
+    beside: bool
     alternatives: tuple[tuple[str, Plan], ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,8 +82,9 @@ class PlanReport:
         if self.study.privacy.delta > self.plan.delta:
             yield f"The study's delta of {self.study.privacy.delta:g} is not used: a site's smaller one wins."
         if self.rounds_allowed < self.plan.rounds:
+            cap = f"What other runs leave of a cap of {self.cap:g}" if self.beside else f"A cap of {self.cap:g}"
             yield (
-                f"A cap of {self.cap:g} has room for {self.rounds_allowed} of the {self.plan.rounds} rounds: "
+                f"{cap} has room for {self.rounds_allowed} of the {self.plan.rounds} rounds: "
                 "the site leaves the study after them."
             )
         elif self.epsilon_filter > self.cap:
@@ -91,7 +97,16 @@ class PlanReport:
             yield outlook
 
 
-def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP, delta: float = USUAL_DELTA) -> PlanReport:
+def plan_report(
+    study: Study,
+    patients: int,
+    cap: float = DEFAULT_CAP,
+    delta: float = USUAL_DELTA,
+    *,
+    held: Sequence[str] | None = None,
+    tables: bool = True,
+    view: LedgerView | None = None,
+) -> PlanReport:
     """Plan a study as a site does that declares its number of patients.
 
     Args:
@@ -99,6 +114,9 @@ def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP, delta: fl
         patients: public number of training patients.
         cap: of the site.
         delta: of the site.
+        held: modalities of the site; None for all.
+        tables: whether the site releases counts.
+        view: the site's ledger; None for an empty one.
 
     Raises:
         UsageError: for a study without privacy, a cap of nothing, or a target that no noise reaches.
@@ -109,14 +127,19 @@ def plan_report(study: Study, patients: int, cap: float = DEFAULT_CAP, delta: fl
         raise UsageError(
             "the study has no privacy to plan", where="study:privacy.enabled", remedy="Set privacy.enabled to true"
         )
-    plan = usual_plan(study, patients, delta)
+    make = partial(usual_plan, delta=delta, held=held, tables=tables)
+    plan = make(study, patients)
+    used = view.under(cap) if view is not None and (view.recovered or view.events() or view.open_runs) else None
     return PlanReport(
         study=study,
         plan=plan,
         cap=cap,
-        epsilon_filter=renyi_epsilon(schedule(plan), plan.delta, renyi_order(plan.delta, cap)),
-        rounds_allowed=_rounds_allowed(plan, cap),
-        alternatives=tuple(_alternatives(study, patients, delta)),
+        epsilon_filter=_with(used, schedule(plan))
+        if used
+        else renyi_epsilon(schedule(plan), plan.delta, renyi_order(plan.delta, cap)),
+        rounds_allowed=_rounds_allowed(plan, cap, used),
+        beside=used is not None,
+        alternatives=tuple(_alternatives(study, patients, make)),
     )
 
 
@@ -125,19 +148,25 @@ def schedule(plan: Plan) -> list[PrivacyEvent]:
     return [*plan.preparation, *plan.schedule()]
 
 
-def _rounds_allowed(plan: Plan, cap: float) -> int:
-    """The longest prefix of the rounds that a cap has room for, by the exact figure: as a site's first study."""
-    fits = longest_prefix(
-        plan.schedule(), lambda events: fixed_epsilon([*plan.preparation, *events], plan.delta) <= cap
-    )
-    return min(fits, plan.rounds)
+def _with(view: LedgerView, events: Sequence[PrivacyEvent]) -> float:
+    return view.filtered([*view.outstanding(), *events])
 
 
-def _alternatives(study: Study, patients: int, delta: float) -> Iterator[tuple[str, Plan]]:
+def _rounds_allowed(plan: Plan, cap: float, view: LedgerView | None) -> int:
+    """The longest prefix of the rounds that a cap has room for: as a site's first study by the exact figure."""
+
+    def fits(events: Sequence[PrivacyEvent]) -> bool:
+        asked = [*plan.preparation, *events]
+        return (fixed_epsilon(asked, plan.delta) if view is None else _with(view, asked)) <= cap
+
+    return min(longest_prefix(plan.schedule(), fits), plan.rounds)
+
+
+def _alternatives(study: Study, patients: int, make: Callable[[Study, int], Plan]) -> Iterator[tuple[str, Plan]]:
     """Plans of other schedules, where the target can be reached at all."""
     for change, other in _others(study, patients):
         with suppress(UsageError):
-            yield change, usual_plan(other, patients, delta)
+            yield change, make(other, patients)
 
 
 def _others(study: Study, patients: int) -> Iterator[tuple[str, Study]]:
@@ -187,7 +216,7 @@ def plan_lines(report: PlanReport) -> list[str]:
         f"  steps          {figures['steps']}  ({rounds})",
         f"  sampling rate  {plan.sample_rate:.4g}  ({figures['batch']:.4g} patients expected in a step)",
         f"  epsilon        {figures['epsilon']:.3g}  ({share:.1%} of a cap of {report.cap:g})",
-        f"  Renyi epsilon  {report.epsilon_filter:.2f}  ({report.cap - report.epsilon_filter:.2f} left of the cap)",
+        f"  Renyi epsilon  {budget(report.epsilon_filter)}  ({_left(report)})",
         "",
         f"Each coordinate of a step's mean gradient, whose norm is at most {plan.max_grad_norm:g},",
         f"gets noise of sd {noise(plan):.3g}: {mean:.2%} of the largest signal, in every coordinate.",
@@ -198,6 +227,12 @@ def plan_lines(report: PlanReport) -> list[str]:
         *(_row(change, _figures(other)) for change, other in [("this plan", plan), *report.alternatives]),
         *(line for warning in report.warnings() for line in ("", *textwrap.wrap(f"Warning: {warning}", 80))),
     ]
+
+
+def _left(report: PlanReport) -> str:
+    left = report.cap - report.epsilon_filter
+    told = f"{left_figure(left)} left of the cap" if left >= 0 else "beyond the cap"
+    return f"with what is spent and reserved; {told}" if report.beside else told
 
 
 def _beside(study: Study, plan: Plan) -> Iterator[str]:

@@ -9,8 +9,8 @@ from markupsafe import Markup
 from gapweave.shared.report.guarantee import NOT_COVERED_SHORT, meaning
 from gapweave.shared.report.ledger_report import LedgerFacts
 from gapweave.shared.report.ledger_studies import COUNT, WORDS, Release, StudyCost
-from gapweave.shared.report.ledger_text import CHAIN, LAW, left_figure, lost_words, not_covered, precision_words
-from gapweave.shared.report.wording import NOTHING, size
+from gapweave.shared.report.ledger_text import LAW, chain_words, lost_words, not_covered, precision_words
+from gapweave.shared.report.wording import NOTHING, left_figure, size
 
 STANDING = {True: ("good", "✓ intact, anchored"), False: ("bad", "✗ NOT INTACT"), "unanchored": ("", "○ unanchored")}
 """Class and words of the badge."""
@@ -54,7 +54,7 @@ def ledger_page(facts: LedgerFacts) -> str:
         facts=facts,
         summary=summary,
         standing=STANDING[summary["intact"]],
-        chain=CHAIN[summary["intact"]],
+        chain=chain_words(summary),
         who=who(facts),
         sent=sent(facts),
         groups=groups(facts),
@@ -63,7 +63,7 @@ def ledger_page(facts: LedgerFacts) -> str:
         bar=bar(facts),
         law=LAW,
         meaning=meaning(summary["epsilon_filter"]),
-        in_short=(*NOT_COVERED_SHORT, *((lost_words(facts),) if facts.lost else ())),
+        in_short=(*NOT_COVERED_SHORT, *((lost_words(facts),) if facts.recovered else ())),
         precision=precision_words(facts),
         not_covered=not_covered(facts),
         curve_plot=_curve_plot(facts),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gapweave.shared.errors import GapweaveError, RefusedError
@@ -47,6 +47,7 @@ class LedgerFacts:
         reserved: exact epsilon of everything charged and everything reserved by runs that are not closed.
         reserved_filter: the same as the cap binds it.
         open_runs: which runs these are.
+        recovered: whether entries were lost once.
         lost: epsilon that was assumed for lost entries; part of all figures of the whole ledger.
         precision: what finite precision adds.
         filter_order: Renyi order of the figure that the cap binds.
@@ -65,6 +66,7 @@ class LedgerFacts:
     reserved: float | None
     reserved_filter: float | None
     open_runs: tuple[OpenRun, ...]
+    recovered: bool
     lost: float
     precision: Precision
     filter_order: int
@@ -101,7 +103,7 @@ def verified(view: LedgerView) -> dict[str, Any]:
     Raises:
         RefusedError: when the ledger holds no opening entry.
     """
-    extra = {"entries": len(view.entries), "broken_at": view.broken_at}
+    extra = {"entries": len(view.entries), "broken_at": view.broken_at, "recovered": view.recovered}
     if view.intact and not view.opening:
         raise RefusedError("the ledger holds no entries", remedy="Restore it from the newest backup")
     try:
@@ -116,7 +118,7 @@ def ledger_facts(view: LedgerView, audit: AuditResult | None = None) -> LedgerFa
     """Add up a ledger whose chain holds.
 
     Args:
-        view: the ledger.
+        view: the ledger; `LedgerView.under` where the site file has another cap by now.
         audit: of the code that trains, to be shown beside it.
 
     Raises:
@@ -131,6 +133,7 @@ def ledger_facts(view: LedgerView, audit: AuditResult | None = None) -> LedgerFa
         reserved=finite(view.planned()),
         reserved_filter=finite(view.bound([*view.outstanding()])),
         open_runs=tuple(view.open_runs),
+        recovered=view.recovered,
         lost=view.assumed,
         precision=_precision(view),
         filter_order=view.order,
@@ -138,7 +141,7 @@ def ledger_facts(view: LedgerView, audit: AuditResult | None = None) -> LedgerFa
         curve=_curve(view, LedgerView.spent),
         curve_filter=_curve(view, LedgerView.bound),
         audit=audit,
-        entries=len(view.entries),
+        entries=view.entries[-1].sequence,
         broken_at=None,
         head=view.entries[-1].hash,
         written=view.entries[-1].time,
@@ -159,7 +162,7 @@ def _curve(view: LedgerView, figure: Callable[[LedgerView], float]) -> Curve:
     numbers = sorted({round(len(charges) * at / POINTS) for at in range(1, POINTS + 1)} - {0})
     points = [(0, 0.0)]
     for number in numbers:
-        value = figure(replace(view, entries=view.entries[: charges[number - 1]]))
+        value = figure(view.until(charges[number - 1]))
         if math.isinf(value):
             break
         points.append((number, value))

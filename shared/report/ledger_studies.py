@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gapweave.shared.privacy.accountant import epsilon
 from gapweave.shared.privacy.events import LOOK, SCORES, PrivacyEvent
 from gapweave.shared.privacy.ledger import Entry, LedgerView, folded
 
@@ -137,7 +136,7 @@ def _study(view: LedgerView, study: str) -> StudyCost:
     alone = replace(view, entries=tuple(entry for entry in view.entries if _concerns(entry, study)))
     charges = [entry for entry in alone.entries if entry.kind == "charge"]
     names = [entry.body["name"] for entry in alone.entries if entry.kind == "approve"]
-    until = replace(view, entries=view.entries[: charges[-1].sequence])
+    until = view.until(charges[-1].sequence)
     return StudyCost(
         name=names[-1] if names else "",
         study=study,
@@ -145,7 +144,7 @@ def _study(view: LedgerView, study: str) -> StudyCost:
         first=charges[0].time[:10],
         last=charges[-1].time[:10],
         epsilon=finite(alone.spent()),
-        planned=finite(epsilon([*alone.events(), *alone.outstanding()], view.delta)),
+        planned=finite(alone.planned()),
         cumulative=finite(until.spent()),
         cumulative_filter=finite(until.bound()),
         setting=_setting(list(run_settings(alone).values())),

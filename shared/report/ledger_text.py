@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from gapweave.shared.privacy.ledger import OpenRun
 from gapweave.shared.report.guarantee import NOT_COVERED, PRECISION, meaning
 from gapweave.shared.report.ledger_report import UNKNOWN_PARAMETERS, LedgerFacts
 from gapweave.shared.report.ledger_studies import Release, StudyCost
-from gapweave.shared.report.wording import budget, short
+from gapweave.shared.report.wording import budget, left_figure, short
 
 WIDTH = 100
 
@@ -45,6 +44,12 @@ LAW = {
 """The noise of each kind of event."""
 
 
+def chain_words(summary: dict[str, Any]) -> str:
+    """What is known of the chain, and of what it lacks."""
+    lacks = "; earlier entries are missing, whose loss was declared" if summary["recovered"] else ""
+    return CHAIN[summary["intact"]] + lacks
+
+
 def spent_words(summary: dict[str, Any]) -> str:
     """What was spent, in words: the figure that the cap binds, and the exact one."""
     if summary["epsilon"] is None:
@@ -55,15 +60,6 @@ def spent_words(summary: dict[str, Any]) -> str:
         f"epsilon {budget(summary['epsilon'])} for schedules fixed in advance; "
         f"delta {short(summary['delta'])}"
     )
-
-
-def left_figure(left: float) -> str:
-    """Epsilon of a further study that fits, never above the truth.
-
-    >>> left_figure(6.919), left_figure(0.0)
-    ('6.91', '0.00')
-    """
-    return f"{math.floor(left * 100) / 100:.2f}"
 
 
 def left_words(facts: LedgerFacts) -> str:
@@ -80,13 +76,15 @@ def left_words(facts: LedgerFacts) -> str:
 def open_words(run: OpenRun) -> str:
     """What a run holds of the budget."""
     held = f"{run.run} since {run.since}, {run.left} of {run.planned} releases left"
+    if not run.returns:
+        return f"{held}; they do not come back: what was granted exactly is for the whole schedule"
     return f"{held}; `gapweave site budget --close` gives them back"
 
 
 def not_covered(facts: LedgerFacts) -> list[str]:
     """What the guarantee does not cover at this site."""
     items = [precision_words(facts) if item is PRECISION else item for item in NOT_COVERED]
-    return [*items, lost_words(facts)] if facts.lost else items
+    return [*items, lost_words(facts)] if facts.recovered else items
 
 
 def precision_words(facts: LedgerFacts) -> str:
@@ -114,7 +112,7 @@ def ledger_lines(facts: LedgerFacts) -> Iterator[str]:
     for study in facts.studies:
         yield from _study(study)
     if not facts.studies:
-        yield NOTHING_SHOWN if facts.lost else "Nothing was released."
+        yield NOTHING_SHOWN if facts.recovered else "Nothing was released."
     yield ""
     yield from _wrapped(f"What it means: {meaning(facts.summary['epsilon_filter'])}", "")
     yield ""
@@ -148,8 +146,8 @@ def _head(facts: LedgerFacts) -> Iterator[str]:
         yield from _wrapped(f"  planned    {planned}", indent)
     for run in facts.open_runs:
         yield from _wrapped(f"  open       {open_words(run)}", indent)
-    yield from _wrapped(f"  ledger     {facts.entries} entries; {CHAIN[summary['intact']]}", indent)
-    if facts.lost:
+    yield from _wrapped(f"  ledger     {facts.entries} entries; {chain_words(summary)}", indent)
+    if facts.recovered:
         yield from _wrapped(f"  lost       {lost_words(facts)}", indent)
 
 

@@ -41,6 +41,15 @@ def budget(value: float | None) -> str:
     return "no guarantee" if value is None or math.isinf(value) else f"{rounded_up(value):.2f}"
 
 
+def left_figure(left: float) -> str:
+    """An epsilon that there is room for, never above the truth.
+
+    >>> left_figure(6.919), left_figure(0.0)
+    ('6.91', '0.00')
+    """
+    return f"{math.floor(left * 100) / 100:.2f}"
+
+
 def size(count: float | None) -> str:
     """A number of bytes in words.
 
