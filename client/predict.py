@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gapweave.shared.errors import UsageError
 from gapweave.shared.files import intact
 from gapweave.shared.model import MultimodalModel, load_groups
 from gapweave.shared.objective import probabilities
-from gapweave.shared.schema import Batch
+from gapweave.shared.schema import Batch, complete
 
 CHUNK = 4096
 """Records that go through the model at once."""
@@ -151,7 +151,8 @@ def predict_file(
 ) -> int:
     """Write predictions.csv for all records of a site file; labels are not needed.
 
-    What is odd about the data, a wrong unit say, is appended to `findings`.
+    What is odd about the data, a wrong unit say, is appended to `findings`. A modality that the site file does not name
+    is one that no record has.
 
     Args:
         kept: the site's federated model, for its card.
@@ -166,7 +167,7 @@ def predict_file(
         The number of records.
 
     Raises:
-        UsageError: when the file exists, its folder does not, or the site lacks a modality of the model.
+        UsageError: when the file exists, or its folder does not.
         DataError: for a problem in the data.
     """
     if out.exists():
@@ -176,14 +177,10 @@ def predict_file(
     cohort = load_cohort(kept.study, site, site_file=site_file, data_dir=data_dir, labels=False, findings=findings)
     held = torch.tensor([name in kept.card["modalities"] for name in kept.study.order])
     batch = cohort.batch
-    usable = Batch(**{**batch.__dict__, "present": batch.present & held})
-    missing = [name for name in kept.card["modalities"] if name not in batch.inputs]
-    if missing:
-        raise UsageError(
-            f"the model reads {', '.join(missing)}, which the site file does not name",
-            where=str(site_file),
-            remedy="Predict with the site file of the training, or one that names the same modalities",
-        )
+    usable = replace(complete(kept.study, batch), present=batch.present & held)
+    if unnamed := [name for name in kept.card["modalities"] if name not in batch.inputs]:
+        message = f"the model reads {', '.join(unnamed)}, which the site file does not name: no record has it"
+        findings.append(Finding(id="modalities", status="warning", where=str(site_file), message=message))
     table(kept, cohort, usable, predictor(usable)).write_csv(out)
     return len(batch)
 

@@ -120,3 +120,12 @@ class Batch:
             patient=self.patient.index_select(0, rows),
             weight=self.weight.index_select(0, rows),
         )
+
+
+def complete(study: Study, batch: Batch) -> Batch:
+    """The batch with zeros, which nothing reads, for modalities that its site does not hold."""
+    inputs = {
+        modality.name: batch.inputs.get(modality.name, torch.zeros(len(batch), *modality.shape))
+        for modality in modalities(study)
+    }
+    return replace(batch, inputs=inputs)

@@ -103,6 +103,29 @@ def test_probabilities_are_probabilities(trained: tuple[str, Path, Path], new_pa
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["federated", "best"])
+def test_a_site_file_without_a_modality_is_one_where_no_record_has_it(
+    trained: tuple[str, Path, Path], new_patients: Path, tmp_path: Path, model: str
+) -> None:
+    """It was refused, by what is made for any missing pattern."""
+    kind, _, run = trained
+    command = ("predict", run, "--site", new_patients, "--model", model)
+    done(*command, "--out", tmp_path / "all.csv")
+    edit(new_patients, data={"labs": None})
+    told = done(*command, "--out", tmp_path / "fewer.csv").err
+    assert "the model reads labs, which the site file does not name: no record has it" in told
+    before, after = (pl.read_csv(tmp_path / name) for name in ("all.csv", "fewer.csv"))
+    assert not any("labs" in (pattern or "") for pattern in after["present"])
+    without = [pattern is None or "labs" not in pattern for pattern in before["present"]]
+    assert 0 < sum(without) < len(before)
+    same, changed = (
+        np.abs(probabilities(after, kind) - probabilities(before, kind)).max(axis=1)[np.array(without) == absent]
+        for absent in (True, False)
+    )
+    assert same.max() < 1e-6
+    assert changed.max() > 1e-3
+
+
 def test_absent_modalities_do_not_vote(trained: tuple[str, Path, Path], new_patients: Path, tmp_path: Path) -> None:
     kind, _, run = trained
     done("predict", run, "--site", new_patients, "--out", tmp_path / "p.csv")
@@ -206,7 +229,7 @@ def test_the_metrics_of_a_task(trained: tuple[str, Path, Path]) -> None:
 
 
 def test_refusals(trained: tuple[str, Path, Path], new_patients: Path, tmp_path: Path) -> None:
-    _, study, run = trained
+    _, _, run = trained
     out = tmp_path / "p.csv"
     out.write_text("mine", encoding="utf-8")
     bad = {
@@ -222,10 +245,5 @@ def test_refusals(trained: tuple[str, Path, Path], new_patients: Path, tmp_path:
     outcome = gapweave("predict", run, "--site", new_patients, "--out", tmp_path / "q.csv", "--model", "finetuned")
     assert outcome.code == 2
     assert "there is no fine-tuned model of site 'alder'" in outcome.error
-    fewer = edit(site_file(study, "cedar").rename(tmp_path / "cedar.yaml"), data={"note": None})
-    shutil.copy(fewer, site_file(study, "cedar"))
-    outcome = gapweave("predict", run, "--site", site_file(study, "cedar"), "--out", tmp_path / "q.csv")
-    assert outcome.code == 2
-    assert "the model reads note" in outcome.error
     assert out.read_text(encoding="utf-8") == "mine"
     assert not (tmp_path / "q.csv").exists()

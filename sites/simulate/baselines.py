@@ -17,7 +17,7 @@ from gapweave.client.local_models import Local, LocalNetwork, fit_network
 from gapweave.client.mixture import Predictor
 from gapweave.client.predict import Predictions
 from gapweave.shared.config import Study
-from gapweave.shared.schema import Batch, modalities
+from gapweave.shared.schema import Batch, complete
 
 BASELINES = ("local", "pooled", "lr", "gbm")
 """Values of `--baselines`; lr and gbm are fitted both locally and pooled."""
@@ -50,15 +50,6 @@ def pool(study: Study, batches: list[Batch]) -> Batch:
         weight=torch.cat([batch.weight for batch in whole]),
         patients=int(offsets[-1]),
     )
-
-
-def complete(study: Study, batch: Batch) -> Batch:
-    """The batch with zero inputs for modalities that its site does not hold."""
-    inputs = {
-        modality.name: batch.inputs.get(modality.name, torch.zeros(len(batch), *modality.shape))
-        for modality in modalities(study)
-    }
-    return Batch(**{**batch.__dict__, "inputs": inputs})
 
 
 def fit_baselines(
