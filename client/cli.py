@@ -107,12 +107,13 @@ def recover(
     """
     from gapweave.client.recovery import recover as declare
     from gapweave.shared.config import load_site
+    from gapweave.shared.report.wording import budget
 
     hospital = load_site(path)
     anchor = path.parent / hospital.policy.anchor if hospital.policy.anchor else None
     view = declare(state or path.parent / hospital.state, hospital, anchor, assume_spent)
-    bound, cap = view.bound(), hospital.policy.epsilon
-    typer.echo(f"{hospital.name}: epsilon {bound:.2f} counts as spent, of a cap of {cap:g}")
+    bound, cap = budget(view.bound()), hospital.policy.epsilon
+    typer.echo(f"{hospital.name}: epsilon {bound} counts as spent, of a cap of {cap:g}")
 
 
 def predict(

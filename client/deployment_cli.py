@@ -128,7 +128,10 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _ledger_line(ledger: dict[str, Any]) -> str:
-    spent = "no guarantee" if ledger["epsilon_filter"] is None else f"epsilon {ledger['epsilon_filter']:.2f}"
+    from gapweave.shared.report.wording import budget
+
+    figure = ledger["epsilon_filter"]
+    spent = "no guarantee" if figure is None else f"epsilon {budget(figure)}"
     return f"{spent} of {ledger['cap']:g}, intact: {ledger['intact']}"
 
 

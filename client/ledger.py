@@ -21,6 +21,7 @@ from gapweave.shared.errors import BudgetExhausted, NotIntact, RefusedError, Usa
 from gapweave.shared.privacy.events import PrivacyEvent
 from gapweave.shared.privacy.head import Head
 from gapweave.shared.privacy.ledger import HOSPITAL
+from gapweave.shared.report.wording import budget
 
 
 class Ledger(Journal):
@@ -64,8 +65,7 @@ class Ledger(Journal):
         known = self.view.reservation(run)
         if known is not None:
             return len(known["events"])
-        budget = Budget(self.view)
-        count, figure = budget.prefix(run, study, events)
+        count, figure = Budget(self.view).prefix(run, study, events)
         if count == 0:
             raise self.no_room(run, events)
         planned = [event.to_dict() for event in events[:count]]
@@ -79,11 +79,11 @@ class Ledger(Journal):
 
     def no_room(self, run: str, events: Sequence[PrivacyEvent]) -> BudgetExhausted:
         """The refusal of a run of whose events not even one round's fit."""
-        budget = Budget(self.view)
+        room = Budget(self.view)
         held = ", or give up runs that will not go on (gapweave site budget)" if self.view.open_runs else ""
         return BudgetExhausted(
-            f"not one round fits: epsilon {self.view.bound():.2f} is spent, as this ledger counts "
-            f"{budget.with_more(events, run):.2f} would be after the study, the cap is {budget.cap:g}",
+            f"not one round fits: epsilon {budget(self.view.bound())} is spent, as this ledger counts "
+            f"{budget(room.with_more(events, run))} would be after the study, the cap is {room.cap:g}",
             where=self._where,
             remedy=f"Lower the study's epsilon or its rounds, or raise policy.epsilon{held}",
         )
@@ -109,8 +109,8 @@ class Ledger(Journal):
         if again and self._never_left(request, event):
             self._append("recompute", {"request": request})
             return
-        budget = Budget(self.view)
-        if not (budget.affords(run, study, [event]) if again else budget.covers(run, study, event)):
+        room = Budget(self.view)
+        if not (room.affords(run, study, [event]) if again else room.covers(run, study, event)):
             raise BudgetExhausted(
                 f"the site's cap leaves no room for this release: {event.released}",
                 where=self._where,
